@@ -1,0 +1,428 @@
+"""What an experiment is: frozen dataclasses, loading one from a Python file, and typed overrides.
+
+An experiment file exports `config = Experiment(...)`. Nothing here imports JAX, so a file loads at once and a typing
+error in it costs nothing. Every value is checked against its annotation when the dataclass is made, so a config that
+loads is a config whose fields have the types and ranges that they claim.
+"""
+
+import dataclasses
+import difflib
+import hashlib
+import importlib.util
+import json
+import re
+import sys
+import traceback
+from ast import literal_eval
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, get_type_hints
+
+import typeguard
+
+from grpo_jax.errors import UserError
+
+Ranges = dict[str, tuple[bool, str]]  # field -> (whether its value is in range, what it must be)
+
+
+class _Checked:
+    """A dataclass whose every field is checked against its annotation, and then against `_ranges`, when it is made."""
+
+    def _ranges(self) -> Ranges:
+        return {}
+
+    def __post_init__(self) -> None:
+        name = type(self).__name__
+        for key, hint in get_type_hints(type(self)).items():
+            value = getattr(self, key)
+            try:
+                typeguard.check_type(value, hint)
+            except typeguard.TypeCheckError:
+                wanted = str(hint).replace("typing.", "") if not isinstance(hint, type) else hint.__name__
+                raise UserError(f"{name}.{key} = {value!r} has the wrong type: it must be {wanted}.") from None
+        for key, (holds, wanted) in self._ranges().items():
+            if not holds:
+                raise UserError(f"{name}.{key} = {getattr(self, key)!r} is out of range: it must be {wanted}.")
+
+
+@dataclass(frozen=True)
+class ScratchConfig(_Checked):
+    """A from-scratch policy with one token per character of `alphabet` (plus begin, end and pad)."""
+
+    alphabet: str = "abcdefghijklmnopqrstuvwxyz"
+    hidden_size: int = 64
+    num_layers: int = 2
+    num_heads: int = 4
+
+    def _ranges(self) -> Ranges:
+        return dict(
+            alphabet=(len(set(self.alphabet)) == len(self.alphabet) > 0, "a non-empty string of distinct characters"),
+            hidden_size=(self.hidden_size > 0, "positive"),
+            num_layers=(self.num_layers > 0, "positive"),
+            num_heads=(
+                self.num_heads > 0 and self.hidden_size % (2 * self.num_heads) == 0,
+                f"a number that divides hidden_size = {self.hidden_size} into heads of even size",
+            ),
+        )
+
+
+@dataclass(frozen=True)
+class LoRAConfig(_Checked):
+    """Low-rank adapters (Hu et al. 2021, 2106.09685): W + alpha / rank * A @ B on the layers named in `targets`."""
+
+    rank: int = 16
+    alpha: float = 32.0
+    targets: tuple[str, ...] = ("q", "k", "v", "o", "gate", "up", "down")
+
+    def _ranges(self) -> Ranges:
+        known = {"q", "k", "v", "o", "gate", "up", "down"}
+        return dict(
+            rank=(self.rank > 0, "positive"),
+            targets=(bool(self.targets) and set(self.targets) <= known, f"a non-empty choice from {sorted(known)}"),
+        )
+
+
+@dataclass(frozen=True)
+class PolicyConfig(_Checked):
+    """Where the policy's weights come from and which of them are trained.
+
+    `source` is a Hugging Face directory or hub name, a `.gguf` file, `package:NAME` for a Python package that holds
+    one, the directory of an earlier run, or `scratch`. Without `lora` all parameters are trained.
+    """
+
+    source: str = "scratch"
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    lora: LoRAConfig | None = None
+    scratch: ScratchConfig = ScratchConfig()
+
+    def _ranges(self) -> Ranges:
+        return dict(source=(bool(self.source), "a non-empty string"))
+
+
+@dataclass(frozen=True)
+class SamplingConfig(_Checked):
+    """How completions are drawn. Temperature 0 is greedy; `top_k` 0 and `top_p` 1 keep the whole vocabulary.
+
+    `max_tokens` bounds one assistant turn. `max_logprob_difference` is the bound of the log-probability contract past
+    which a run stops (None: 0.01 for float32, 1.0 for bfloat16, whose rounding alone reaches tenths).
+    """
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    max_tokens: int = 16
+    max_logprob_difference: float | None = None
+
+    def _ranges(self) -> Ranges:
+        return dict(
+            temperature=(self.temperature >= 0, "0 (greedy) or above"),
+            top_k=(self.top_k >= 0, "0 (off) or above"),
+            top_p=(0 < self.top_p <= 1, "above 0 and at most 1 (off)"),
+            max_tokens=(self.max_tokens > 0, "positive"),
+            max_logprob_difference=((self.max_logprob_difference or 1) > 0, "positive"),
+        )
+
+
+@dataclass(frozen=True)
+class AdvantageConfig(_Checked):
+    """Rewards to advantages: (r - baseline) / scale. See `grpo_jax.advantages.group_advantages`."""
+
+    scale: Literal["group", "batch", "none"] = "group"
+    baseline: Literal["mean", "leave_one_out", "none"] = "mean"
+    ddof: Literal[0, 1] = 0
+
+
+@dataclass(frozen=True)
+class LossConfig(_Checked):
+    """The policy-gradient loss, in TRL's names. See `grpo_jax.losses.policy_gradient.loss`.
+
+    `epsilon_high` None means `epsilon`. `beta` weighs the KL to the policy that training began from; at 0 the
+    reference is never computed. `entropy_coefficient` adds an entropy bonus. `max_completion_length` is the constant
+    denominator of `dr_grpo` and is read by no other loss.
+    """
+
+    loss_type: Literal["grpo", "bnpo", "dr_grpo", "dapo"] = "grpo"
+    epsilon: float = 0.2
+    epsilon_high: float | None = None
+    beta: float = 0.0
+    kl_estimator: Literal["k1", "k2", "k3"] = "k3"
+    entropy_coefficient: float = 0.0
+    max_completion_length: int | None = None
+
+    def _ranges(self) -> Ranges:
+        return dict(
+            epsilon=(0 <= self.epsilon <= 1, "between 0 and 1"),
+            epsilon_high=((self.epsilon_high or 0) >= 0, "0 or above"),
+            beta=(self.beta >= 0, "0 (no reference) or above"),
+            max_completion_length=(
+                (self.max_completion_length is not None and self.max_completion_length > 0)
+                == (self.loss_type == "dr_grpo"),
+                "a positive number for loss_type 'dr_grpo' (usually sampling.max_tokens) and None for every other loss",
+            ),
+        )
+
+
+@dataclass(frozen=True)
+class OptimizerConfig(_Checked):
+    """AdamW after clipping by global norm. Weight decay spares norms and biases."""
+
+    learning_rate: float = 1e-3
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    warmup_steps: int = 0
+    weight_decay: float = 0.0
+    b1: float = 0.9
+    b2: float = 0.999
+    eps: float = 1e-8
+    max_grad_norm: float | None = 1.0
+
+    def _ranges(self) -> Ranges:
+        return dict(
+            learning_rate=(self.learning_rate >= 0, "0 or above"),
+            warmup_steps=(self.warmup_steps >= 0, "0 or above"),
+            weight_decay=(self.weight_decay >= 0, "0 or above"),
+            b1=(0 <= self.b1 < 1, "in [0, 1)"),
+            b2=(0 <= self.b2 < 1, "in [0, 1)"),
+            eps=(self.eps > 0, "positive"),
+            max_grad_norm=(self.max_grad_norm is None or self.max_grad_norm > 0, "positive, or None for no clipping"),
+        )
+
+
+@dataclass(frozen=True)
+class RewardConfig(_Checked):
+    """How several rewards become one, and what happens when one of them fails.
+
+    `combine`: the weighted `sum`, or `normalize_then_sum` (each reward standardised within its group first).
+    `on_failure` covers an exception, a time-out, a NaN and a wrong length: `raise` ends the run, `retry` tries
+    `retries` times and then raises, `drop` masks the completions out of their groups; past the share
+    `max_failure_rate` of a step's completions a dropping run stops. `time_limit` is in seconds, per call.
+    """
+
+    weights: Mapping[str, float] = field(default_factory=dict)
+    combine: Literal["sum", "normalize_then_sum"] = "sum"
+    on_failure: Literal["raise", "retry", "drop"] = "raise"
+    retries: int = 2
+    max_failure_rate: float = 0.5
+    time_limit: float = 60.0
+
+    def _ranges(self) -> Ranges:
+        return dict(
+            retries=(self.retries >= 0, "0 or above"),
+            max_failure_rate=(0 <= self.max_failure_rate <= 1, "between 0 and 1"),
+            time_limit=(self.time_limit > 0, "positive"),
+        )
+
+
+@dataclass(frozen=True)
+class EvaluationConfig(_Checked):
+    """The held-out evaluation before and after training, and every `every` steps (0: only before and after).
+
+    `num_prompts` held-out prompts (fewer if the task has fewer), `num_samples` completions each.
+    """
+
+    num_prompts: int = 128
+    num_samples: int = 1
+    temperature: float = 0.0
+    every: int = 0
+    batch_size: int = 64
+
+    def _ranges(self) -> Ranges:
+        return dict(
+            num_prompts=(self.num_prompts > 0, "positive"),
+            num_samples=(self.num_samples > 0, "positive"),
+            temperature=(self.temperature >= 0, "0 (greedy) or above"),
+            every=(self.every >= 0, "0 (only before and after) or above"),
+            batch_size=(self.batch_size > 0, "positive (completions sampled at once)"),
+        )
+
+
+@dataclass(frozen=True)
+class Experiment(_Checked):
+    """One run: a task, its rewards, a policy, and how the one is trained on the other.
+
+    `method` is `grpo`, or `sft` on `task.demonstrate` (`group_size` demonstrations for each prompt).
+    `warm_start` and `control` are overrides of this experiment, as an ablation's arms are: the warm start is trained
+    first and its policy is where this run begins; the control starts where this run started, is trained after it on
+    the same prompts, and is evaluated on the same held-out prompts, so that its score can be shown beside this one.
+    """
+
+    task: Any
+    rewards: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
+    policy: PolicyConfig = PolicyConfig()
+    method: Literal["grpo", "sft"] = "grpo"
+    steps: int = 100
+    prompts_per_step: int = 8
+    group_size: int = 8
+    num_iterations: int = 1
+    gradient_accumulation_steps: int = 1
+    seed: int = 0
+    devices: int | None = None
+    checkpoint_every: int = 100
+    sampling: SamplingConfig = SamplingConfig()
+    reward: RewardConfig = RewardConfig()
+    advantages: AdvantageConfig = AdvantageConfig()
+    loss: LossConfig = LossConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    warm_start: Mapping[str, Any] | None = None
+    control: Mapping[str, Any] | None = None
+
+    def _ranges(self) -> Ranges:
+        return dict(
+            rewards=(self.method == "sft" or bool(self.rewards), "at least one reward function for method 'grpo'"),
+            steps=(self.steps >= 0, "0 or above"),
+            prompts_per_step=(self.prompts_per_step > 0, "positive"),
+            group_size=(
+                self.group_size > 1 or (self.group_size == 1 and self.method == "sft"),
+                "at least 2 for method 'grpo', since a group of one has no relative advantage",
+            ),
+            num_iterations=(self.num_iterations > 0, "positive"),
+            gradient_accumulation_steps=(
+                self.gradient_accumulation_steps > 0 and self.prompts_per_step % self.gradient_accumulation_steps == 0,
+                f"a number that divides prompts_per_step = {self.prompts_per_step}",
+            ),
+            seed=(0 <= self.seed < 2**31, "between 0 and 2**31 - 1"),
+            devices=(self.devices is None or self.devices > 0, "positive, or None for all local devices"),
+            checkpoint_every=(self.checkpoint_every > 0, "positive"),
+        )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        strangers = sorted(set(self.reward.weights) - set(self.rewards))
+        if strangers:
+            raise UserError(
+                f"RewardConfig.weights names {strangers[0]!r}, which is no reward of this experiment: "
+                f"it has {sorted(self.rewards)}."
+            )
+        if self.method == "sft" and getattr(self.task, "demonstrate", None) is None:
+            raise UserError(
+                f"method 'sft' needs demonstrations, but task {getattr(self.task, 'name', self.task)!r} has no "
+                "`demonstrate` function."
+            )
+
+
+def override(config: Experiment, overrides: Mapping[str, Any]) -> Experiment:
+    """Returns `config` with dotted fields replaced, e.g. `{"loss.beta": 0.04, "method": "sft"}`.
+
+    A variant made this way inherits everything else, so a control follows whatever its experiment was overridden with.
+    Raises `UserError` for an unknown field (suggesting the nearest) and for a value of the wrong type.
+    """
+    for path, value in overrides.items():
+        config = _replace(config, path.split("."), value, path)
+    return config
+
+
+def _replace(config: Any, keys: Sequence[str], value: Any, path: str) -> Any:
+    key, *rest = keys
+    if isinstance(config, Mapping):
+        return {**config, key: _replace(config.get(key), rest, value, path) if rest else value}
+    if not dataclasses.is_dataclass(config):
+        raise UserError(f"{path!r} is not a field: {type(config).__name__} has no fields of its own.")
+    names = [f.name for f in dataclasses.fields(config)]
+    if key not in names:
+        raise UserError(f"{path!r} is not a field: {type(config).__name__} has no {key!r}{_nearest(key, names)}")
+    inner = getattr(config, key)
+    if rest and inner is None:
+        raise UserError(f"{path!r} cannot be set: {'.'.join(path.split('.')[: -len(rest)])} is None here.")
+    return dataclasses.replace(config, **{key: _replace(inner, rest, value, path) if rest else value})
+
+
+def parse_overrides(config: Experiment, assignments: Iterable[str]) -> dict[str, Any]:
+    """Turns `path=text` assignments from the command line into typed overrides of `config`.
+
+    The text is read as a Python literal (`1e-4`, `None`, `("q", "v")`; `true` and `false` too) where the field's type
+    admits that, and as a string otherwise.
+    """
+    overrides: dict[str, Any] = {}
+    for assignment in assignments:
+        path, equals, text = assignment.partition("=")
+        if not equals:
+            raise UserError(f"--set {assignment!r} is not of the form field=value, e.g. loss.beta=0.04.")
+        literal = {"true": True, "false": False, "none": None}.get(text.lower(), text)
+        try:
+            literal = literal_eval(text)
+        except (ValueError, SyntaxError):
+            pass
+        try:
+            config, overrides[path] = override(config, {path: literal}), literal
+        except UserError as error:
+            try:
+                config, overrides[path] = override(config, {path: text}), text
+            except UserError:
+                raise error from None
+    return overrides
+
+
+def load(path: str | Path, assignments: Iterable[str] = ()) -> Experiment:
+    """Runs the Python file at `path` and returns its `config`, overridden by `field=value` assignments.
+
+    Raises `UserError` if the file is missing, fails, or exports no `Experiment` named `config`.
+    """
+    config = getattr(run_file(path), "config", None)
+    if not isinstance(config, Experiment):
+        raise UserError(f"{path} exports no experiment: it must define `config = grpo_jax.experiment.Experiment(...)`.")
+    return override(config, parse_overrides(config, assignments))
+
+
+def run_file(path: str | Path) -> Any:
+    """Executes a Python file as a module and returns it; its own mistakes become one-sentence `UserError`s."""
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"there is no experiment file {str(path)!r}.")
+    spec = importlib.util.spec_from_file_location(f"grpo_jax_experiment_{path.stem}", path)
+    if spec is None or spec.loader is None:
+        raise UserError(f"{path} is not a Python file: an experiment file ends in .py.")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    sys.path.insert(0, str(path.parent.resolve()))  # so that an experiment may import a file that lies beside it
+    try:
+        spec.loader.exec_module(module)
+    except UserError as error:
+        raise UserError(f"{_where(path, error)}: {error}") from None
+    except TypeError as error:
+        raise UserError(f"{_where(path, error)}: {_explain(error)}") from error
+    except Exception as error:
+        raise UserError(f"{_where(path, error)}: {type(error).__name__}: {error}") from error
+    finally:
+        sys.path.pop(0)
+    return module
+
+
+def _where(path: Path, error: Exception) -> str:
+    """The last line of `path` itself in the error's traceback, as `file:line`."""
+    lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == str(path)]
+    if isinstance(error, SyntaxError) and error.lineno:
+        lines = [error.lineno]
+    return f"{path}:{lines[-1]}" if lines else str(path)
+
+
+def _explain(error: TypeError) -> str:
+    """An unknown keyword of one of this module's dataclasses, with the nearest name that exists."""
+    unknown = re.match(r"(\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)'", str(error))
+    known = globals().get(unknown[1]) if unknown else None
+    if unknown is None or not dataclasses.is_dataclass(known):
+        return f"TypeError: {error}"
+    names = [f.name for f in dataclasses.fields(known)]
+    return f"{unknown[1]} has no field {unknown[2]!r}{_nearest(unknown[2], names)}"
+
+
+def _nearest(key: str, names: Sequence[str]) -> str:
+    close = difflib.get_close_matches(key, names, n=1, cutoff=0.5)
+    return f"; did you mean {close[0]!r}?" if close else f"; it has {', '.join(names)}."
+
+
+def to_dict(value: Any) -> Any:
+    """Returns a config as JSON-able data: functions by name, a task by its name, sizes and a digest of its data."""
+    if hasattr(value, "train") and hasattr(value, "held_out"):
+        splits = {split: list(map(dict, getattr(value, split))) for split in ("train", "held_out")}
+        digest = hashlib.sha256(json.dumps(splits, sort_keys=True, default=str).encode()).hexdigest()[:16]
+        return {"name": value.name, **{k: len(v) for k, v in splits.items()}, "sha256": digest}
+    if dataclasses.is_dataclass(value):
+        return {f.name: to_dict(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {str(k): to_dict(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [to_dict(v) for v in value]
+    if callable(value):
+        return f"{getattr(value, '__module__', '?')}.{getattr(value, '__qualname__', repr(value))}"
+    return value
