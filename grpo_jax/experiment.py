@@ -255,6 +255,7 @@ class Experiment(_Checked):
     group_size: int = 8
     num_iterations: int = 1
     gradient_accumulation_steps: int = 1
+    gradient_checkpointing: bool = False
     seed: int = 0
     devices: int | None = None
     checkpoint_every: int = 100

@@ -1,0 +1,138 @@
+"""Orbax save and restore of everything that a step depends on.
+
+A checkpoint is one pytree (say `{"trainable": ..., "optimizer": ..., "step": 40}`), stored flat: one array for each
+leaf, under the leaf's path. So what was saved can be compared with what is wanted leaf by leaf, and every difference
+in structure, shape or dtype is named before anything is read. Orbax writes a step into a temporary directory and
+renames it when all is on disk, which is why an interrupted save leaves the earlier checkpoints as they were.
+"""
+
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+from grpo_jax.errors import RunError, UserError
+
+
+def save(directory: str | Path, step: int, state: Any, *, keep: int = 2) -> None:
+    """Saves the pytree `state` of arrays and numbers as the checkpoint of `step`; the newest `keep` remain.
+
+    A step that is saved already is left as it is: a run that is resumed and stopped at once has nothing new to keep.
+    Raises `RunError` if the directory cannot be written.
+    """
+    leaves = {name: np.asarray(leaf) if _is_number(leaf) else leaf for name, leaf in _flatten(state).items()}
+    stored = {name: leaf for name, leaf in leaves.items() if leaf.size}  # Orbax refuses arrays without elements
+    try:
+        with _manager(directory, keep=keep, create=True) as manager:
+            if step not in manager.all_steps():
+                manager.save(step, args=ocp.args.PyTreeSave(stored), force=True)
+    except (OSError, ValueError) as error:
+        raise RunError(
+            f"the checkpoint of step {step} cannot be written to {directory}: {_first_line(error)}"
+        ) from error
+
+
+def latest_step(directory: str | Path) -> int | None:
+    """Returns the newest step that is completely saved in `directory`, or None if there is none."""
+    if not Path(directory).is_dir():
+        return None
+    with _manager(directory) as manager:
+        return manager.latest_step()
+
+
+def restore(directory: str | Path, like: Any, *, step: int | None = None) -> tuple[int, Any]:
+    """Reads the checkpoint of `step` (default: the newest) into the structure of `like` and returns (step, state).
+
+    `like` is a pytree of arrays, `jax.ShapeDtypeStruct`s or numbers. A leaf that has a sharding comes back as a
+    `jax.Array` placed so, a number as a number, any other leaf as a NumPy array.
+    Raises `UserError` if there is no checkpoint, if it cannot be read, or if a leaf's name, shape or dtype differs.
+    """
+    step = latest_step(directory) if step is None else step
+    if step is None:
+        raise UserError(f"there is no checkpoint in {str(directory)!r}.")
+    place = f"the checkpoint of step {step} in {str(directory)!r}"
+    wanted = _flatten(like)
+    with _manager(directory) as manager:
+        try:
+            found = dict(manager.item_metadata(step).tree)
+            _compare(place, wanted, found)
+            arguments = {name: _restore_arguments(wanted[name]) for name in found}
+            stored = manager.restore(step, args=ocp.args.PyTreeRestore(restore_args=arguments))
+        except UserError:
+            raise
+        except Exception as error:  # whatever Orbax and TensorStore raise for files that are not theirs or not whole
+            others = [other for other in manager.all_steps() if other < step]
+            remedy = f" (remove its folder to go back to step {max(others)})" if others else ""
+            raise UserError(f"{place} cannot be read: it is damaged or was not written by grpo_jax{remedy}.") from error
+    leaves = [_like(leaf, stored.get(name)) for name, leaf in wanted.items()]
+    return step, jax.tree.unflatten(jax.tree.structure(like), leaves)
+
+
+def _flatten(tree: Any) -> dict[str, Any]:
+    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
+
+
+def _is_number(leaf: Any) -> bool:
+    return isinstance(leaf, (bool, int, float))
+
+
+def _shape_and_dtype(leaf: Any) -> tuple[tuple[int, ...], np.dtype]:
+    leaf = np.asarray(leaf) if _is_number(leaf) else leaf
+    return tuple(leaf.shape), np.dtype(leaf.dtype)
+
+
+def _compare(place: str, wanted: Mapping[str, Any], found: Mapping[str, Any]) -> None:
+    """Raises `UserError` for the first leaf that differs between what is wanted and what the checkpoint holds."""
+    for name, leaf in wanted.items():
+        shape, dtype = _shape_and_dtype(leaf)
+        if name not in found:
+            if 0 in shape:
+                continue
+            raise UserError(f"{place} holds no {name!r}: it was saved by a different policy or optimizer.")
+        other_shape, other_dtype = _shape_and_dtype(found[name])
+        if shape != other_shape:
+            raise UserError(f"{place} holds {name!r} with shape {list(other_shape)}, where {list(shape)} is wanted.")
+        if dtype != other_dtype:
+            raise UserError(f"{place} holds {name!r} as {other_dtype}, where {dtype} is wanted.")
+    strangers = sorted(set(found) - set(wanted))
+    if strangers:
+        raise UserError(f"{place} holds {strangers[0]!r}, which this policy and optimizer do not have.")
+
+
+def _restore_arguments(leaf: Any) -> ocp.RestoreArgs:
+    sharding = getattr(leaf, "sharding", None)
+    return ocp.RestoreArgs(restore_type=np.ndarray) if sharding is None else ocp.ArrayRestoreArgs(sharding=sharding)
+
+
+def _like(leaf: Any, value: Any) -> Any:
+    if value is None:  # without elements, so not stored
+        return np.zeros(leaf.shape, leaf.dtype)
+    return type(leaf)(value.item()) if _is_number(leaf) else value
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+@contextmanager
+def _manager(
+    directory: str | Path, *, keep: int | None = None, create: bool = False
+) -> Iterator[ocp.CheckpointManager]:
+    """Opens `directory` with Orbax, whose narration of every step (through absl) is silenced meanwhile."""
+    logger = logging.getLogger("absl")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    # Saving waits until all is on disk: what follows a save (the next step, the end of the process) may rely on it.
+    options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=create, enable_async_checkpointing=False)
+    try:
+        handler = ocp.PyTreeCheckpointHandler()
+        with ocp.CheckpointManager(Path(directory).resolve(), options=options, item_handlers=handler) as manager:
+            yield manager
+    finally:
+        logger.setLevel(level)

@@ -1,0 +1,185 @@
+"""What a run shows: live progress, and tables.
+
+Everything that a model says is hostile here: it is shown with its control characters spelled out, never as markup.
+"""
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+
+class Display:
+    """Live progress: a bar, and above it the latest group, on a terminal; a plain line now and then elsewhere.
+
+    It appears with the first step and ends with the last, so that a run nested in another one (a warm start, a control)
+    can have its own.
+    """
+
+    def __init__(
+        self,
+        total: int,
+        *,
+        title: str = "",
+        quiet: bool = False,
+        console: Console | None = None,
+        every: float = 10.0,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.total, self.title, self.quiet = total, title, quiet
+        self.console = console or Console(highlight=False)
+        self._every, self._clock = every, clock
+        self._rewards: list[float] = []
+        self._success: float | None = None
+        self._began, self._spoke = clock(), -math.inf
+        self._live: Live | None = None
+        self._progress = Progress(
+            TextColumn("[bold]{task.description}"),
+            BarColumn(bar_width=20),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[figures]}", markup=False),
+            TimeElapsedColumn(),
+            TextColumn("[dim]left"),
+            TimeRemainingColumn(),
+            console=self.console,
+        )
+        self._task = self._progress.add_task(title or "training", total=total, figures="")
+
+    def update(self, step: int, metrics: Mapping[str, Any], group: Sequence[Mapping[str, Any]] = ()) -> None:
+        """Shows that step `step` (counted from 0) is done."""
+        if self.quiet:
+            return
+        self._rewards.append(float(metrics.get("reward", math.nan)))
+        if self.console.is_interactive:
+            self._draw(step + 1, self._figures(metrics), group)
+        elif step + 1 >= self.total or self._clock() - self._spoke >= self._every:
+            self._spoke = self._clock()
+            name, seconds = self.title or "training", self._spoke - self._began
+            self._say(f"{name} step {step + 1}/{self.total}  {self._figures(metrics)}  {seconds:.0f} s")
+
+    def evaluation(self, step: int, evaluation: Any) -> None:
+        """Shows an evaluation made after `step` updates."""
+        self._success = evaluation.success
+        interval = f"[{100 * evaluation.success_low:.1f}, {100 * evaluation.success_high:.1f}]"
+        split = evaluation.split.replace("_", "-")
+        self.note(f"after {step} steps: {split} success {100 * evaluation.success:.1f} % {interval}")
+
+    def note(self, message: str) -> None:
+        """Prints one line (above the bar, where there is one)."""
+        if not self.quiet:
+            self._say(f"{self.title}: {message}" if self.title else message)
+
+    def close(self) -> None:
+        """Leaves the last state on the screen and stops redrawing it."""
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
+
+    def _draw(self, done: int, figures: str, group: Sequence[Mapping[str, Any]]) -> None:
+        if self._live is None:
+            self._live = Live(console=self.console, refresh_per_second=4)
+            self._live.start()
+        self._progress.update(self._task, completed=done, figures=figures)
+        self._live.update(Group(group_table({"": group}, limit=8), self._progress) if group else self._progress)
+        if done >= self.total:
+            self.close()
+
+    def _say(self, line: str) -> None:
+        self.console.print(visible(line), soft_wrap=True)
+
+    def _figures(self, metrics: Mapping[str, Any]) -> str:
+        parts = []
+        if math.isfinite(self._rewards[-1]):
+            recent, before = self._rewards[-5:], self._rewards[-10:-5]
+            change = f" ({np.mean(recent) - np.mean(before):+.2f})" if before else ""
+            parts.append(f"reward {self._rewards[-1]:.2f}{change}")
+        elif "loss" in metrics:
+            parts.append(f"loss {metrics['loss']:.3f}")
+        if self._success is not None:
+            parts.append(f"success {self._success:.0%}")
+        if "tokens_per_second" in metrics:
+            parts.append(f"{metrics['tokens_per_second']:,.0f} tokens/s")
+        return "  ".join(parts)
+
+
+def visible(text: str) -> Text:
+    """Returns hostile text for a terminal: no markup, newlines as ⏎, control and invisible characters spelled out."""
+    escaped = (c if c.isprintable() else "⏎" if c == "\n" else c.encode("unicode_escape").decode() for c in text)
+    return Text("".join(escaped))
+
+
+def group_table(groups: Mapping[str, Sequence[Mapping[str, Any]]], *, limit: int = 16) -> Table:
+    """Returns completions of one prompt with their rewards and advantages, e.g. `{"before": rows, "after": rows}`.
+
+    Rows are those of completions.jsonl; of a larger group only `limit` rows are shown.
+    """
+    first = next((rows[0] for rows in groups.values() if rows), {"prompt": ""})
+    prompt = visible(_last(first["prompt"]))
+    prompt.truncate(160, overflow="ellipsis")
+    table = Table(title=Text.assemble("prompt: ", prompt), title_justify="left")
+    named = any(groups)
+    if named:
+        table.add_column("")
+    table.add_column("completion", overflow="fold" if named else "ellipsis", no_wrap=not named)
+    table.add_column("reward", justify="right")
+    table.add_column("advantage", justify="right")
+    for name, rows in groups.items():
+        for index, row in enumerate(rows[:limit]):
+            label = [name if index == 0 else ""] if named else []
+            table.add_row(*label, visible(_all(row["completion"])), _number(row["reward"]), _signed(row["advantage"]))
+        if len(rows) > limit:
+            table.add_row(*[""] * named, Text(f"and {len(rows) - limit} more", style="dim"), "", "")
+        table.add_section()
+    return table
+
+
+def summary_table(evaluations: Mapping[str, Any]) -> Table:
+    """Returns the held-out success of several policies with 95 % intervals; a policy that is None is left out."""
+    known = {name: evaluation for name, evaluation in evaluations.items() if evaluation is not None}
+    first = next(iter(known.values()))
+    how = "greedy" if first.temperature == 0 else f"temperature {first.temperature:g}"
+    samples = "" if first.num_samples == 1 else f" × {first.num_samples} samples"
+    table = Table(title=f"{first.num_prompts} {first.split.replace('_', '-')} prompts{samples}, {how}")
+    for column in ("", "success", "95 % interval", "reward", "tokens"):
+        table.add_column(column, justify="right" if column else "left")
+    for name, e in known.items():
+        interval = f"{100 * e.success_low:.1f} – {100 * e.success_high:.1f} %"
+        table.add_row(name, f"{100 * e.success:.1f} %", interval, _number(e.reward), f"{e.mean_length:.1f}")
+    return table
+
+
+def markdown_table(group: Sequence[Mapping[str, Any]]) -> str:
+    """Returns a group of completions as a Markdown table whose cells hold no Markdown and no HTML of the model's."""
+
+    def cell(text: str) -> str:
+        return "".join(c if c.isalnum() or c == " " else f"&#{ord(c)};" for c in visible(text).plain)
+
+    lines = [cell(_last(group[0]["prompt"])), "", "| completion | reward | advantage |", "|---|---|---|"]
+    for row in group:
+        lines.append(f"| {cell(_all(row['completion']))} | {_number(row['reward'])} | {_signed(row['advantage'])} |")
+    return "\n".join(lines)
+
+
+def _number(value: float | None) -> str:
+    return "–" if value is None or not math.isfinite(value) else f"{value:.3f}"
+
+
+def _signed(value: float | None) -> Text:
+    if value is None or not math.isfinite(value):
+        return Text("–")
+    return Text(f"{value:+.2f}", style="green" if value > 0 else "red" if value < 0 else "dim")
+
+
+def _last(prompt: str | Sequence[Mapping[str, str]]) -> str:
+    return prompt if isinstance(prompt, str) else prompt[-1]["content"]
+
+
+def _all(completion: str | Sequence[Mapping[str, str]]) -> str:
+    return completion if isinstance(completion, str) else "\n".join(message["content"] for message in completion)

@@ -1,0 +1,195 @@
+"""Loss to gradient to Optax step, as one pure function that runs under `jax.pmap`.
+
+Each device computes the advantages, loss and gradient of the groups it owns; gradients and metrics meet in a `psum`.
+Denominators are those of the whole batch, over micro-batches and devices, so neither changes anything but rounding. A
+step is skipped (and counted) when its gradient is not finite or the log-probability contract does not hold.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from grpo_jax.advantages import group_advantages
+from grpo_jax.experiment import Experiment, LoRAConfig, OptimizerConfig
+from grpo_jax.logprobs import completion_logprobs
+from grpo_jax.losses import policy_gradient, supervised
+from grpo_jax.policy.config import ModelConfig
+from grpo_jax.policy.transformer import Params, bind
+
+Array = jax.Array
+
+
+class Batch(NamedTuple):
+    """One step's data: see `grpo_jax.rollout.Rollout`. kept [P, G] bool is False where a reward was dropped."""
+
+    prompts: Array
+    lengths: Array
+    tokens: Array
+    valid: Array
+    mask: Array
+    logprobs: Array
+    rewards: Array
+    kept: Array
+
+
+class State(NamedTuple):
+    """What an update replaces: the trained parameters, Optax's state, and how many updates were skipped."""
+
+    trainable: Params
+    optimizer: Any
+    skipped: Array
+
+
+@dataclass(frozen=True)
+class Model:
+    """How parameters become a policy: the architecture, its adapters, and the dtype it computes in."""
+
+    config: ModelConfig
+    lora: LoRAConfig | None = None
+    dtype: str = "float32"
+
+    def bind(self, trainable: Params, frozen: Params) -> Any:
+        """The module with these parameters. Trained weights are float32 masters, cast here to the compute dtype."""
+        cast = {k: v if ".lora_" in k else v.astype(self.dtype) for k, v in trainable.items()}
+        return bind(self.config, {**frozen, **cast}, self.lora)
+
+
+def split(params: Params, lora: LoRAConfig | None) -> tuple[Params, Params]:
+    """Parameters as (trainable, frozen): the adapters and the rest, or everything and nothing.
+
+    What is trained is held in float32: an update of 1e-6 vanishes in the rounding of a bfloat16 weight.
+    """
+    trained = {k for k in params if lora is None or ".lora_" in k}
+    trainable = {k: v.astype(jnp.float32) for k, v in params.items() if k in trained}
+    return trainable, {k: v for k, v in params.items() if k not in trained}
+
+
+def make_optimizer(config: OptimizerConfig, steps: int) -> tuple[optax.GradientTransformation, optax.Schedule]:
+    """AdamW (Loshchilov & Hutter 2019, 1711.05101) after global-norm clipping, and its learning rate by update.
+
+    `steps` is the number of updates over which `linear` and `cosine` fall to 0, the warm-up included.
+    """
+    rate = config.learning_rate
+    after = max(steps - config.warmup_steps, 1)
+    decay = {
+        "constant": optax.constant_schedule(rate),
+        "linear": optax.linear_schedule(rate, 0.0, after),
+        "cosine": optax.cosine_decay_schedule(rate, after),
+    }[config.schedule]
+    # The first update already moves: a warm-up of W updates runs rate / W, 2 rate / W, …, rate.
+    warmup = optax.linear_schedule(rate / max(config.warmup_steps, 1), rate, max(config.warmup_steps - 1, 1))
+    schedule = optax.join_schedules([warmup, decay], [config.warmup_steps]) if config.warmup_steps else decay
+    adamw = optax.adamw(
+        schedule, b1=config.b1, b2=config.b2, eps=config.eps, weight_decay=config.weight_decay, mask=decays
+    )
+    clip = [] if config.max_grad_norm is None else [optax.clip_by_global_norm(config.max_grad_norm)]
+    return optax.chain(*clip, adamw), schedule
+
+
+def decays(params: Params) -> dict[str, bool]:
+    """Which parameters weight decay acts on: matrices, but neither norms nor biases."""
+    return {k: not k.endswith((".bias", ".scale")) for k in params}
+
+
+def make_update(
+    model: Model, experiment: Experiment, optimizer: optax.GradientTransformation, *, common: int, axis_name: str | None
+) -> Callable[[State, Params, Params | None, Batch, Array], tuple[State, dict[str, Array]]]:
+    """Builds `update(state, frozen, reference, batch, first) -> (state, metrics)` for one device's share of a batch.
+
+    `reference` holds the trainable parameters of the KL's reference policy (None where beta is 0). `first` says that
+    the policy is still the one that sampled, so that the log-probability contract must hold. The metrics are those of
+    the whole batch, the same on every device.
+    """
+    config = experiment.loss
+    bound = experiment.sampling.max_logprob_difference or {"float32": 1e-2, "bfloat16": 1.0}[model.dtype]
+
+    def total(x: Array) -> Array:
+        return x if axis_name is None else jax.lax.psum(x, axis_name)
+
+    def loss_of(
+        trainable: Params, frozen: Params, reference: Params | None, batch: Batch, advantages: Array, totals: tuple
+    ) -> tuple[Array, tuple[dict[str, Array], Array]]:
+        def logprobs_of(trainable: Params) -> tuple[Array, Array]:
+            policy = model.bind(trainable, frozen)
+            return completion_logprobs(
+                policy,
+                batch.prompts,
+                batch.lengths,
+                batch.tokens,
+                batch.valid,
+                temperature=experiment.sampling.temperature if experiment.method == "grpo" else 1.0,
+                common=common,
+                remat=experiment.gradient_checkpointing,
+            )
+
+        def rows(x: Array) -> Array:
+            return x.reshape(-1, x.shape[-1])
+
+        logprobs, entropy = logprobs_of(trainable)
+        num_tokens, num_sequences = totals
+        if experiment.method == "sft":
+            loss, metrics = supervised.loss(rows(logprobs), rows(batch.mask), num_tokens=num_tokens)
+        else:
+            loss, metrics = policy_gradient.loss(
+                rows(logprobs),
+                rows(batch.logprobs),
+                advantages.reshape(-1),
+                rows(batch.mask),
+                config,
+                ref_logprobs=None if reference is None else rows(logprobs_of(reference)[0]),
+                entropy=rows(entropy),
+                num_tokens=num_tokens,
+                num_sequences=num_sequences,
+            )
+        return loss, (metrics, jnp.where(batch.mask, jnp.abs(logprobs - batch.logprobs), 0.0))
+
+    def update(
+        state: State, frozen: Params, reference: Params | None, batch: Batch, first: Array
+    ) -> tuple[State, dict[str, Array]]:
+        advantages = group_advantages(
+            batch.rewards,
+            scale=experiment.advantages.scale,
+            baseline=experiment.advantages.baseline,
+            ddof=experiment.advantages.ddof,
+            mask=batch.kept,
+            axis_name=axis_name,
+        )
+        batch = batch._replace(mask=batch.mask & batch.kept[..., None])
+        totals = (total(batch.mask.sum()), total(batch.mask.any(-1).sum()))
+
+        micro = experiment.gradient_accumulation_steps
+        slices = jax.tree.map(lambda x: x.reshape(micro, -1, *x.shape[1:]), (batch, advantages))
+
+        def contribution(piece: tuple[Batch, Array]) -> tuple[tuple[Params, dict[str, Array]], Array]:
+            gradient = jax.value_and_grad(loss_of, has_aux=True)
+            (loss, (metrics, gap)), grads = gradient(state.trainable, frozen, reference, *piece, totals)
+            return (grads, {"loss": loss, **metrics}), gap
+
+        def accumulate(sums: Any, piece: tuple[Batch, Array]) -> tuple[Any, Array]:
+            new, gap = contribution(piece)
+            return jax.tree.map(jnp.add, sums, new), gap
+
+        shapes = jax.eval_shape(contribution, jax.tree.map(lambda x: x[0], slices))[0]
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+        (grads, metrics), gaps = jax.lax.scan(accumulate, zeros, slices)
+        grads, metrics = total((grads, metrics))
+
+        gaps = gaps.reshape(batch.mask.shape)
+        worst = jnp.max(gaps) if axis_name is None else jax.lax.pmax(jnp.max(gaps), axis_name)
+        norm = optax.global_norm(grads)
+        sound = jnp.isfinite(norm) & (~first | (worst <= bound) | (experiment.method == "sft"))
+        changes, new_optimizer = optimizer.update(grads, state.optimizer, state.trainable)
+        new = (optax.apply_updates(state.trainable, changes), new_optimizer)
+        kept = jax.tree.map(lambda a, b: jnp.where(sound, a, b), new, (state.trainable, state.optimizer))
+        state = State(*kept, state.skipped + ~sound)
+        metrics |= {"grad_norm": norm, "num_tokens": totals[0], "skipped_updates": state.skipped}
+        if experiment.method != "sft":
+            mean = total(gaps.sum()) / jnp.maximum(totals[0], 1)
+            metrics |= {"sampling/logprob_difference/mean": mean, "sampling/logprob_difference/max": worst}
+        return state, {"advantages": advantages, "logprob_gaps": gaps, **metrics}
+
+    return update
