@@ -82,7 +82,7 @@ def group_advantages(
 def rise_above_lowest(x: chex.Array, mask: chex.Array, *, axis: Axis, axis_name: str | None = None) -> chex.Array:
     """How far each entry lies above the smallest one along `axis`: exactly 0 for entries that differ by rounding alone.
 
-    Masked entries get 0. NaN and infinity survive as NaN.
+    Masked entries get 0. NaN and infinity are passed on.
     """
     lowest = _across(jax.lax.pmin, jnp.min(x, axis=axis, keepdims=True, where=mask, initial=jnp.inf), axis_name)
     highest = _across(jax.lax.pmax, jnp.max(x, axis=axis, keepdims=True, where=mask, initial=-jnp.inf), axis_name)

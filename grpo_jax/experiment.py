@@ -120,8 +120,16 @@ class SamplingConfig(_Checked):
             top_k=(self.top_k >= 0, "0 (off) or above"),
             top_p=(0 < self.top_p <= 1, "above 0 and at most 1 (off)"),
             max_tokens=(self.max_tokens > 0, "positive"),
-            max_logprob_difference=((self.max_logprob_difference or 1) > 0, "positive"),
+            max_logprob_difference=(
+                self.max_logprob_difference is None or self.max_logprob_difference > 0,
+                "positive, or None for the dtype's own bound",
+            ),
         )
+
+    def logprob_bound(self, dtype: str) -> float:
+        """The largest gap in nats between the sampler's and the trainer's log-probability of a token."""
+        own = {"float32": 1e-2, "bfloat16": 1.0}[dtype]
+        return own if self.max_logprob_difference is None else self.max_logprob_difference
 
 
 @dataclass(frozen=True)
@@ -215,11 +223,13 @@ class RewardConfig(_Checked):
 
 @dataclass(frozen=True)
 class EvaluationConfig(_Checked):
-    """The held-out evaluation before and after training, and every `every` steps (0: only before and after).
+    """The evaluation before and after training, and every `every` steps (0: only before and after).
 
-    `num_prompts` held-out prompts (fewer if the task has fewer), `num_samples` completions each.
+    The first `num_prompts` prompts of each split (fewer if it has fewer), `num_samples` completions each, sampled
+    `batch_size` at once. The sampling noise is the same each time, so that differences are paired.
     """
 
+    splits: tuple[Literal["held_out", "train"], ...] = ("held_out",)
     num_prompts: int = 128
     num_samples: int = 1
     temperature: float = 0.0
@@ -228,6 +238,7 @@ class EvaluationConfig(_Checked):
 
     def _ranges(self) -> Ranges:
         return dict(
+            splits=(bool(self.splits), "at least one of 'held_out' and 'train'"),
             num_prompts=(self.num_prompts > 0, "positive"),
             num_samples=(self.num_samples > 0, "positive"),
             temperature=(self.temperature >= 0, "0 (greedy) or above"),

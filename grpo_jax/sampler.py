@@ -19,7 +19,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from grpo_jax.policy.transformer import KeyValues, Transformer, forward, prefill
+from grpo_jax.policy.transformer import KeyValues, Layer, Transformer, forward, prefill, unstack
 
 Array = jax.Array
 
@@ -91,16 +91,18 @@ def first_turn(
     """
     chex.assert_rank([prompts, lengths, noise.samples], [2, 1, 2])
     prefix, hidden = prefill(model, prompts, lengths, common=common)
+    prefix = prefix._replace(k=tuple(prefix.k), v=tuple(prefix.v))
     rows = noise.samples.shape
     c = model.config
-    empty = [jnp.zeros((*rows, c.num_kv_heads, slots, c.head_dim), prefix.v.dtype) for _ in range(2 * c.num_layers)]
+    empty = [jnp.zeros((*rows, c.num_kv_heads, slots, c.head_dim), prefix.v[0].dtype) for _ in range(2 * c.num_layers)]
     cache = KeyValues(
         tuple(empty[::2]), tuple(empty[1::2]), jnp.zeros((*rows, slots), jnp.int32), jnp.zeros((*rows, slots), bool)
     )
     hidden = jnp.broadcast_to(hidden[:, None], (*rows, hidden.shape[-1]))
     position = jnp.broadcast_to(lengths[:, None], rows)
     begun = Rows(prefix, cache, jnp.int32(0), position, jnp.zeros(rows, jnp.int32))
-    return _sample(model, begun, hidden, lengths, jnp.ones(rows, bool), noise, temperature, top_p, settings)
+    active = jnp.ones(rows, bool)
+    return _sample(model, unstack(model), begun, hidden, lengths, active, noise, temperature, top_p, settings)
 
 
 def next_turn(
@@ -125,17 +127,19 @@ def next_turn(
     offsets = jnp.arange(tokens.shape[-1])
     valid = (offsets <= reply_lengths[..., None]) & active[..., None]
     positions = rows.position[..., None] + offsets
+    layers = unstack(model)
     hidden, cache = forward(
-        model, tokens, positions, valid, prefix=rows.prefix, cache=rows.cache, slot=rows.slot, unroll=True
+        model, tokens, positions, valid, prefix=rows.prefix, cache=rows.cache, slot=rows.slot, layers=layers
     )
     hidden = jnp.take_along_axis(hidden, reply_lengths[..., None, None], axis=2)[:, :, 0]
     position = rows.position + reply_lengths + 1
     begun = Rows(rows.prefix, cache, rows.slot + tokens.shape[-1], position, rows.token)
-    return _sample(model, begun, hidden, lengths, active, noise, temperature, top_p, settings)
+    return _sample(model, layers, begun, hidden, lengths, active, noise, temperature, top_p, settings)
 
 
 def _sample(
     model: Transformer,
+    layers: list[Layer],
     rows: Rows,
     hidden: Array,
     lengths: Array,
@@ -177,7 +181,7 @@ def _sample(
             prefix=rows.prefix,
             cache=rows.cache,
             slot=rows.slot,
-            unroll=True,
+            layers=layers,
         )
         position = rows.position + live
         token, logprob = pick(hidden[:, :, 0], position)

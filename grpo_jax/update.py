@@ -6,7 +6,6 @@ step is skipped (and counted) when its gradient is not finite or the log-probabi
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
@@ -14,11 +13,11 @@ import jax.numpy as jnp
 import optax
 
 from grpo_jax.advantages import group_advantages
-from grpo_jax.experiment import Experiment, LoRAConfig, OptimizerConfig
+from grpo_jax.experiment import Experiment, OptimizerConfig
 from grpo_jax.logprobs import completion_logprobs
 from grpo_jax.losses import policy_gradient, supervised
-from grpo_jax.policy.config import ModelConfig
-from grpo_jax.policy.transformer import Params, bind
+from grpo_jax.policy.trainable import Model
+from grpo_jax.policy.transformer import Params
 
 Array = jax.Array
 
@@ -42,30 +41,6 @@ class State(NamedTuple):
     trainable: Params
     optimizer: Any
     skipped: Array
-
-
-@dataclass(frozen=True)
-class Model:
-    """How parameters become a policy: the architecture, its adapters, and the dtype it computes in."""
-
-    config: ModelConfig
-    lora: LoRAConfig | None = None
-    dtype: str = "float32"
-
-    def bind(self, trainable: Params, frozen: Params) -> Any:
-        """The module with these parameters. Trained weights are float32 masters, cast here to the compute dtype."""
-        cast = {k: v if ".lora_" in k else v.astype(self.dtype) for k, v in trainable.items()}
-        return bind(self.config, {**frozen, **cast}, self.lora)
-
-
-def split(params: Params, lora: LoRAConfig | None) -> tuple[Params, Params]:
-    """Parameters as (trainable, frozen): the adapters and the rest, or everything and nothing.
-
-    What is trained is held in float32: an update of 1e-6 vanishes in the rounding of a bfloat16 weight.
-    """
-    trained = {k for k in params if lora is None or ".lora_" in k}
-    trainable = {k: v.astype(jnp.float32) for k, v in params.items() if k in trained}
-    return trainable, {k: v for k, v in params.items() if k not in trained}
 
 
 def make_optimizer(config: OptimizerConfig, steps: int) -> tuple[optax.GradientTransformation, optax.Schedule]:
@@ -105,7 +80,7 @@ def make_update(
     the whole batch, the same on every device.
     """
     config = experiment.loss
-    bound = experiment.sampling.max_logprob_difference or {"float32": 1e-2, "bfloat16": 1.0}[model.dtype]
+    bound = experiment.sampling.logprob_bound(model.dtype)
 
     def total(x: Array) -> Array:
         return x if axis_name is None else jax.lax.psum(x, axis_name)

@@ -71,14 +71,22 @@ def learning_curve(run_dir: str | Path) -> Path:
     panels = ["success"] + ["reward"] * (not shared) + ["collapse"] * bool(collapse)
 
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(8, 1.4 + 2.2 * len(panels) + 0.6), layout="constrained")
-        axes = figure.subplots(len(panels), sharex=True, height_ratios=[1 if p == "collapse" else 2 for p in panels])
-        axes = dict(zip(panels, np.atleast_1d(axes), strict=True))
-        _draw_success(axes["success"], success, warm_start, control, _references(run_dir))
-        if len(reward):
-            _draw_reward(axes["success" if shared else "reward"], reward, shared)
+        heights = [1.1 if panel == "collapse" else 2.6 for panel in panels]
+        figure = Figure(figsize=(8, sum(heights) + 0.9), layout="constrained")
+        grid = figure.subplots(len(panels), sharex=True, height_ratios=heights, squeeze=False)
+        axes = dict(zip(panels, grid[:, 0], strict=True))
+        top = _draw_success(axes["success"], success, warm_start, control, _references(run_dir))
+        if shared:
+            top += _draw_reward(axes["success"], reward)
+            axes["success"].set_title("Held-out success and training reward" if len(reward) else "Held-out success")
+        else:
+            axes["success"].set_title("Held-out success")
+            axes["reward"].set_title("Training reward")
+            _label_right(axes["reward"], _draw_reward(axes["reward"], reward))
+        _label_right(axes["success"], top)
         if collapse:
-            _draw_collapse(axes["collapse"], collapse)
+            axes["collapse"].set_title("Signs of collapse")
+            _label_right(axes["collapse"], _draw_collapse(axes["collapse"], collapse))
         axes[panels[-1]].set_xlabel("updates")
         axes[panels[-1]].xaxis.set_major_locator(MaxNLocator(integer=True))
         path = run_dir / "learning_curve.png"
@@ -92,8 +100,10 @@ def learning_curve(run_dir: str | Path) -> Path:
 def series(rows: Sequence[Mapping[str, object]], name: str) -> Series:
     """Returns the finite values of metric `name` with the bounds `{name}_low` and `{name}_high` (the value itself)."""
     found = [(row["step"], row[name], row.get(f"{name}_low"), row.get(f"{name}_high")) for row in rows if name in row]
-    found = [(step, v, v if low is None else low, v if high is None else high) for step, v, low, high in found if v is not None]
-    return Series(*np.array(found, float).reshape(-1, 4).T)
+    bounded = [
+        (s, v, v if low is None else low, v if high is None else high) for s, v, low, high in found if v is not None
+    ]
+    return Series(*np.array(bounded, float).reshape(-1, 4).T)
 
 
 def smooth(values: np.ndarray, width: float) -> np.ndarray:
@@ -108,26 +118,69 @@ def _references(run_dir: Path) -> dict[str, float]:
     return json.loads(path.read_text()).get("references", {}) if path.is_file() else {}
 
 
+Labels = list[tuple[float, str, str]]  # height, text, colour
+
+
 def _draw_success(
     axes: Axes, success: Series, warm_start: Series, control: Series, references: Mapping[str, float]
-) -> None:
-    axes.set_title("Held-out success, 95 % intervals")
+) -> Labels:
     axes.set_ylim(-0.03, 1.03)
     axes.yaxis.set_major_formatter(PercentFormatter(1))
-    for name, value in references.items():
+    labels = [(value, f"{name} {value:.0%}", GREY) for name, value in references.items()]
+    for value in references.values():
         axes.axhline(value, color=GREY, linewidth=1, linestyle=(0, (4, 3)))
-        _label(axes, 0.01, value, f"{name} {value:.0%}", GREY, transform=axes.get_yaxis_transform(), above=value < 0.9)
     if len(warm_start):
-        shifted = warm_start.steps - warm_start.steps.max()
-        _points(axes, shifted, warm_start, GREY)
-        axes.axvspan(shifted.min(), 0, color=GREY, alpha=0.08, linewidth=0)
-        _label(axes, shifted.min() / 2, 0.0, "warm start", GREY, ha="center")
+        place = warm_start.steps - warm_start.steps.max()
+        axes.axvspan(place.min(), 0, color=GREY, alpha=0.1, linewidth=0)
+        axes.annotate("warm start", (place.min() / 2, 1), ha="center", va="top", color=GREY)
+        _points(axes, place, warm_start, GREY)
     if len(success):
         _points(axes, success.steps, success, BLUE)
-        _label(axes, success.steps[-1], success.values[-1], f"  {success.values[-1]:.0%}", BLUE, ha="left", va="center")
+        labels.append((success.values[-1], f"success {success.values[-1]:.0%}", BLUE))
     if len(control):
-        end = success.steps[-1] if len(success) else control.steps[-1]
-        beside = Series(*(getattr(control, part)[-1:] for part in ("steps", "values", "low", "high")))
-        place = np.array([end * 1.08 + 0.5])
-        _points(axes, place, beside, ORANGE)
-        _label(axes, place[0], beside.values[0], f"  control {beside.values[0]:.0%}", ORANGE, ha="left", va="center")
+        end = max([*success.steps, *control.steps])
+        last = Series(control.steps[-1:], control.values[-1:], control.low[-1:], control.high[-1:])
+        _points(axes, np.array([end + max(0.3, 0.02 * end)]), last, ORANGE)  # beside the last point, not on it
+        labels.append((control.values[-1], f"control {control.values[-1]:.0%}", ORANGE))
+    return labels
+
+
+def _points(axes: Axes, place: np.ndarray, points: Series, colour: str) -> None:
+    spread = np.abs(np.stack([points.values - points.low, points.high - points.values]))
+    axes.errorbar(place, points.values, yerr=spread, fmt="o", color=colour, markersize=5, linewidth=1.8, zorder=3)
+
+
+def _draw_reward(axes: Axes, reward: Series) -> Labels:
+    if not len(reward):
+        return []
+    line = smooth(reward.values, width=max(1.0, len(reward) / 30))
+    axes.plot(reward.steps, reward.values, color=GREEN, linewidth=1, alpha=0.35)
+    axes.plot(reward.steps, line, color=GREEN, linewidth=2)
+    return [(line[-1], f"reward {line[-1]:.2f}", GREEN)]
+
+
+def _draw_collapse(axes: Axes, collapse: Mapping[str, Series]) -> Labels:
+    labels = []
+    for name, found in collapse.items():
+        text, colour = COLLAPSE[name]
+        line = smooth(found.values, width=max(1.0, len(found) / 30))
+        axes.plot(found.steps, line, color=colour, linewidth=1.6)
+        labels.append((line[-1], f"{text} {line[-1]:.2f}", colour))
+    axes.set_ylim(bottom=0)
+    axes.yaxis.set_major_locator(MaxNLocator(3))
+    return labels
+
+
+def _label_right(axes: Axes, labels: Labels) -> None:
+    """Writes each label right of the axes at its height, moved apart where two would overlap."""
+    low, high = axes.get_ylim()
+    inches = axes.get_position().height * axes.figure.get_figheight()
+    gap = 0.19 / inches * (high - low)
+    labels = sorted(labels)
+    places = [height for height, *_ in labels]
+    for _ in range(100):  # every overlap pushes its two labels apart, until none is left
+        for i in range(len(places) - 1):
+            overlap = max(0.0, gap - (places[i + 1] - places[i]))
+            places[i], places[i + 1] = places[i] - overlap / 2, places[i + 1] + overlap / 2
+    for place, (_, text, colour) in zip(places, labels, strict=True):
+        axes.text(1.02, place, text, color=colour, va="center", transform=axes.get_yaxis_transform())

@@ -1,8 +1,9 @@
 """The GRPO loss and its relatives: clipped policy gradients with per-token importance ratios.
 
-The reductions depart from TRL's in one way: the denominators of `grpo`, `bnpo` and `dapo` count the whole batch, over
-micro-batches and devices. TRL's `bnpo` counts each device's micro-batch alone, so that there the loss changes with the
-way a batch is cut; here `bnpo` and `dapo` are therefore one loss under two names. On one uncut batch all agree with TRL.
+On one batch in one piece every loss agrees with TRL's of the same name. They depart from it in what happens when the
+batch is cut into micro-batches or over devices: here every denominator counts the whole batch, so that cutting changes
+nothing. TRL's `bnpo`, its entropy bonus and its metrics weigh each micro-batch alike, however few tokens it holds. Here
+`bnpo` and `dapo` are therefore one loss under two names.
 """
 
 from typing import Literal
@@ -179,7 +180,7 @@ def reduce_tokens(
 
     `grpo`: the mean over sequences of their token means (https://arxiv.org/abs/2402.03300), which weighs a token of a
     short completion more; `dapo` (https://arxiv.org/abs/2503.14476) and `bnpo`: the mean over all tokens; `dr_grpo`
-    (https://arxiv.org/abs/2503.20783): the sum over a constant, so that a completion's length changes no token's weight.
+    (https://arxiv.org/abs/2503.20783): the sum over a constant, so that every token weighs the same.
 
     Args:
       per_token: loss of each token, shape `[B, T]`.

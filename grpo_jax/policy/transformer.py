@@ -11,6 +11,7 @@ can be scanned (training: compile time does not grow with depth) or unrolled (de
 Shapes: L layers, D hidden size, H query heads, N key/value heads, K head size, F MLP size, V vocabulary.
 """
 
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -31,7 +32,7 @@ class KeyValues(NamedTuple):
     """Keys and values of some tokens, with what a later query must know to attend to them.
 
     k, v: [L, rows..., N, tokens, K]; positions, valid: [rows..., tokens]. A prefix has rows [P], a cache [P, G].
-    In an unrolled cache `k` and `v` are tuples of L arrays, so that each is updated in place.
+    For unrolled layers `k` and `v` are tuples of L arrays, so that each is updated in place.
     """
 
     k: Array | tuple[Array, ...]
@@ -273,7 +274,7 @@ def forward(
     prefix: KeyValues | None = None,
     cache: KeyValues | None = None,
     slot: Array | int = 0,
-    unroll: bool = False,
+    layers: Sequence[Layer] | None = None,
     remat: bool = False,
 ) -> tuple[Array, KeyValues]:
     """Runs tokens [P, G, T] through the model.
@@ -283,7 +284,8 @@ def forward(
         nobody, and what they themselves compute is meaningless.
       prefix: the keys and values of the prompts, rows [P].
       cache: those of the rows so far, rows [P, G] with C slots; these tokens are written to slots [slot, slot + T).
-      unroll: unroll the layers instead of scanning them (with a cache whose k and v are tuples).
+      layers: the model's layers, from `unstack`, to run them unrolled instead of scanned; then the k and v of prefix
+        and cache are tuples.
       remat: recompute each layer in the backward pass instead of keeping its activations.
 
     Returns:
@@ -329,20 +331,20 @@ def forward(
             None if cache_kv is None else (*cache_kv, slot),
         )
 
-    graph, stacked = nnx.split(model.layers)
     prefix_kv = None if prefix is None else (prefix.k, prefix.v)
     cache_kv = None if cache is None else (cache.k, cache.v)
     layer_kinds = [int(sliding) for sliding in c.sliding_layers]
-    if unroll:
+    if layers is not None:
         ks, vs = [], []
-        for i, kind in enumerate(layer_kinds):
-            at = jax.tree.map(lambda a, i=i: a[i], (stacked, prefix_kv))
-            here = None if cache_kv is None else (cache_kv[0][i], cache_kv[1][i])
-            x, (k, v) = layer_step(x, nnx.merge(graph, at[0]), kind, at[1], here)
+        for i, (layer, kind) in enumerate(zip(layers, layer_kinds, strict=True)):
+            prefix_i = None if prefix_kv is None else (prefix_kv[0][i], prefix_kv[1][i])
+            cache_i = None if cache_kv is None else (cache_kv[0][i], cache_kv[1][i])
+            x, (k, v) = layer_step(x, layer, kind, prefix_i, cache_i)
             ks.append(k)
             vs.append(v)
         own = (tuple(ks), tuple(vs))
     else:
+        graph, stacked = nnx.split(model.layers)
 
         def body(x: Array, xs: tuple) -> tuple:
             state, kind, prefix_kv, cache_kv = xs
@@ -351,6 +353,13 @@ def forward(
         xs = (stacked, jnp.asarray(layer_kinds), prefix_kv, cache_kv)
         x, own = jax.lax.scan(jax.checkpoint(body) if remat else body, x, xs)
     return model.norm(x), KeyValues(*own, own_positions, own_valid)
+
+
+def unstack(model: Transformer) -> list[Layer]:
+    """The layers one by one. Do it outside a decoding loop: inside, every step would copy the weights anew."""
+    graph, stacked = nnx.split(model.layers)
+    layers = range(model.config.num_layers)
+    return [nnx.merge(graph, jax.tree.map(lambda leaf, i=i: leaf[i], stacked)) for i in layers]
 
 
 def sees(queries: Array, keys: Array, valid: Array, window: int | None) -> Array:

@@ -8,6 +8,7 @@ import math
 import reprlib
 import signal
 import statistics
+import textwrap
 import threading
 import time
 import traceback
@@ -57,7 +58,7 @@ def score(
 
     `sum` adds the rewards as they are. `normalize_then_sum` first standardises each within every group of `group_size`
     consecutive completions, (r - mean) / population std over the kept completions to which it applies, so that none
-    drowns the others by its scale (GDPO, 2601.05242, eq. 4); one that is constant in a group adds 0 there.
+    drowns the others by its scale (GDPO, Liu et al. 2026, 2601.05242); one that is constant in a group adds 0 there.
 
     `raise` ends the run at a failure; `retry` calls again up to `retries` times first; `drop` masks the completions
     concerned, which are all of them unless single entries are bad. `time_limit` holds for each call, in seconds. It is
@@ -67,6 +68,8 @@ def score(
 
     Raises `RunError` for a failure that ends the run, with the reward's name, what it did, and on which completion.
     """
+    if threading.current_thread() is not threading.main_thread():
+        raise UserError("rewards must be scored in the main thread: their time limit is kept by a signal.")
     arguments = {**columns, "prompts": prompts, "completions": completions, "completion_ids": completion_ids}
     attempts = 1 + retries if on_failure == "retry" else 1
     calls: dict[str, _Call] = {}
@@ -79,9 +82,8 @@ def score(
     failed = {i for call in calls.values() for i in call.failed}
     applies = [any(not math.isnan(values[i]) for values in by_name.values()) for i in range(len(completions))]
     kept = [a and i not in failed for i, a in enumerate(applies)]
-    terms = by_name
-    if combine == "normalize_then_sum":
-        terms = {name: _standardize(values, kept, group_size) for name, values in by_name.items()}
+    standardized = {name: _standardize(values, kept, group_size) for name, values in by_name.items()}
+    terms = standardized if combine == "normalize_then_sum" else by_name
     factors = {name: (weights or {}).get(name, 1.0) for name in rewards}
     total = [_weighted_sum(terms, factors, i) if keep else math.nan for i, keep in enumerate(kept)]
     return Scores(total, by_name, kept, failures)
@@ -113,7 +115,8 @@ def _call_once(reward: RewardFunction, arguments: Mapping[str, Any], time_limit:
     except _TimeUp as error:
         return replace(failure, reason=f"ran past its time limit of {time_limit:g} s{_place(error)}", cause=error)
     except Exception as error:
-        return replace(failure, reason=f"raised {type(error).__name__}: {error}{_place(error)}", cause=error)
+        message = textwrap.shorten(str(error), 200)  # on one line
+        return replace(failure, reason=f"raised {type(error).__name__}: {message}{_place(error)}", cause=error)
     if len(entries) != num:
         return replace(failure, reason=f"returned {len(entries)} values")
     bad = [i for i, entry in enumerate(entries) if not (entry is None or _is_finite(entry))]
@@ -151,12 +154,11 @@ def _standardize_group(group: Sequence[float]) -> list[float]:
 
 
 def _explain(call: _Call, completions: Sequence[Completion]) -> str:
-    first = f"completion {call.failed[0]}, {reprlib.repr(text(completions[call.failed[0]]))}"
-    if len(call.failed) == len(completions):
-        first = f"{len(completions)} completions, the first of them {first.partition(', ')[2]}"
+    first, *others = call.failed
     return (
-        f"{call.reason} for {first}; it must return one finite number, or None where it does not apply, for each "
-        "completion (reward.on_failure = 'drop' would mask those that it fails on)."
+        f"{call.reason} for completion {first}, {reprlib.repr(text(completions[first]))}"
+        f"{f', and {len(others)} more' if others else ''}; it must return one finite number, or None where it does not "
+        "apply, for each completion (reward.on_failure = 'drop' would mask those that it fails on)."
     )
 
 
@@ -173,8 +175,6 @@ class _TimeUp(BaseException):
 
 def _within(seconds: float, function: Callable[[], Any]) -> Any:
     """Returns `function()`, or raises `_TimeUp` once `seconds` have passed. Leaves the alarm as it was found."""
-    if threading.current_thread() is not threading.main_thread():
-        raise UserError("rewards must be scored in the main thread: their time limit is kept by a signal.")
     running, reached = True, False
 
     def ring(*_: object) -> None:

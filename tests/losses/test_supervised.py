@@ -25,7 +25,7 @@ def test_masked_values_touch_neither_value_nor_gradient(loss):
     for poison in (np.nan, -np.inf, np.inf):
         value, gradient = jax.value_and_grad(lambda x: loss(x, MASK)[0])(np.where(MASK, LOGPROBS, poison))
         np.testing.assert_allclose(value, 7 / 3, rtol=1e-6)
-        np.testing.assert_allclose(gradient, -MASK / 3, rtol=1e-6)
+        np.testing.assert_allclose(gradient, -1 / 3 * MASK, rtol=1e-6)
 
 
 @eager_or_jit

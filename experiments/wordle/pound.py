@@ -1,0 +1,26 @@
+"""The article's Wordle case: one guess at the secret POUND, learned from partial credit alone.
+
+A policy of under 1M parameters with one token per capital letter first learns (SFT) what legal words look like, the
+secret excluded. GRPO then samples a group at temperature 1 and scores it with the article's partial credit. Expected:
+at least 95 % of the samples are exactly POUND, in under 40 s on 2 CPU cores, compilation included.
+
+    grpo-jax train experiments/wordle/pound.py
+    grpo-jax train experiments/wordle/pound.py --set sampling.temperature=0.7   # can collapse onto a non-word
+"""
+
+from grpo_jax.experiment import EvaluationConfig, Experiment, OptimizerConfig, PolicyConfig, SamplingConfig, ScratchConfig
+from grpo_jax.rewards.wordle import partial_credit
+from grpo_jax.tasks.wordle import single_guess
+
+config = Experiment(
+    task=single_guess("POUND"),
+    rewards={"partial_credit": partial_credit},
+    policy=PolicyConfig(scratch=ScratchConfig(alphabet="ABCDEFGHIJKLMNOPQRSTUVWXYZ", hidden_size=96, num_layers=2)),
+    steps=150,
+    prompts_per_step=1,
+    group_size=64,
+    sampling=SamplingConfig(temperature=1.0, max_tokens=6),
+    optimizer=OptimizerConfig(learning_rate=1e-3),
+    evaluation=EvaluationConfig(num_samples=512, batch_size=512, temperature=1.0),
+    warm_start={"method": "sft", "steps": 100, "optimizer.learning_rate": 3e-3},
+)

@@ -1,0 +1,290 @@
+"""The command `grpo-jax`. JAX is imported inside the commands, so that help and mistakes in a config cost no time.
+
+Exit status: 0 for success, 1 for a run that failed, 2 for a mistake in the usage or a config, 130 for Ctrl-C.
+"""
+
+import json
+import os
+import shlex
+import shutil
+import sys
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+from tyro.conf import Positional, UseAppendAction, arg
+
+from grpo_jax.errors import RunError, UserError
+from grpo_jax.experiment import Experiment, load, override, parse_overrides
+
+Assignments = Annotated[
+    UseAppendAction[tuple[tuple[str, ...], ...]],
+    arg(
+        name="set",
+        metavar="FIELD=VALUE …",
+        help="Overrides of the experiment's fields, e.g. loss.beta=0.04.",
+        help_behavior_hint="",
+    ),
+]
+Run = Annotated[Positional[Path], arg(metavar="RUN", help="The directory of a run.")]
+OptionalPath = Annotated[Path | None, arg(metavar="DIR", help_behavior_hint="")]
+OptionalInt = Annotated[int | None, arg(metavar="N", help_behavior_hint="")]
+OptionalFloat = Annotated[float | None, arg(metavar="T", help_behavior_hint="")]
+OptionalText = Annotated[str | None, arg(metavar="TEXT", help_behavior_hint="")]
+Flag = Annotated[bool, arg(help_behavior_hint="")]
+
+app = tyro.extras.SubcommandApp()
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line and returns its exit status; a `UserError` is one sentence on stderr, never a traceback."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # a terminal that lacks a character must not end a run
+    try:
+        app.cli(
+            prog="grpo-jax",
+            description="Fine-tune language models with GRPO in pure JAX.",
+            args=arguments,
+            config=(tyro.conf.FlagCreatePairsOff,),
+        )
+    except UserError as error:
+        print(f"error: {_printable(str(error))}", file=sys.stderr)
+        return 1 if isinstance(error, RunError) else 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+@app.command
+def train(
+    experiment: Annotated[Positional[Path], arg(metavar="EXPERIMENT.py", help="A file that defines `config`.")],
+    /,
+    *,
+    assignments: Assignments = (),
+    run_dir: OptionalPath = None,
+    resume: Flag = False,
+    quiet: Flag = False,
+) -> None:
+    """Train a policy as an experiment says, and show what became of it.
+
+    Args:
+        run_dir: Where the run's files go. Default: runs/EXPERIMENT-DATE-TIME.
+        resume: Go on with the run in --run-dir from its last checkpoint.
+        quiet: Show no progress and no tables, only the run directory.
+    """
+    overrides = _join(assignments)
+    config = load(experiment, overrides)
+    if resume and (run_dir is None or not (run_dir / "run.json").is_file()):
+        raise UserError("--resume needs the directory of the run to go on with: --run-dir DIR, with a run.json in it.")
+    run_dir = run_dir or Path("runs") / f"{experiment.stem}-{datetime.now():%Y%m%d-%H%M%S}"
+
+    _prepare_jax()
+    from grpo_jax import training
+    from grpo_jax.analysis.plots import learning_curve
+
+    try:
+        result = training.train(config, run_dir, source=experiment, overrides=overrides, resume=resume, quiet=quiet)
+    except KeyboardInterrupt:
+        if (run_dir / "run.json").is_file():
+            again = shlex.join([_command(), "train", str(experiment), "--run-dir", str(run_dir), "--resume"])
+            again += "".join(f" --set {shlex.quote(assignment)}" for assignment in overrides)
+            print(f"What was learned is saved in {run_dir}; go on with: {again}", file=sys.stderr)
+        raise
+    picture = learning_curve(run_dir)
+    if quiet:
+        print(run_dir)
+    else:
+        _report(config, result, picture)
+
+
+@app.command
+def evaluate(
+    source: Annotated[Positional[Path], arg(metavar="RUN_OR_EXPERIMENT", help="A run, or an experiment's file.")],
+    /,
+    *,
+    assignments: Assignments = (),
+    num_prompts: OptionalInt = None,
+    num_samples: OptionalInt = None,
+    temperature: OptionalFloat = None,
+    split: Literal["held_out", "train"] = "held_out",
+    as_json: Annotated[Flag, arg(name="json")] = False,
+) -> None:
+    """Score a run's tuned policy, or the policy that an experiment starts from, on the held-out prompts.
+
+    Args:
+        num_prompts: How many prompts of the split.
+        num_samples: Completions of each prompt; with several, pass@k is estimated.
+        temperature: 0 is greedy.
+        split: Which prompts.
+        as_json: Print one JSON object and nothing else.
+    """
+    overrides = _join(assignments)
+    given = {"num_prompts": num_prompts, "num_samples": num_samples, "temperature": temperature}
+    overrides += [f"evaluation.{name}={value}" for name, value in given.items() if value is not None]
+    if source.is_dir():
+        _require_run(source)
+    file = source / "experiment.py" if source.is_dir() else source
+    config = load(file, overrides)  # before JAX is imported, so that a mistake in an override costs nothing
+
+    _prepare_jax()
+    from rich.console import Console
+
+    from grpo_jax import evaluation, logs, policy, training
+
+    if source.is_dir():
+        config, tuned = training.restore(source)
+        config = override(config, parse_overrides(config, overrides))
+    else:
+        settings = config.policy
+        tuned = policy.load(settings.source, dtype=settings.dtype, seed=config.seed, scratch=settings.scratch)
+    result = evaluation.evaluate(tuned, config, split)
+    if as_json:
+        print(json.dumps(logs.jsonable({"source": source, **result.to_dict()})))
+        return
+    console = Console(highlight=False)
+    console.print(logs.summary_table({str(source): result}))
+    if result.num_samples > 1:
+        console.print("   ".join(f"pass@{k} {value:.1%}" for k, value in sorted(result.pass_at_k.items())))
+
+
+@app.command
+def sample(
+    source: Annotated[Positional[str], arg(metavar="RUN_OR_POLICY", help="A run, or any source of a policy.")],
+    /,
+    *,
+    prompt: OptionalText = None,
+    num: int = 4,
+    temperature: OptionalFloat = None,
+    max_tokens: OptionalInt = None,
+    seed: int = 0,
+    plain: Flag = False,
+) -> None:
+    """Talk to a run's tuned policy, or to any other.
+
+    Args:
+        prompt: What to say. Without it, prompts are read from the terminal until an empty line.
+        num: How many completions.
+        temperature: 0 is greedy. Default: what the run was trained with, else 1.
+        max_tokens: The longest completion. Default: what the run was trained with, else 128.
+        seed: The seed of the sampling noise.
+        plain: Say nothing but the prompt. A run that was trained on chats is otherwise shown the turns that come before
+            the question in its first training prompt, such as worked examples.
+    """
+    if prompt is None and not sys.stdin.isatty():
+        raise UserError("there is no terminal to read prompts from: say --prompt TEXT.")
+    _prepare_jax()
+    from grpo_jax import policy, sampler, training
+
+    if (Path(source) / "run.json").is_file():
+        config, tuned = training.restore(Path(source))
+        example, sampling = config.task.train[0]["prompt"], config.sampling
+        temperature = sampling.temperature if temperature is None else temperature
+        max_tokens = max_tokens or sampling.max_tokens
+    else:
+        tuned, example = policy.load(source), None
+    chat = isinstance(example, list) or (example is None and tuned.require_tokenizer().has_chat_template)
+    lead = example[:-1] if isinstance(example, list) and not plain else []
+
+    def answer(text: str, seed: int) -> None:
+        asked = [*lead, {"role": "user", "content": text}] if chat else text
+        [completions] = sampler.sample_text(
+            tuned,
+            [asked],
+            temperature=1.0 if temperature is None else temperature,
+            max_tokens=max_tokens or 128,
+            num_samples=num,
+            seed=seed,
+        )
+        for number, completion in enumerate(completions, 1):
+            print(f"{number}: {_printable(completion)}" if num > 1 else _printable(completion))
+
+    if prompt is not None:
+        answer(prompt, seed)
+        return
+    while text := _read_line():
+        answer(text, seed)
+        seed += 1
+
+
+@app.command
+def export(run: Run, directory: Annotated[Positional[Path], arg(metavar="DIR", help="A new directory.")], /) -> None:
+    """Write a run's tuned policy, adapters merged, as a Hugging Face checkpoint directory."""
+    _require_run(run)
+    _prepare_jax()
+    from grpo_jax import policy, training
+
+    _, tuned = training.restore(run)
+    policy.export(tuned, directory)
+    print(directory)
+
+
+def _report(config: Experiment, result: Any, picture: Path) -> None:
+    """Prints what a training run came to, and the commands to go on."""
+    from rich.console import Console
+
+    from grpo_jax.logs import group_table, summary_table
+
+    console = Console(highlight=False)
+    console.print()
+    console.print(group_table({"before": result.group_before, "after": result.group_after}))
+    policies = {"before": result.before, "after": result.after}
+    if config.control is not None:
+        policies[f"control ({config.control.get('method', 'variant')})"] = result.control
+    console.print(summary_table(policies))
+    run = shlex.quote(str(result.run_dir))
+    print(f"trained in      {result.seconds:.0f} s")
+    print(f"run directory   {run}")
+    print(f"learning curve  {shlex.quote(str(picture))}")
+    print(f"evaluate it     {_command()} evaluate {run}")
+    print(f"talk to it      {_command()} sample {run} --prompt {_example_prompt(config.task.train[0]['prompt'])}")
+
+
+def _command() -> str:
+    """How to call this command again: in an environment that is not activated, by its path."""
+    return "grpo-jax" if shutil.which("grpo-jax") else os.path.relpath(sys.argv[0])
+
+
+def _example_prompt(prompt: str | Sequence[Mapping[str, str]]) -> str:
+    text = prompt if isinstance(prompt, str) else prompt[-1]["content"]
+    return shlex.quote(text) if len(text) < 60 and text.isprintable() else '"…"'
+
+
+def _read_line() -> str:
+    try:
+        return input("> ").strip()
+    except EOFError:
+        return ""
+
+
+def _require_run(directory: Path) -> None:
+    if not (directory / "run.json").is_file():
+        raise UserError(f"{str(directory)!r} is not the directory of a run: there is no run.json in it.")
+
+
+def _join(assignments: Sequence[Sequence[str]]) -> list[str]:
+    return [assignment for group in assignments for assignment in group]
+
+
+def _printable(text: str) -> str:
+    """What a model says may reach the terminal, its escape sequences may not; newlines stay."""
+    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
+
+
+def _prepare_jax() -> None:
+    """Sets what JAX and transformers read when they are imported; what the user has set stays.
+
+    JAX's persistent compilation cache is on, so that a second run starts in seconds.
+    """
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.join(cache, "grpo_jax", "xla"))
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # that there is no PyTorch is as it should be
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # it would warn at every process that a reward starts
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,134 @@
+"""A policy on a split of a task: success and reward, with intervals that know samples of one prompt to be kin."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, Literal
+
+import jax
+import numpy as np
+
+from grpo_jax.experiment import Experiment
+from grpo_jax.policy import Policy
+from grpo_jax.rollout import Actor, Prompts, encode_prompts, make_actor, rollout, score_rollout
+
+Split = Literal["held_out", "train"]
+NOISE_STEP = 2**31 - 1  # the step that names the noise of every evaluation, so that they can be compared in pairs
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What a policy scored.
+
+    Attributes:
+      split, num_prompts, num_samples, temperature: what was asked, and how.
+      success: the share of completions that succeeded; success_low and success_high its 95 % interval.
+      reward: the mean combined reward; None for an experiment without rewards.
+      pass_at_k: the chance that at least one of k samples succeeds, unbiased (Chen et al. 2021, 2107.03374).
+      mean_length: sampled tokens per completion; clipped_ratio: the share that the token limit cut off.
+      records: each completion with its prompt, success and reward.
+    """
+
+    split: str
+    num_prompts: int
+    num_samples: int
+    temperature: float
+    success: float
+    success_low: float
+    success_high: float
+    reward: float | None
+    pass_at_k: dict[int, float]
+    mean_length: float
+    clipped_ratio: float
+    records: list[dict[str, Any]] = field(repr=False)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything but the records."""
+        return {key: value for key, value in asdict(self).items() if key != "records"}
+
+
+def evaluate(policy: Policy, experiment: Experiment, split: Split = "held_out") -> Evaluation:
+    """Evaluates a policy on a split of the experiment's task as `experiment.evaluation` says."""
+    task, sampling = experiment.task, experiment.sampling
+    prompts = encode_prompts(task, policy.require_tokenizer(), policy.config.max_positions, sampling.max_tokens)
+    num_devices = min(experiment.devices or jax.local_device_count(), jax.local_device_count())
+    return evaluate_actor(make_actor(policy, num_devices), prompts, experiment, split)
+
+
+def evaluate_actor(actor: Actor, prompts: Prompts, experiment: Experiment, split: Split = "held_out") -> Evaluation:
+    """The same for a policy that is on its devices already."""
+    task, config = experiment.task, experiment.evaluation
+    examples = getattr(task, split)[: config.num_prompts]
+    sampling = replace(experiment.sampling, temperature=config.temperature)
+    n = actor.num_devices
+    size = max(config.batch_size // config.num_samples // n, 1) * n
+    size = min(size, -(-len(examples) // n) * n)
+    records: list[dict[str, Any]] = []
+    for start in range(0, len(examples), size):
+        wanted = list(range(start, min(start + size, len(examples))))
+        # The last batch is filled up with repetitions, so that its shape is that of the others.
+        indices = (wanted * size)[:size]
+        ids = [index + size * (place >= len(wanted)) for place, index in enumerate(indices)]
+        played = rollout(
+            actor, task, prompts, split, indices, ids, range(config.num_samples), sampling,
+            seed=experiment.seed, step=NOISE_STEP,
+        )  # fmt: skip
+        arguments = played.reward_arguments()
+        success = task.success(**arguments)
+        rewards = [None] * len(success)
+        if experiment.rewards:
+            rewards = score_rollout(played, experiment).total
+        episodes = [episode for group in played.episodes for episode in group]
+        rows = zip(arguments["prompts"], arguments["completions"], success, rewards, episodes, strict=True)
+        records += [
+            {
+                "prompt": prompt,
+                "completion": completion,
+                "success": bool(won),
+                "reward": reward,
+                "length": sum(episode.trained),
+                "ended": episode.ended,
+            }
+            for prompt, completion, won, reward, episode in list(rows)[: len(wanted) * config.num_samples]
+        ]
+    won = np.array([record["success"] for record in records]).reshape(len(examples), config.num_samples)
+    low, high = success_interval(won)
+    rewards = [r["reward"] for r in records if r["reward"] is not None and not math.isnan(r["reward"])]
+    powers = [2**i for i in range(config.num_samples.bit_length())]
+    return Evaluation(
+        split=split,
+        num_prompts=len(examples),
+        num_samples=config.num_samples,
+        temperature=config.temperature,
+        success=float(won.mean()),
+        success_low=low,
+        success_high=high,
+        reward=float(np.mean(rewards)) if rewards else None,
+        pass_at_k={k: pass_at_k(won.sum(1), config.num_samples, k) for k in powers},
+        mean_length=float(np.mean([record["length"] for record in records])),
+        clipped_ratio=float(np.mean([not record["ended"] for record in records])),
+        records=records,
+    )
+
+
+def success_interval(won: np.ndarray, z: float = 1.959964) -> tuple[float, float]:
+    """The 95 % Wilson interval (1927) of a success rate, from outcomes [prompts, samples].
+
+    Samples of one prompt are kin, so they count as fewer: the effective sample size is p (1 - p) / var(mean), with
+    the variance clustered by prompt (Miller 2024, 2411.00640), held between the number of prompts and of samples.
+    """
+    num_prompts = len(won)
+    p = float(won.mean())
+    n = float(won.size)
+    if num_prompts > 1:
+        variance = won.mean(1).var(ddof=1) / num_prompts
+        n = float(np.clip(p * (1 - p) / variance, num_prompts, won.size)) if variance > 0 else float(num_prompts)
+    centre = (p + z * z / (2 * n)) / (1 + z * z / n)
+    half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / (1 + z * z / n)
+    return max(centre - half, 0.0), min(centre + half, 1.0)
+
+
+def pass_at_k(successes: Sequence[int] | np.ndarray, num_samples: int, k: int) -> float:
+    """The mean over prompts of 1 - C(n - c, k) / C(n, k), for c successes among n samples (2107.03374, eq. 1)."""
+    misses = [math.comb(num_samples - int(c), k) / math.comb(num_samples, k) for c in successes]
+    return 1 - sum(misses) / len(misses)

@@ -1,0 +1,213 @@
+"""Reading GGUF files: the metadata as a Hugging Face config, and the tensors dequantised, under Hugging Face names.
+
+The `gguf` package knows the quantised formats and undoes them. The header is parsed here, because the package's reader
+makes a NumPy array of every single token and takes four seconds over a vocabulary that this one reads in a tenth.
+Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
+"""
+
+import mmap
+import struct
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from grpo_jax.errors import UserError
+from grpo_jax.policy.config import RopeConfig, inverse_frequencies
+from grpo_jax.policy.layout import Tensor
+
+_SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+_STRING, _ARRAY = 8, 9
+
+_FAMILIES = ("llama", "qwen2", "qwen3")
+_NAMES = {
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+    "attn_norm": "input_layernorm",
+    "ffn_norm": "post_attention_layernorm",
+}
+_TOP_NAMES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
+
+# Llama 3.1's stretching, which GGUF keeps as a tensor of divisors instead of its four numbers. All of Llama 3.1, 3.2
+# and 3.3 share these three; the fourth is the largest divisor.
+_LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+
+
+class Gguf(NamedTuple):
+    """A parsed file: its metadata by key, and its tensors (in NumPy's order of axes) by GGUF name."""
+
+    path: Path
+    metadata: dict[str, Any]
+    tensors: dict[str, Tensor]
+
+
+class _Cursor:
+    """Reads little-endian values off a buffer, one after the other."""
+
+    def __init__(self, data: mmap.mmap) -> None:
+        self.data, self.at = data, 0
+
+    def numbers(self, kind: str, count: int = 1) -> tuple:
+        values = struct.unpack_from(f"<{count}{kind}", self.data, self.at)
+        self.at += struct.calcsize(f"<{count}{kind}")
+        return values
+
+    def string(self) -> str:
+        (size,) = self.numbers("Q")
+        self.at += size
+        return self.data[self.at - size : self.at].decode("utf-8", errors="replace")
+
+    def value(self, kind: int) -> Any:
+        if kind == _STRING:
+            return self.string()
+        if kind != _ARRAY:
+            return self.numbers(_SCALARS[kind])[0]
+        (inner,), (count,) = self.numbers("I"), self.numbers("Q")
+        if inner in _SCALARS:
+            return list(self.numbers(_SCALARS[inner], count))
+        return [self.value(inner) for _ in range(count)]
+
+
+def parse(path: Path) -> Gguf:
+    """Maps a GGUF file and reads its header; tensors are dequantised when they are read.
+
+    Raises `UserError` if the file is no GGUF file of version 2 or 3, is cut short, or the `gguf` package is missing.
+    """
+    try:
+        from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, dequantize
+    except ImportError:
+        raise UserError(f"{path} needs the package gguf to be read: pip install 'grpo_jax[gguf]'.") from None
+    with path.open("rb") as file:
+        if file.read(4) != b"GGUF":
+            raise UserError(f"{path} is not a GGUF file: it does not begin with the four letters GGUF.")
+        data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    cursor = _Cursor(data)
+    cursor.at = 4
+    try:
+        version, num_tensors, num_keys = *cursor.numbers("I"), *cursor.numbers("Q", 2)
+        if version not in (2, 3):
+            raise UserError(f"{path} is a GGUF file of version {version}: only 2 and 3 (little-endian) can be read.")
+        metadata = {cursor.string(): cursor.value(*cursor.numbers("I")) for _ in range(num_keys)}
+        infos = []
+        for _ in range(num_tensors):
+            name, (num_axes,) = cursor.string(), cursor.numbers("I")
+            shape = cursor.numbers("Q", num_axes)[::-1]  # GGUF names the fastest axis first
+            infos.append((name, shape, *cursor.numbers("I"), *cursor.numbers("Q")))
+    except (struct.error, KeyError):
+        raise UserError(f"{path} is cut short or damaged: its header cannot be read.") from None
+    alignment = metadata.get("general.alignment", 32)
+    start = -(-cursor.at // alignment) * alignment
+
+    def tensor(name: str, shape: tuple[int, ...], kind: int, offset: int) -> Tensor:
+        try:
+            quantization = GGMLQuantizationType(kind)
+        except ValueError:
+            raise UserError(f"{path} has the tensor {name!r} in the unknown format {kind}.") from None
+        block, size = GGML_QUANT_SIZES[quantization]
+        rows, width = shape[:-1], shape[-1] // block * size
+        count = int(np.prod(rows, dtype=np.int64)) * width
+        if start + offset + count > len(data):
+            raise UserError(f"{path} is cut short: the tensor {name!r} lies past its end.")
+
+        def read() -> np.ndarray:
+            raw = np.frombuffer(data, np.uint8, count, start + offset).reshape(*rows, width)
+            try:
+                return dequantize(raw, quantization)
+            except NotImplementedError:
+                raise UserError(
+                    f"{path} has the tensor {name!r} in the format {quantization.name}, which the package gguf cannot "
+                    "dequantise."
+                ) from None
+
+        return Tensor(shape, read)
+
+    return Gguf(path, metadata, {name: tensor(name, *rest) for name, *rest in infos})
+
+
+def hf_config(gguf: Gguf) -> dict[str, Any]:
+    """The file's metadata as the content of a `config.json`, for `config.from_hf`."""
+    family = gguf.metadata.get("general.architecture")
+    if family not in _FAMILIES:
+        raise UserError(
+            f"{gguf.path} has the architecture {family!r}: of GGUF files only {', '.join(_FAMILIES)} can be read "
+            "(other families load from a Hugging Face directory)."
+        )
+
+    def get(key: str, default: Any = None) -> Any:
+        return gguf.metadata.get(f"{family}.{key}", default)
+
+    embedding = gguf.tensors.get("token_embd.weight")
+    heads, hidden = get("attention.head_count"), get("embedding_length")
+    if embedding is None or not heads or not hidden:
+        raise UserError(f"{gguf.path} lacks token_embd.weight, {family}.attention.head_count or the embedding length.")
+    head_dim = get("attention.key_length", get("rope.dimension_count", hidden // heads))
+    theta = get("rope.freq_base", 10000.0)
+    return {
+        "model_type": family,
+        "vocab_size": embedding.shape[0],
+        "hidden_size": hidden,
+        "intermediate_size": get("feed_forward_length"),
+        "num_hidden_layers": get("block_count"),
+        "num_attention_heads": heads,
+        "num_key_value_heads": get("attention.head_count_kv", heads),
+        "head_dim": head_dim,
+        "max_position_embeddings": get("context_length"),
+        "rms_norm_eps": get("attention.layer_norm_rms_epsilon", 1e-6),
+        "rope_parameters": {"rope_theta": theta, **_rope_scaling(gguf, get, theta, head_dim)},
+        "partial_rotary_factor": get("rope.dimension_count", head_dim) / head_dim,
+        "attention_bias": "blk.0.attn_q.bias" in gguf.tensors,
+        "tie_word_embeddings": "output.weight" not in gguf.tensors,
+    }
+
+
+def _rope_scaling(gguf: Gguf, get: Any, theta: float, head_dim: int) -> dict[str, Any]:
+    kind = get("rope.scaling.type", "none")
+    if "rope_freqs.weight" in gguf.tensors:
+        divisors = gguf.tensors["rope_freqs.weight"].read()
+        factor = float(divisors.max())
+        rope = RopeConfig(theta, "llama3", factor, 1.0, 4.0, original_max_positions=8192)
+        plain, stretched = (inverse_frequencies(r, head_dim) for r in (RopeConfig(theta), rope))
+        if not np.allclose(plain / stretched, divisors, rtol=1e-3):
+            raise UserError(f"{gguf.path} stretches its rotary embeddings in a way that is not Llama 3's (rope_freqs).")
+        return {"rope_type": "llama3", "factor": factor, **_LLAMA3}
+    if kind == "none":
+        return {"rope_type": "default"}
+    if kind == "linear":
+        return {"rope_type": "linear", "factor": get("rope.scaling.factor")}
+    raise UserError(f"{gguf.path} has the rope scaling {kind!r}: of GGUF files only linear and Llama 3's can be read.")
+
+
+def hf_tensors(gguf: Gguf, config: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The file's tensors under Hugging Face names, with the rows of q and k in Hugging Face's order."""
+    tensors = {}
+    for name, tensor in gguf.tensors.items():
+        if name == "rope_freqs.weight":
+            continue  # part of the config
+        *prefix, module, leaf = name.split(".")
+        if module in ("attn_q", "attn_k") and config["model_type"] == "llama":
+            heads = config["num_attention_heads" if module == "attn_q" else "num_key_value_heads"]
+            tensor = Tensor(tensor.shape, lambda t=tensor, h=heads: unpermute(t.read(), h))
+        if prefix[:1] == ["blk"] and module in _NAMES:
+            name = f"model.layers.{prefix[1]}.{_NAMES[module]}.{leaf}"
+        elif not prefix and module in _TOP_NAMES:
+            name = f"{_TOP_NAMES[module]}.{leaf}"
+        tensors[name] = tensor
+    return tensors
+
+
+def unpermute(weight: np.ndarray, heads: int) -> np.ndarray:
+    """Undoes llama.cpp's reordering of the rows of a Llama's q and k.
+
+    llama.cpp rotates neighbouring pairs of rows (2 i, 2 i + 1) of a head, Hugging Face the pairs (i, i + K / 2); so a
+    converted file has each head's rows interleaved: [K / 2, 2] where Hugging Face has [2, K / 2].
+    """
+    grouped = weight.reshape(heads, -1, 2, *weight.shape[1:])
+    return grouped.swapaxes(1, 2).reshape(weight.shape)

@@ -1,0 +1,333 @@
+"""Text to token ids and back: the only place where a policy meets text.
+
+A mask never follows from ids: a pad token may well occur inside a prompt (SmolLM2 pads with its end-of-turn token), so
+padding is known from lengths alone. transformers takes a second to import, and is imported only for a tokenizer that
+needs it.
+"""
+
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from grpo_jax.errors import UserError
+
+Messages = Sequence[Mapping[str, str]]  # chat messages with the keys "role" and "content"
+
+# What an assistant says when a template is rendered only to see what comes after it.
+_MARK = "GRPOJAXMARK"
+
+
+class Tokenizer(Protocol):
+    """What the rest of the framework knows of a tokenizer.
+
+    Attributes:
+        stop_ids: tokens that end an assistant's turn. The policy samples one of them itself.
+        pad_id: fills what is masked anyway; it may be a token that also has a meaning.
+        bos_id: the token that texts begin with, if the tokenizer has one.
+        vocab_size: the number of ids that it can produce; the policy's embedding may have more rows.
+        has_chat_template: whether prompts are meant to be messages.
+    """
+
+    stop_ids: tuple[int, ...]
+    pad_id: int
+    bos_id: int | None
+    vocab_size: int
+    has_chat_template: bool
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of a piece of text, nothing added at either end."""
+        ...
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of some ids, special tokens left out."""
+        ...
+
+    def render(self, prompt: str | Messages) -> list[int]:
+        """The ids of a prompt: a chat up to where the assistant speaks, or a plain text with its begin token."""
+        ...
+
+    def reply(self, text: str) -> list[int]:
+        """The ids between an assistant turn's stop token and its next turn, when the environment answers `text`."""
+        ...
+
+    def save(self, directory: str | Path) -> None:
+        """Writes the files from which transformers, and `from_directory`, load this tokenizer."""
+        ...
+
+
+class HuggingFaceTokenizer:
+    """A transformers `PreTrainedTokenizerFast` with its chat template.
+
+    Args:
+        tokenizer: the transformers tokenizer.
+        stop_ids: further stop tokens (a generation config's); the tokenizer's end-of-sequence token and the one with
+            which its chat template ends an assistant's turn are always among them.
+    """
+
+    def __init__(self, tokenizer: Any, stop_ids: Sequence[int] = ()) -> None:
+        self._tokenizer = tokenizer
+        self.bos_id: int | None = tokenizer.bos_token_id
+        self.vocab_size: int = len(tokenizer)
+        self.has_chat_template = bool(tokenizer.chat_template)
+        ends = [tokenizer.eos_token_id, *stop_ids, self._end_of_turn()]
+        self.stop_ids: tuple[int, ...] = tuple(dict.fromkeys(i for i in ends if i is not None))
+        if not self.stop_ids:
+            raise UserError("the tokenizer has no end-of-sequence token, so a policy could never stop.")
+        pad = tokenizer.pad_token_id
+        self.pad_id: int = self.stop_ids[0] if pad is None else pad
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of a piece of text, nothing added at either end."""
+        return self._tokenizer.encode(text, add_special_tokens=False)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of some ids, special tokens left out and white space as it was."""
+        return self._tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+    def render(self, prompt: str | Messages) -> list[int]:
+        """The ids of a prompt.
+
+        Messages go through the chat template, up to where the assistant speaks next, or on from the last message if
+        that is the assistant's. A text gets what the tokenizer puts before a text (a begin token, or nothing).
+        """
+        if isinstance(prompt, str):
+            before = [i for i in self._tokenizer.encode("") if i == self.bos_id]  # and no end-of-sequence token after
+            ids = before + self.encode(prompt)
+        else:
+            ids = self.encode(self._chat(prompt, continues=bool(prompt) and prompt[-1]["role"] == "assistant"))
+        if not ids and self.bos_id is not None:
+            return [self.bos_id]
+        if not ids:
+            raise UserError("a prompt is empty: this tokenizer puts nothing before a text, so it must have a token.")
+        return ids
+
+    def reply(self, text: str) -> list[int]:
+        """The ids between an assistant turn's stop token and its next turn, when the environment answers `text`."""
+        turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": _MARK}]
+        after = self._chat([*turns, {"role": "user", "content": text}]).partition(_MARK)[2]
+        for stop in map(self._tokenizer.convert_ids_to_tokens, self.stop_ids):
+            if after.lstrip().startswith(stop):  # the policy has sampled this one itself
+                after = after.lstrip().removeprefix(stop)
+                break
+        return self.encode(after)
+
+    def save(self, directory: str | Path) -> None:
+        """Writes the files from which transformers, and `from_directory`, load this tokenizer."""
+        self._tokenizer.save_pretrained(directory)
+
+    def _chat(self, messages: Messages, *, continues: bool = False) -> str:
+        if not self.has_chat_template:
+            raise UserError(
+                "this policy's tokenizer has no chat template, so its prompts must be plain texts, not chat messages."
+            )
+        return self._tokenizer.apply_chat_template(
+            [dict(message) for message in messages],
+            tokenize=False,
+            add_generation_prompt=not continues,
+            continue_final_message=continues,
+        )
+
+    def _end_of_turn(self) -> int | None:
+        """The special token with which the chat template closes an assistant's turn."""
+        if not self.has_chat_template:
+            return None
+        turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": _MARK}]
+        chat = self._tokenizer.apply_chat_template(turns, tokenize=False)
+        ids = self.encode(chat.rpartition(_MARK)[2].lstrip())
+        token = self._tokenizer.added_tokens_decoder.get(ids[0]) if ids else None
+        return ids[0] if token is not None and token.special else None
+
+
+class CharacterTokenizer:
+    """One token per character of `alphabet`, after pad (0), begin (1) and end (2)."""
+
+    SPECIALS = ("<|pad|>", "<|begin|>", "<|end|>")
+
+    def __init__(self, alphabet: str) -> None:
+        self.alphabet = alphabet
+        self.pad_id, self.bos_id = 0, 1
+        self.has_chat_template = False
+        self.stop_ids: tuple[int, ...] = (2,)
+        self._ids = {character: i for i, character in enumerate(alphabet, len(self.SPECIALS))}
+        self.vocab_size = len(self.SPECIALS) + len(alphabet)
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of the characters. Raises `UserError` for one that is not in the alphabet."""
+        for character in text:
+            if character not in self._ids:
+                raise UserError(
+                    f"the character {character!r} of {text[:40]!r} is not in the policy's alphabet {self.alphabet!r}."
+                )
+        return [self._ids[character] for character in text]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The characters of the ids, pad, begin and end left out."""
+        first = len(self.SPECIALS)
+        return "".join(self.alphabet[i - first] for i in map(int, ids) if i >= first)
+
+    def render(self, prompt: str | Messages) -> list[int]:
+        """Begin and the characters of the prompt; of messages, the contents one after the other."""
+        text = prompt if isinstance(prompt, str) else "".join(message["content"] for message in prompt)
+        return [self.bos_id, *self.encode(text)]
+
+    def reply(self, text: str) -> list[int]:
+        """The characters of `text`: the next assistant turn starts right after them."""
+        return self.encode(text)
+
+    def save(self, directory: str | Path) -> None:
+        """Writes tokenizer.json and tokenizer_config.json, which transformers loads too."""
+        from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors
+
+        pad, begin, end = self.SPECIALS
+        vocab = {token: i for i, token in enumerate((*self.SPECIALS, *self.alphabet))}
+        tokenizer = Tokenizer(models.WordLevel(vocab))
+        tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in self.SPECIALS])
+        tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+        tokenizer.post_processor = processors.TemplateProcessing(f"{begin} $A", special_tokens=[(begin, self.bos_id)])
+        tokenizer.decoder = decoders.Fuse()
+        tokenizer.save(str(Path(directory) / "tokenizer.json"))
+        config = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "bos_token": begin,
+            "eos_token": end,
+            "pad_token": pad,
+            "clean_up_tokenization_spaces": False,
+            _ALPHABET_KEY: self.alphabet,
+        }
+        text = json.dumps(config, indent=2) + "\n"
+        (Path(directory) / "tokenizer_config.json").write_text(text, encoding="utf-8")
+
+
+_ALPHABET_KEY = "grpo_jax_alphabet"  # in tokenizer_config.json: the directory's tokenizer is a CharacterTokenizer
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+
+
+def from_directory(directory: Path) -> Callable[[], Tokenizer] | None:
+    """What makes the tokenizer of a Hugging Face directory; None if it has none."""
+    if not any((directory / name).is_file() for name in _TOKENIZER_FILES):
+        return None
+
+    def make() -> Tokenizer:
+        config, generation = _json(directory / "tokenizer_config.json"), _json(directory / "generation_config.json")
+        if _ALPHABET_KEY in config:
+            return CharacterTokenizer(config[_ALPHABET_KEY])
+        _quiet()
+        from transformers import AutoTokenizer
+
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(str(directory), local_files_only=True)
+        except Exception as error:  # it fails in as many ways as there are tokenizers
+            reason = (str(error) or type(error).__name__).splitlines()[0]
+            raise UserError(f"transformers cannot load the tokenizer of {directory}: {reason}") from None
+        stops = generation.get("eos_token_id") or []
+        return HuggingFaceTokenizer(tokenizer, [stops] if isinstance(stops, int) else stops)
+
+    return make
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except ValueError as error:
+        raise UserError(f"{path} cannot be read as JSON: {error}") from None
+
+
+def _quiet() -> None:
+    """Keeps transformers from announcing that it has found no torch, which is as it should be."""
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+
+
+# GGUF's names of pre-tokenizers. The expressions are those of the models' own tokenizer.json files.
+_LLAMA3_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|"
+    r"\s+(?!\S)|\s+"
+)
+_PRE_TOKENIZERS = {
+    "smollm": "digits",
+    "default": "gpt2",
+    "gpt-2": "gpt2",
+    "llama-bpe": _LLAMA3_SPLIT,
+    "llama3": _LLAMA3_SPLIT,
+    "llama-v3": _LLAMA3_SPLIT,
+    "qwen2": _LLAMA3_SPLIT.replace(r"\p{N}{1,3}", r"\p{N}"),
+}
+_CONTROL, _USER_DEFINED = 3, 4
+
+
+def from_gguf(path: Path, metadata: Mapping[str, Any]) -> Callable[[], Tokenizer] | None:
+    """What makes the tokenizer of a GGUF file, from its metadata; None if it has none."""
+    if "tokenizer.ggml.tokens" not in metadata:
+        return None
+
+    def make() -> Tokenizer:
+        _quiet()
+        from transformers import PreTrainedTokenizerFast
+
+        def token(kind: str) -> str | None:
+            index = metadata.get(f"tokenizer.ggml.{kind}_token_id")
+            return None if index is None else metadata["tokenizer.ggml.tokens"][index]
+
+        names = {"bos": "bos", "eos": "eos", "pad": "padding", "unk": "unknown"}
+        tokenizer = PreTrainedTokenizerFast(
+            tokenizer_object=_byte_pairs(path, metadata),
+            chat_template=metadata.get("tokenizer.chat_template"),
+            clean_up_tokenization_spaces=False,
+            model_max_length=metadata.get(f"{metadata['general.architecture']}.context_length"),
+            **{f"{role}_token": name for role, key in names.items() if (name := token(key)) is not None},
+        )
+        end_of_turn = metadata.get("tokenizer.ggml.eot_token_id")
+        return HuggingFaceTokenizer(tokenizer, [] if end_of_turn is None else [end_of_turn])
+
+    return make
+
+
+def _byte_pairs(path: Path, metadata: Mapping[str, Any]) -> Any:
+    """A `tokenizers.Tokenizer` of byte-level pair merges (GGUF's model "gpt2")."""
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+
+    def get(key: str, default: Any = None) -> Any:
+        return metadata.get(f"tokenizer.ggml.{key}", default)
+
+    model, kind = get("model"), get("pre", "default")
+    if model != "gpt2" or kind not in _PRE_TOKENIZERS:
+        raise UserError(
+            f"{path} has a tokenizer of model {model!r} and pre-tokenizer {kind!r}; of GGUF files only byte-level "
+            f"tokenizers ('gpt2') with one of {', '.join(_PRE_TOKENIZERS)} can be read."
+        )
+    tokens = get("tokens")
+    split = _PRE_TOKENIZERS[kind]
+    tokenizer = Tokenizer(
+        models.BPE(
+            vocab={token: i for i, token in enumerate(tokens)},
+            merges=[tuple(merge.split(" ")) for merge in get("merges")],
+            ignore_merges=split == _LLAMA3_SPLIT,
+        )
+    )
+    if kind == "qwen2":
+        tokenizer.normalizer = normalizers.NFC()
+    by_words = pre_tokenizers.ByteLevel(add_prefix_space=bool(get("add_space_prefix", False)), use_regex=True)
+    if split == "gpt2":
+        tokenizer.pre_tokenizer = by_words
+    elif split == "digits":
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), by_words])
+    else:
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+            [
+                pre_tokenizers.Split(Regex(split), "isolated"),
+                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+            ]
+        )
+    tokenizer.decoder = decoders.ByteLevel()
+    for token, role in zip(tokens, get("token_type", [1] * len(tokens)), strict=True):
+        if role in (_CONTROL, _USER_DEFINED):
+            added = [AddedToken(token, special=role == _CONTROL, normalized=False)]
+            (tokenizer.add_special_tokens if role == _CONTROL else tokenizer.add_tokens)(added)
+    bos = get("bos_token_id")
+    if get("add_bos_token", False) and bos is not None:
+        special = [(tokens[bos], bos)]
+        tokenizer.post_processor = processors.TemplateProcessing(f"{tokens[bos]} $A", special_tokens=special)
+    return tokenizer

