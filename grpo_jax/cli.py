@@ -17,7 +17,7 @@ import tyro
 from tyro.conf import Positional, UseAppendAction, arg
 
 from grpo_jax.errors import RunError, UserError
-from grpo_jax.experiment import Experiment, load, override, parse_overrides
+from grpo_jax.experiment import Experiment, load
 
 Assignments = Annotated[
     UseAppendAction[tuple[tuple[str, ...], ...]],
@@ -125,10 +125,7 @@ def evaluate(
     overrides = _join(assignments)
     given = {"num_prompts": num_prompts, "num_samples": num_samples, "temperature": temperature}
     overrides += [f"evaluation.{name}={value}" for name, value in given.items() if value is not None]
-    if source.is_dir():
-        _require_run(source)
-    file = source / "experiment.py" if source.is_dir() else source
-    config = load(file, overrides)  # before JAX is imported, so that a mistake in an override costs nothing
+    config = _load_run(source, overrides) if source.is_dir() else load(source, overrides)
 
     _prepare_jax()
     from rich.console import Console
@@ -136,8 +133,7 @@ def evaluate(
     from grpo_jax import evaluation, logs, policy, training
 
     if source.is_dir():
-        config, tuned = training.restore(source)
-        config = override(config, parse_overrides(config, overrides))
+        _, tuned = training.restore(source)
     else:
         settings = config.policy
         tuned = policy.load(settings.source, dtype=settings.dtype, seed=config.seed, scratch=settings.scratch)
@@ -148,7 +144,9 @@ def evaluate(
     console = Console(highlight=False)
     console.print(logs.summary_table({str(source): result}))
     if result.num_samples > 1:
-        console.print("   ".join(f"pass@{k} {value:.1%}" for k, value in sorted(result.pass_at_k.items())))
+        console.print(
+            "   ".join(f"pass@{k} {value:.1%}" for k, value in sorted(result.pass_at_k.items())), soft_wrap=True
+        )
 
 
 @app.command
@@ -230,11 +228,13 @@ def _report(config: Experiment, result: Any, picture: Path) -> None:
 
     console = Console(highlight=False)
     console.print()
-    console.print(group_table({"before": result.group_before, "after": result.group_after}))
-    policies = {"before": result.before, "after": result.after}
-    if config.control is not None:
-        policies[f"control ({config.control.get('method', 'variant')})"] = result.control
-    console.print(summary_table(policies))
+    if result.group_after:
+        console.print(group_table({"before": result.group_before, "after": result.group_after}))
+    control = f"control ({(config.control or {}).get('method', 'variant')})"
+    for split, after in result.after.items():
+        console.print(
+            summary_table({"before": result.before[split], "after": after, control: result.control.get(split)})
+        )
     run = shlex.quote(str(result.run_dir))
     print(f"trained in      {result.seconds:.0f} s")
     print(f"run directory   {run}")
@@ -263,6 +263,15 @@ def _read_line() -> str:
 def _require_run(directory: Path) -> None:
     if not (directory / "run.json").is_file():
         raise UserError(f"{str(directory)!r} is not the directory of a run: there is no run.json in it.")
+
+
+def _load_run(directory: Path, assignments: Sequence[str]) -> Experiment:
+    """The experiment of a run, overridden once more, without what it takes to restore the policy."""
+    _require_run(directory)
+    info = json.loads((directory / "run.json").read_text())
+    if info["source"]:
+        sys.path.append(str(Path(info["source"]).parent))  # what lay beside the experiment's file may still be there
+    return load(directory / "experiment.py", [*info["overrides"], *assignments])
 
 
 def _join(assignments: Sequence[Sequence[str]]) -> list[str]:

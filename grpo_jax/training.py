@@ -171,7 +171,7 @@ class _Run:
         self.state = State(
             self.actor.trainable,
             devices.parallel(optimizer.init, self.num_devices)(self.actor.trainable),
-            jnp.zeros(self.num_devices, jnp.int32),
+            devices.replicate(jnp.int32(0), self.num_devices),
         )
         self.reference = jax.tree.map(jnp.copy, self.actor.trainable) if config.loss.beta else None
         update = make_update(self.actor.model, config, optimizer, common=self.prompts.common, axis_name=devices.AXIS)

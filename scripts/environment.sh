@@ -20,8 +20,10 @@ find_python() {
     done
     if [[ -n $bare ]]; then
         echo "error: $bare cannot make virtual environments; run: apt-get install python3-venv" >&2
+    elif [[ -n $old ]]; then
+        echo "error: Python 3.11 or newer is needed, but the newest here is $old" >&2
     else
-        echo "error: Python 3.11 or newer is needed, but there is ${old:-none}; run: apt-get install python3 python3-venv" >&2
+        echo "error: Python 3.11 or newer is needed; run: apt-get install python3 python3-venv" >&2
     fi
     return 1
 }

@@ -57,7 +57,7 @@ def house(monkeypatch, tmp_path):
     def train(config, run_dir, **options):
         house.calls.append(("train", config, run_dir, options))
         run_dir.mkdir(parents=True, exist_ok=True)
-        (run_dir / "run.json").write_text("{}")
+        (run_dir / "run.json").write_text('{"source": null, "overrides": ["seed=8"]}')
         if house.error is not None:
             raise house.error
         (run_dir / "metrics.jsonl").write_text('{"step": 0, "reward": 0.5}\n')
@@ -69,9 +69,9 @@ def house(monkeypatch, tmp_path):
         }
         return SimpleNamespace(
             run_dir=run_dir,
-            before=make_evaluation(0.1),
-            after=make_evaluation(0.7),
-            control=make_evaluation(0.3) if config.control else None,
+            before={"held_out": make_evaluation(0.1), "train": make_evaluation(0.2, split="train")},
+            after={"held_out": make_evaluation(0.7), "train": make_evaluation(0.8, split="train")},
+            control={"held_out": make_evaluation(0.3)} if config.control else {},
             group_before=[row],
             group_after=[row | {"completion": "5", "reward": 1.0, "advantage": 1}],
             seconds=12.0,
@@ -222,7 +222,9 @@ def test_train_ends_with_the_group_the_scores_the_picture_and_what_to_do_next(ex
         r"[red]five\x1b[0m",
         "prompt: 2 + 3?",
         "5.0 – 15.0 %",
+        "128 held-out prompts, greedy",
         "70.0 %",
+        "128 train prompts, greedy",
         "control (sft)",
         "learning curve  'a run/learning_curve.png'",
         "run directory   'a run'",
@@ -251,11 +253,12 @@ def test_resume_needs_a_run(experiment, run, house, capsys):
 
 
 def test_evaluate_scores_a_runs_tuned_policy(run, house, capsys):
-    assert cli.main(["evaluate", str(run), "--num-prompts", "500", "--set", "seed=3"]) == 0
+    assert cli.main(["evaluate", str(run), "--num-prompts", "500", "--set", "steps=3"]) == 0
     (restored, evaluated) = house.calls
     assert restored == ("restore", run)
     _, config, split = evaluated
-    assert (config.sampling.max_tokens, config.evaluation.num_prompts, config.seed, split) == (9, 500, 3, "held_out")
+    assert (config.evaluation.num_prompts, config.steps, split) == (500, 3, "held_out")
+    assert config.seed == 8  # the run's own override holds
     assert "45.0 – 55.0 %" in capsys.readouterr().out
 
 

@@ -244,14 +244,31 @@ def test_a_resumed_run_repeats_nothing(tmp_path):
     assert info["status"] == "finished" and info["resumed"][0]["overrides"] == ["steps=4"]
 
 
-def test_an_evaluation_that_is_made_again_replaces_the_first(tmp_path):
+def test_an_evaluation_that_is_made_again_replaces_the_first_and_nothing_else(tmp_path):
     interrupted_run(tmp_path)
     with open_log(tmp_path, resume=True) as log:
+        log.evaluation(0, Evaluation(success=0.7))  # before the run finds its checkpoint
         log.evaluation(2, Evaluation(success=0.9))
+        log.evaluation(2, Evaluation(success=0.8, split="train"))
         log.step(2, {"reward": 20.0})
+        log.evaluation(3, Evaluation(success=1.0))
     metrics = rows(tmp_path / "metrics.jsonl")
-    assert [row["evaluation/success"] for row in metrics if "evaluation/success" in row] == [0.0, 0.9]
+    assert [row["evaluation/success"] for row in metrics if "evaluation/success" in row] == [0.7, 0.9, 1.0]
     assert [row["reward"] for row in metrics if "reward" in row] == [0.0, 1.0, 20.0]
+    assert sum("evaluation/train/success" in row for row in metrics) == 1
+    assert [row["step"] for row in metrics] == sorted(row["step"] for row in metrics)
+
+
+def test_resuming_a_finished_run_changes_nothing_but_its_last_evaluation(tmp_path):
+    with open_log(tmp_path) as log:
+        for step in range(4):
+            log.step(step, {"reward": float(step)})
+        log.evaluation(4, Evaluation(success=0.1))
+    with open_log(tmp_path, resume=True) as log:
+        log.evaluation(4, Evaluation(success=0.2))
+    metrics = rows(tmp_path / "metrics.jsonl")
+    assert [row["step"] for row in metrics] == [0, 1, 2, 3, 4]
+    assert metrics[-1]["evaluation/success"] == 0.2
 
 
 def test_a_line_that_a_crash_cut_off_is_dropped_on_resuming(tmp_path):
@@ -427,7 +444,7 @@ def test_no_text_reaches_the_terminal_unprintable(text):
 
 
 def test_a_large_group_is_cut_and_says_so():
-    text = shown(logs.group_table({"before": completions(prompts=1, group=20)}, limit=8))
+    text = shown(logs.group_table({"before": completions(prompts=1, group=20)}))
     assert text.count("abc") == 8 and "and 12 more" in text
 
 

@@ -1,9 +1,10 @@
 """Pictures of a run, drawn from the files in its directory alone, so that they can be drawn again at any time."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -54,18 +55,21 @@ class Series:
 def learning_curve(run_dir: str | Path) -> Path:
     """Draws `RUN/learning_curve.png` from the metrics of a run, its warm start and its control, and returns its path.
 
-    Above: the training reward of each step with a smoothed line, the held-out success with 95 % intervals, the
-    warm start left of step 0, the control beside the last step, and a line for each of the summary's `references`
-    (success rates of, say, a blind and a perfect player). A reward that leaves [0, 1] gets a panel of its own.
-    Below: the signs of collapse. Raises `UserError` if the directory holds no metrics.
+    Above: the training reward of each step with a smoothed line, the held-out success with 95 % intervals (and that on
+    the training prompts, hollow, where it was evaluated), the warm start left of step 0, the control beside the last
+    step, and a line for each of the summary's `references` (success rates of, say, a blind and a perfect player). A
+    reward that leaves [0, 1] gets a panel of its own. Below: the signs of collapse.
+    Raises `UserError` if the directory holds no metrics.
     """
     run_dir = Path(run_dir)
     rows = list(read_rows(run_dir / "metrics.jsonl"))
     if not rows:
         raise UserError(f"{str(run_dir)!r} holds no metrics.jsonl with a step in it, so there is no curve to draw.")
     reward, success = series(rows, "reward"), series(rows, "evaluation/success")
-    warm_start = series(read_rows(run_dir / "warm_start" / "metrics.jsonl"), "evaluation/success")
-    control = series(read_rows(run_dir / "control" / "metrics.jsonl"), "evaluation/success")
+    train = series(rows, "evaluation/train/success")
+    warm_start, control = (
+        series(read_rows(run_dir / name / "metrics.jsonl"), "evaluation/success") for name in ("warm_start", "control")
+    )
     collapse = {name: found for name in COLLAPSE if len(found := series(rows, name))}
     shared = not len(reward) or (reward.values.min() >= 0 and reward.values.max() <= 1)
     panels = ["success"] + ["reward"] * (not shared) + ["collapse"] * bool(collapse)
@@ -75,7 +79,7 @@ def learning_curve(run_dir: str | Path) -> Path:
         figure = Figure(figsize=(8, sum(heights) + 0.9), layout="constrained")
         grid = figure.subplots(len(panels), sharex=True, height_ratios=heights, squeeze=False)
         axes = dict(zip(panels, grid[:, 0], strict=True))
-        top = _draw_success(axes["success"], success, warm_start, control, _references(run_dir))
+        top = _draw_success(axes["success"], success, train, warm_start, control, _references(run_dir))
         if shared:
             top += _draw_reward(axes["success"], reward)
             axes["success"].set_title("Held-out success and training reward" if len(reward) else "Held-out success")
@@ -97,7 +101,7 @@ def learning_curve(run_dir: str | Path) -> Path:
     return path
 
 
-def series(rows: Sequence[Mapping[str, object]], name: str) -> Series:
+def series(rows: Iterable[Mapping[str, Any]], name: str) -> Series:
     """Returns the finite values of metric `name` with the bounds `{name}_low` and `{name}_high` (the value itself)."""
     found = [(row["step"], row[name], row.get(f"{name}_low"), row.get(f"{name}_high")) for row in rows if name in row]
     bounded = [
@@ -122,7 +126,12 @@ Labels = list[tuple[float, str, str]]  # height, text, colour
 
 
 def _draw_success(
-    axes: Axes, success: Series, warm_start: Series, control: Series, references: Mapping[str, float]
+    axes: Axes,
+    success: Series,
+    train: Series,
+    warm_start: Series,
+    control: Series,
+    references: Mapping[str, float],
 ) -> Labels:
     axes.set_ylim(-0.03, 1.03)
     axes.yaxis.set_major_formatter(PercentFormatter(1))
@@ -134,6 +143,9 @@ def _draw_success(
         axes.axvspan(place.min(), 0, color=GREY, alpha=0.1, linewidth=0)
         axes.annotate("warm start", (place.min() / 2, 1), ha="center", va="top", color=GREY)
         _points(axes, place, warm_start, GREY)
+    if len(train):
+        _points(axes, train.steps, train, BLUE, markerfacecolor="white")
+        labels.append((train.values[-1], f"on training prompts {train.values[-1]:.0%}", BLUE))
     if len(success):
         _points(axes, success.steps, success, BLUE)
         labels.append((success.values[-1], f"success {success.values[-1]:.0%}", BLUE))
@@ -145,15 +157,15 @@ def _draw_success(
     return labels
 
 
-def _points(axes: Axes, place: np.ndarray, points: Series, colour: str) -> None:
+def _points(axes: Axes, place: np.ndarray, points: Series, colour: str, **style: str) -> None:
     spread = np.abs(np.stack([points.values - points.low, points.high - points.values]))
-    axes.errorbar(place, points.values, yerr=spread, fmt="o", color=colour, markersize=5, linewidth=1.8, zorder=3)
+    axes.errorbar(place, points.values, spread, fmt="o", color=colour, ms=5, linewidth=1.8, zorder=3, **style)
 
 
 def _draw_reward(axes: Axes, reward: Series) -> Labels:
     if not len(reward):
         return []
-    line = smooth(reward.values, width=max(1.0, len(reward) / 30))
+    line = smooth(reward.values, width=max(1.0, len(reward) / 50))
     axes.plot(reward.steps, reward.values, color=GREEN, linewidth=1, alpha=0.35)
     axes.plot(reward.steps, line, color=GREEN, linewidth=2)
     return [(line[-1], f"reward {line[-1]:.2f}", GREEN)]
@@ -163,7 +175,7 @@ def _draw_collapse(axes: Axes, collapse: Mapping[str, Series]) -> Labels:
     labels = []
     for name, found in collapse.items():
         text, colour = COLLAPSE[name]
-        line = smooth(found.values, width=max(1.0, len(found) / 30))
+        line = smooth(found.values, width=max(1.0, len(found) / 50))
         axes.plot(found.steps, line, color=colour, linewidth=1.6)
         labels.append((line[-1], f"{text} {line[-1]:.2f}", colour))
     axes.set_ylim(bottom=0)

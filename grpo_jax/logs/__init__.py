@@ -36,10 +36,10 @@ class RunLog:
     """Creates a run directory and writes to it while the run goes on; see DESIGN §3 for what lies where.
 
     Steps count from 0: step s is the one made with the parameters after s updates, and an evaluation "at s" is one of
-    those parameters. With `resume` the first step or evaluation that arrives, at s, removes what an interrupted run
-    had written from s on, so that nothing is there twice. The status in run.json ends as `finished`, `interrupted`
-    (KeyboardInterrupt) or `failed`. Raises `UserError` for a directory that holds another run, and `RunError` when
-    something cannot be written.
+    those parameters. With `resume` nothing is there twice: the first step that arrives, s, removes what an interrupted
+    run had written from s on, and an evaluation takes the place of an earlier one at its step. The status in run.json
+    ends as `finished`, `interrupted` (KeyboardInterrupt) or `failed`. Raises `UserError` for a directory that holds
+    another run, and `RunError` when something cannot be written.
     """
 
     def __init__(
@@ -61,6 +61,7 @@ class RunLog:
         self._overrides = list(overrides)
         self._resume = resume
         self._info: dict[str, Any] = {}
+        self._rewound = not resume
         self._events: EventsWriter | None = None
 
     def __enter__(self) -> Self:
@@ -83,6 +84,8 @@ class RunLog:
             self._info |= {"started": earlier["started"], "resumed": [*earlier.get("resumed", ()), visit]}
         write_json(self.run_dir / "config.json", to_dict(self._experiment))
         self._write_status("running")
+        if not self.display.title:
+            self.note(f"writing to {self.run_dir}")
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
@@ -108,7 +111,8 @@ class RunLog:
         histograms: Mapping[str, np.ndarray] | None = None,
     ) -> None:
         """Records training step `step`: its metrics, its completions (`completions.jsonl`) and arrays to histogram."""
-        self._begin(step)
+        if not self._rewound:
+            self._rewind(step)
         append_rows(self.run_dir / "metrics.jsonl", [{"step": step, **metrics}])
         append_rows(self.run_dir / "completions.jsonl", ({"step": step, **row} for row in completions or ()))
         group = _first_group(completions or ())
@@ -121,7 +125,7 @@ class RunLog:
                     self._add(step, proto.histogram(name, finite, bins=30))
             if group and step % max(1, self._experiment.steps // SAMPLE_TEXTS) == 0:
                 self._add(step, proto.text("completions", markdown_table(group)))
-            self._events.flush()
+            self._writer.flush()
         self.display.update(step, metrics, group)
 
     def evaluation(self, step: int, evaluation: Any) -> None:
@@ -129,12 +133,16 @@ class RunLog:
         values = evaluation.to_dict()
         split = values.pop("split", "held_out")
         prefix = "evaluation" if split == "held_out" else f"evaluation/{split}"
-        row = {f"{prefix}/{key}": value for key, value in _flat(values)}
-        self._begin(step, evaluating=True)
-        append_rows(self.run_dir / "metrics.jsonl", [{"step": step, **row}])
+        row = {"step": step, **{f"{prefix}/{key}": value for key, value in _flat(values)}}
+        path = self.run_dir / "metrics.jsonl"
+        if self._resume:
+            others = [r for r in read_rows(path) if r["step"] != step or f"{prefix}/success" not in r]
+            write_text(path, "".join(map(json_line, sorted([*others, row], key=_place))))
+        else:
+            append_rows(path, [row])
         with writing(self.run_dir):
             self._add_scalars(step, row)
-            self._events.flush()
+            self._writer.flush()
         self.display.evaluation(step, evaluation)
 
     def summary(self, values: Mapping[str, Any]) -> None:
@@ -145,29 +153,27 @@ class RunLog:
         """Shows one line about what happens now."""
         self.display.note(message)
 
-    def _begin(self, step: int, evaluating: bool = False) -> None:
-        """Opens the event file at the first record; a resumed run first removes what this run will write again."""
-        if self._events is not None:
-            return
-
-        def keep(row: Mapping[str, Any]) -> bool:
-            evaluated = any(key.startswith("evaluation/") for key in row)
-            return row["step"] < step or (row["step"] == step and evaluated and not evaluating)
-
-        with writing(self.run_dir):  # the suffix keeps a run that is resumed within the second from overwriting itself
-            self._events = EventsWriter(str(self.run_dir / "events"), filename_suffix=f".{time.time_ns()}")
-        if self._resume:
-            with writing(self.run_dir):
-                self._events.write_event(Event(step=step, session_log=SessionLog(status=SessionLog.START)))
+    def _rewind(self, step: int) -> None:
+        """Removes what an interrupted run has written from `step` on; evaluations at `step` itself still hold."""
+        self._rewound = True
+        with writing(self.run_dir):
+            self._writer.write_event(Event(step=step, session_log=SessionLog(status=SessionLog.START)))
             for name in ("metrics.jsonl", "completions.jsonl"):
-                rows = [row for row in read_rows(self.run_dir / name) if keep(row)]
+                rows = [row for row in read_rows(self.run_dir / name) if _place(row) < (step, 1)]
                 write_text(self.run_dir / name, "".join(map(json_line, rows)))
                 for row in rows:
-                    if row["step"] == step:  # an evaluation, which TensorBoard has just dropped with the steps
+                    if row["step"] == step:  # TensorBoard takes the event above to end all that it had at this step
                         self._add_scalars(step, row)
 
+    @property
+    def _writer(self) -> EventsWriter:
+        if self._events is None:
+            # The suffix keeps a run that is resumed within the second from overwriting its own events.
+            self._events = EventsWriter(str(self.run_dir / "events"), filename_suffix=f".{time.time_ns()}")
+        return self._events
+
     def _add(self, step: int, summary: Any) -> None:
-        self._events.write_event(Event(step=step, wall_time=time.time(), summary=summary))
+        self._writer.write_event(Event(step=step, wall_time=time.time(), summary=summary))
 
     def _add_scalars(self, step: int, values: Mapping[str, Any]) -> None:
         for name, value in values.items():
@@ -232,6 +238,11 @@ def _flat(values: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, An
             yield from _flat(value, f"{prefix}{key}/")
         else:
             yield f"{prefix}{key}", value
+
+
+def _place(row: Mapping[str, Any]) -> tuple[int, int]:
+    """Where a row belongs in a file: the evaluations at a step come before the step, which moves the parameters."""
+    return row["step"], int(not any(key.startswith("evaluation/") for key in row))
 
 
 def _first_group(completions: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:

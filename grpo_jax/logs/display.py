@@ -87,7 +87,7 @@ class Display:
             self._live = Live(console=self.console, refresh_per_second=4)
             self._live.start()
         self._progress.update(self._task, completed=done, figures=figures)
-        self._live.update(Group(group_table({"": group}, limit=8), self._progress) if group else self._progress)
+        self._live.update(Group(group_table({"": group}), self._progress) if group else self._progress)
         if done >= self.total:
             self.close()
 
@@ -102,8 +102,9 @@ class Display:
             parts.append(f"reward {self._rewards[-1]:.2f}{change}")
         elif "loss" in metrics:
             parts.append(f"loss {metrics['loss']:.3f}")
-        if self._success is not None:
-            parts.append(f"success {self._success:.0%}")
+        success = metrics.get("success", self._success)
+        if success is not None:
+            parts.append(f"success {success:.0%}")
         if "tokens_per_second" in metrics:
             parts.append(f"{metrics['tokens_per_second']:,.0f} tokens/s")
         return "  ".join(parts)
@@ -115,7 +116,7 @@ def visible(text: str) -> Text:
     return Text("".join(escaped))
 
 
-def group_table(groups: Mapping[str, Sequence[Mapping[str, Any]]], *, limit: int = 16) -> Table:
+def group_table(groups: Mapping[str, Sequence[Mapping[str, Any]]], *, limit: int = 8) -> Table:
     """Returns completions of one prompt with their rewards and advantages, e.g. `{"before": rows, "after": rows}`.
 
     Rows are those of completions.jsonl; of a larger group only `limit` rows are shown.
@@ -123,7 +124,7 @@ def group_table(groups: Mapping[str, Sequence[Mapping[str, Any]]], *, limit: int
     first = next((rows[0] for rows in groups.values() if rows), {"prompt": ""})
     prompt = visible(_last(first["prompt"]))
     prompt.truncate(160, overflow="ellipsis")
-    table = Table(title=Text.assemble("prompt: ", prompt), title_justify="left")
+    table = Table(title=Text.assemble("prompt: ", prompt) if prompt else None, title_justify="left")
     named = any(groups)
     if named:
         table.add_column("")
@@ -146,7 +147,8 @@ def summary_table(evaluations: Mapping[str, Any]) -> Table:
     first = next(iter(known.values()))
     how = "greedy" if first.temperature == 0 else f"temperature {first.temperature:g}"
     samples = "" if first.num_samples == 1 else f" × {first.num_samples} samples"
-    table = Table(title=f"{first.num_prompts} {first.split.replace('_', '-')} prompts{samples}, {how}")
+    prompts = f"{first.split.replace('_', '-')} prompt{'s' * (first.num_prompts > 1)}"
+    table = Table(title=f"{first.num_prompts} {prompts}{samples}, {how}", title_justify="left")
     for column in ("", "success", "95 % interval", "reward", "tokens"):
         table.add_column(column, justify="right" if column else "left")
     for name, e in known.items():

@@ -6,7 +6,7 @@ logits = policy.logits(tokens, mask)
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 from pathlib import Path
 
 import jax
@@ -131,7 +131,7 @@ def load(
     params = {path: jnp.asarray(arrays.pop(path)) for path in list(arrays)}  # popped: never two whole copies
     if lora is not None:
         params |= _adapters(config, lora, seed)
-    return Policy(config, params, lora, make_tokenizer)
+    return Policy(config, params, lora, make_tokenizer and cache(make_tokenizer))  # made once, however often replaced
 
 
 def _adapters(config: ModelConfig, lora: LoRAConfig, seed: int) -> Params:

@@ -160,10 +160,12 @@ def hf_config(gguf: Gguf) -> dict[str, Any]:
         "num_key_value_heads": get("attention.head_count_kv", heads),
         "head_dim": head_dim,
         "max_position_embeddings": get("context_length"),
-        "rms_norm_eps": get("attention.layer_norm_rms_epsilon", 1e-6),
+        # kept in float32: the shortest decimal that rounds to it is what was converted
+        "rms_norm_eps": float(str(np.float32(get("attention.layer_norm_rms_epsilon", 1e-6)))),
         "rope_parameters": {"rope_theta": theta, **_rope_scaling(gguf, get, theta, head_dim)},
         "partial_rotary_factor": get("rope.dimension_count", head_dim) / head_dim,
         "attention_bias": "blk.0.attn_q.bias" in gguf.tensors,
+        "mlp_bias": "blk.0.ffn_up.bias" in gguf.tensors,
         "tie_word_embeddings": "output.weight" not in gguf.tensors,
     }
 

