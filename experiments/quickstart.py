@@ -19,7 +19,7 @@ config = Experiment(
     steps=16,
     prompts_per_step=8,
     group_size=8,
-    sampling=SamplingConfig(temperature=1.0, max_tokens=16),
+    sampling=SamplingConfig(temperature=1.0, max_tokens=12),
     optimizer=OptimizerConfig(learning_rate=2e-4),
     evaluation=EvaluationConfig(num_prompts=128),
     control={"method": "sft"},

@@ -94,6 +94,7 @@ def first_turn(
     prefix = prefix._replace(k=tuple(prefix.k), v=tuple(prefix.v))
     rows = noise.samples.shape
     c = model.config
+    slots = max(slots, 1)  # with turns of one token there is nothing to cache, but a cache of no slots cannot be traced
     empty = [jnp.zeros((*rows, c.num_kv_heads, slots, c.head_dim), prefix.v[0].dtype) for _ in range(2 * c.num_layers)]
     cache = KeyValues(
         tuple(empty[::2]), tuple(empty[1::2]), jnp.zeros((*rows, slots), jnp.int32), jnp.zeros((*rows, slots), bool)
@@ -259,7 +260,12 @@ def inverse_cdf(logits: Array, u: Array, block: int = 256) -> Array:
 
 
 def _first_above(cumulative: Array, target: Array, weights: Array) -> Array:
-    """The first index [..., 1] with cumulative > target, held to indices of positive weight against rounding."""
-    index = jnp.sum(cumulative <= target, axis=-1, keepdims=True)
-    last = weights.shape[-1] - 1 - jnp.argmax((weights > 0)[..., ::-1], axis=-1, keepdims=True)
-    return jnp.minimum(index, last)
+    """The first index [..., 1] with a positive weight and cumulative > target, or the last with a positive weight.
+
+    Rounding makes both parts necessary: a target can reach the total, and a parallel cumulative sum can rise (or fall)
+    by a rounding error where the weight is 0.
+    """
+    index = jnp.arange(weights.shape[-1])
+    last = jnp.max(jnp.where(weights > 0, index, 0), axis=-1, keepdims=True)
+    above = (cumulative > target) & (weights > 0)
+    return jnp.min(jnp.where(above, index, last), axis=-1, keepdims=True)

@@ -64,12 +64,14 @@ class Linear(nnx.Module):
         self.lora_scale = lora.alpha / lora.rank if lora else 0.0
 
     def __call__(self, x: Array) -> Array:
+        rows = x.shape[:-1]
+        x = x.reshape(-1, x.shape[-1])  # the adapters' gradients sum over tokens: over one axis far faster than over 3
         y = x @ self.kernel[...]
         if self.bias is not None:
             y = y + self.bias[...]
         if self.lora_a is not None:
-            y = y + ((x @ self.lora_a[...]) @ self.lora_b[...] * self.lora_scale).astype(y.dtype)
-        return y
+            y = y + ((x @ self.lora_a[...]) @ (self.lora_b[...] * self.lora_scale)).astype(y.dtype)
+        return y.reshape(*rows, -1)
 
 
 class Norm(nnx.Module):

@@ -9,7 +9,7 @@ from grpo_jax.errors import UserError
 from grpo_jax.rewards.mathematics import exact_integer
 from grpo_jax.tasks import Example, Task
 
-INSTRUCTION = "Add the two numbers. Reply with the sum inside <answer></answer>."
+INSTRUCTION = "Add the two numbers. Reply with the sum inside <answer> </answer>."
 ADDENDS = range(10, 100)
 
 
@@ -62,7 +62,8 @@ def _question(a: int, b: int) -> str:
 
 
 def _tagged(answer: int) -> str:
-    return f"<answer>{answer}</answer>"
+    # The spaces matter: SmolLM2 knows sums as " = 57", and its chance of the right digits is ten times that after ">".
+    return f"<answer> {answer} </answer>"
 
 
 def _is_exact(**columns: Any) -> list[bool]:

@@ -92,7 +92,8 @@ def six_turns(
     The secrets are drawn from the 2,315 answers by `seed`. Style `plain` is for a policy from scratch over
     `PLAIN_ALPHABET`: an empty prompt, turns like `CRANE`, replies like `xygxx`. Style `chat` is for a language model:
     rules, tags and replies in words. A demonstration is a game of the random consistent player over the training
-    secrets: the only words it knows, so on a held-out secret it loses.
+    secrets: the only words it knows, so on a held-out secret it loses. The references are what the blind and the
+    random consistent player, who know the training secrets and no other word, win on those secrets.
     """
     if num_secrets < 1 or num_held_out < 1 or num_secrets + num_held_out > len(answers()):
         raise UserError(
@@ -104,7 +105,9 @@ def six_turns(
     prompt, turn, say = _STYLES[style]
     secrets = random.Random(seed).sample(answers(), num_secrets + num_held_out)
     examples = [{"prompt": prompt, "secret": secret} for secret in secrets]
-    player = random_consistent(secrets[:num_secrets])
+    known = secrets[:num_secrets]
+    player = random_consistent(known)
+    players = {"blind": blind(known), "random consistent": player}
     return Task(
         name=f"wordle_six_turns_{style}",
         train=examples[:num_secrets],
@@ -113,6 +116,7 @@ def six_turns(
         demonstrate=lambda example, rng: [turn.format(guess) for guess in play(player, example["secret"], rng)],
         reply=lambda example, turns: _reply(turns, example["secret"], say),
         max_turns=MAX_GUESSES,
+        references={name: win_rate(player, known, num_games=1000) for name, player in players.items()},
     )
 
 

@@ -56,7 +56,7 @@ def test_every_prompt_begins_with_the_same_messages_and_ends_with_the_question()
 def test_the_worked_examples_are_right_and_tagged() -> None:
     prompt = sums(shots=4).train[0]["prompt"]
     for question, answer in zip(prompt[1:-1:2], prompt[2:-1:2], strict=True):
-        assert answer["content"] == f"<answer>{sum(addends(question['content']))}</answer>"
+        assert answer["content"] == f"<answer> {sum(addends(question['content']))} </answer>"
 
 
 def test_the_seed_decides_and_the_held_out_sums_depend_on_nothing_else() -> None:
