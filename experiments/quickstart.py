@@ -22,5 +22,6 @@ config = Experiment(
     sampling=SamplingConfig(temperature=1.0, max_tokens=12),
     optimizer=OptimizerConfig(learning_rate=2e-4),
     evaluation=EvaluationConfig(num_prompts=128),
-    control={"method": "sft"},
+    # The same prompts for as many steps. A group of G copies of the one right answer has the gradient of one copy.
+    control={"method": "sft", "group_size": 1},
 )

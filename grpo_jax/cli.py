@@ -17,7 +17,7 @@ import tyro
 from tyro.conf import Positional, UseAppendAction, arg
 
 from grpo_jax.errors import RunError, UserError
-from grpo_jax.experiment import Experiment, load
+from grpo_jax.experiment import Experiment, load, load_run
 
 Assignments = Annotated[
     UseAppendAction[tuple[tuple[str, ...], ...]],
@@ -125,7 +125,7 @@ def evaluate(
     overrides = _join(assignments)
     given = {"num_prompts": num_prompts, "num_samples": num_samples, "temperature": temperature}
     overrides += [f"evaluation.{name}={value}" for name, value in given.items() if value is not None]
-    config = _load_run(source, overrides) if source.is_dir() else load(source, overrides)
+    config = load_run(source, overrides) if source.is_dir() else load(source, overrides)
 
     _prepare_jax()
     from rich.console import Console
@@ -175,7 +175,7 @@ def sample(
     if prompt is None and not sys.stdin.isatty():
         raise UserError("there is no terminal to read prompts from: say --prompt TEXT.")
     _prepare_jax()
-    from grpo_jax import policy, sampler, training
+    from grpo_jax import policy, rollout, training
 
     if (Path(source) / "run.json").is_file():
         config, tuned = training.restore(Path(source))
@@ -189,7 +189,7 @@ def sample(
 
     def answer(text: str, seed: int) -> None:
         asked = [*lead, {"role": "user", "content": text}] if chat else text
-        [completions] = sampler.sample_text(
+        [completions] = rollout.sample_text(
             tuned,
             [asked],
             temperature=1.0 if temperature is None else temperature,
@@ -263,15 +263,6 @@ def _read_line() -> str:
 def _require_run(directory: Path) -> None:
     if not (directory / "run.json").is_file():
         raise UserError(f"{str(directory)!r} is not the directory of a run: there is no run.json in it.")
-
-
-def _load_run(directory: Path, assignments: Sequence[str]) -> Experiment:
-    """The experiment of a run, overridden once more, without what it takes to restore the policy."""
-    _require_run(directory)
-    info = json.loads((directory / "run.json").read_text())
-    if info["source"]:
-        sys.path.append(str(Path(info["source"]).parent))  # what lay beside the experiment's file may still be there
-    return load(directory / "experiment.py", [*info["overrides"], *assignments])
 
 
 def _join(assignments: Sequence[Sequence[str]]) -> list[str]:

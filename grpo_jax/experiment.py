@@ -376,6 +376,34 @@ def load(path: str | Path, assignments: Iterable[str] = ()) -> Experiment:
     return override(config, parse_overrides(config, assignments))
 
 
+def load_run(run_dir: str | Path, assignments: Iterable[str] = ()) -> Experiment:
+    """The experiment of a run, with the overrides that the run had and then those of `assignments`.
+
+    The warm start and the control of a run are runs too, whose experiment is a variant of their parent's.
+    Raises `UserError` if the directory holds no run.
+    """
+    run_dir = Path(run_dir)
+    try:
+        info = json.loads((run_dir / "run.json").read_text())
+    except FileNotFoundError:
+        raise UserError(f"{str(run_dir)!r} is not the directory of a run: there is no run.json in it.") from None
+    except (OSError, ValueError):
+        raise UserError(f"{str(run_dir)!r} is not the directory of a run: its run.json cannot be read.") from None
+    name = run_dir.resolve().name
+    if name in ("warm_start", "control") and not (run_dir / "experiment.py").exists():
+        parent = load_run(run_dir.resolve().parent)
+        config = variant_of(parent, getattr(parent, name) or {})
+        return override(config, parse_overrides(config, assignments))
+    if info["source"]:
+        sys.path.append(str(Path(info["source"]).parent))  # what lay beside the experiment's file may still be there
+    return load(run_dir / "experiment.py", [*info["overrides"], *assignments])
+
+
+def variant_of(experiment: Experiment, overrides: Mapping[str, Any]) -> Experiment:
+    """The experiment with overrides, and without a warm start or control of its own unless they are among them."""
+    return override(dataclasses.replace(experiment, warm_start=None, control=None), overrides)
+
+
 def run_file(path: str | Path) -> Any:
     """Executes a Python file as a module and returns it; its own mistakes become one-sentence `UserError`s."""
     path = Path(path)

@@ -19,7 +19,7 @@ from grpo_jax import devices
 from grpo_jax.errors import UserError
 from grpo_jax.experiment import Experiment, SamplingConfig
 from grpo_jax.policy import Policy
-from grpo_jax.policy.tokenizer import Tokenizer
+from grpo_jax.policy.tokenizer import Messages, Tokenizer
 from grpo_jax.policy.trainable import Model
 from grpo_jax.policy.trainable import split as split_params
 from grpo_jax.policy.transformer import KeyValues, Params
@@ -142,8 +142,8 @@ class Prompts:
         return prompts, lengths
 
 
-def encode_prompts(task: Task, tokenizer: Tokenizer, max_positions: int, max_new_tokens: int) -> Prompts:
-    """Tokenises every prompt of a task.
+def encode_prompts(task: Task, tokenizer: Tokenizer, max_positions: int, max_tokens: int) -> Prompts:
+    """Tokenises every prompt of a task whose turns have up to `max_tokens` each.
 
     Raises:
       UserError: if a prompt leaves no room for its completion in the policy's context.
@@ -152,12 +152,13 @@ def encode_prompts(task: Task, tokenizer: Tokenizer, max_positions: int, max_new
         split: [tokenizer.render(example["prompt"]) for example in getattr(task, split)]
         for split in ("train", "held_out")
     }
+    new = task.max_turns * max_tokens
     for split, rows in ids.items():
         for i, row in enumerate(rows):
-            if len(row) + max_new_tokens > max_positions:
+            if len(row) + new > max_positions:
                 raise UserError(
-                    f"prompt {i} of {task.name}.{split} has {len(row)} tokens, which with up to {max_new_tokens} new "
-                    f"ones exceed the policy's context of {max_positions}: shorten the prompt or sampling.max_tokens."
+                    f"prompt {i} of {task.name} ({split}) has {len(row)} tokens, which with up to {new} new ones "
+                    f"exceed the policy's context of {max_positions}: shorten the prompt or lower max_tokens."
                 )
     first, *others = [row for rows in ids.values() for row in rows]
     shared = min(len(first) - 1, *(len(row) - 1 for row in others)) if others else 0
@@ -239,6 +240,36 @@ def rollout(
             actor.trainable, actor.frozen, rows, *arguments, *noise(seats)
         )
     return _collect(examples, named[0], ids, lengths, episodes, shortest=min(config.max_tokens, 16))
+
+
+def sample_text(
+    policy: Policy,
+    prompts: Sequence[str | Messages],
+    *,
+    temperature: float,
+    max_tokens: int,
+    num_samples: int,
+    seed: int,
+) -> list[list[str]]:
+    """Completions of any prompts, `num_samples` texts for each. Temperature 0 is greedy.
+
+    A completion is named by (seed, the place of its prompt, its own place), as in training.
+    Raises `UserError` for a setting out of range, and for a prompt that leaves no room in the policy's context.
+    """
+    if num_samples < 1:
+        raise UserError(f"num_samples = {num_samples} is out of range: it must be positive.")
+    if not prompts:
+        return []
+    sampling = SamplingConfig(temperature=temperature, max_tokens=max_tokens)
+    task = Task("what was asked", [{"prompt": prompt} for prompt in prompts], [], success=lambda **_: [])
+    encoded = encode_prompts(task, policy.require_tokenizer(), policy.config.max_positions, max_tokens)
+    n = min(jax.local_device_count(), len(prompts))
+    places = range(-(-len(prompts) // n) * n)
+    indices = [place % len(prompts) for place in places]  # filled up with repetitions, so that the devices share alike
+    played = rollout(
+        make_actor(policy, n), task, encoded, "train", indices, places, range(num_samples), sampling, seed=seed, step=0
+    )
+    return [[episode.turns[0] for episode in group] for group in played.episodes[: len(prompts)]]
 
 
 def demonstrations(
@@ -381,7 +412,7 @@ def _growing(extra: int, n: int) -> Any:
         k, v = jax.tree.map(lambda x: pad(x, 3), (rows.cache.k, rows.cache.v))
         return rows._replace(cache=KeyValues(k, v, pad(rows.cache.positions, 2), pad(rows.cache.valid, 2)))
 
-    return devices.parallel(grow, n, donate=(0,))
+    return devices.parallel(grow, n)
 
 
 def _record(turn: Turn, seats: Seats, active: np.ndarray, episodes: list[list[Episode]], tokenizer: Tokenizer) -> None:

@@ -4,7 +4,6 @@ A step depends on the experiment, the step's number and the state alone: its pro
 (seed, step). So a run that is resumed at step 400 does what the uninterrupted run did.
 """
 
-import json
 import signal
 import sys
 import threading
@@ -25,7 +24,7 @@ from grpo_jax import checkpoints, devices
 from grpo_jax.advantages import group_advantages
 from grpo_jax.errors import RunError, UserError
 from grpo_jax.evaluation import NOISE_STEP, Evaluation, evaluate_actor
-from grpo_jax.experiment import Experiment, load, override
+from grpo_jax.experiment import Experiment, load_run, variant_of
 from grpo_jax.logs import RunLog
 from grpo_jax.policy import Policy
 from grpo_jax.policy import load as load_policy
@@ -84,11 +83,11 @@ def train(
     began = time.monotonic()
     run_dir, overrides = Path(run_dir), list(overrides)
     with RunLog(run_dir, experiment, source=source, overrides=overrides, resume=resume, quiet=quiet) as log:
-        start = starting_policy(experiment, run_dir, resume=resume, quiet=quiet)
+        start = starting_policy(experiment, log, resume=resume)
         run = _Run(experiment, start, log)
-        before, group_before = run.examine(0)
+        before, group_before = run.examine(0), run.show_group()
         run.go(resume=resume)
-        after, group_after = run.examine(experiment.steps)
+        after, group_after = run.examine(experiment.steps), run.show_group()
         control: dict[str, Evaluation] = {}
         if experiment.control is not None:
             variant = variant_of(experiment, experiment.control)
@@ -97,7 +96,7 @@ def train(
             ) as sub:
                 other = _Run(variant, start, sub)
                 other.go(resume=True)
-                control, _ = other.examine(variant.steps)
+                control = other.examine(variant.steps)
         result = Result(
             run_dir, run.policy(), before, after, control, group_before, group_after, time.monotonic() - began
         )
@@ -105,43 +104,33 @@ def train(
     return result
 
 
-def variant_of(experiment: Experiment, overrides: Any) -> Experiment:
-    """The experiment with overrides, and without a warm start or control of its own unless they are among them."""
-    return override(replace(experiment, warm_start=None, control=None), overrides)
-
-
-def starting_policy(experiment: Experiment, run_dir: Path, *, resume: bool = False, quiet: bool = False) -> Policy:
+def starting_policy(experiment: Experiment, log: RunLog, *, resume: bool = False) -> Policy:
     """The policy that the training begins with: the config's source, trained by the warm start where there is one."""
     if experiment.warm_start is None:
+        if experiment.policy.source != "scratch":
+            log.note(f"loading {experiment.policy.source}")
         return _source_policy(experiment)
-    variant, warm_dir = variant_of(experiment, experiment.warm_start), run_dir / "warm_start"
+    variant, warm_dir = variant_of(experiment, experiment.warm_start), log.run_dir / "warm_start"
     resume = resume and _begun(warm_dir)
-    with RunLog(warm_dir, variant, resume=resume, quiet=quiet, title="warm start") as log:
-        run = _Run(variant, starting_policy(variant, warm_dir, resume=resume, quiet=quiet), log)
+    with RunLog(warm_dir, variant, resume=resume, quiet=log.display.quiet, title="warm start") as warm_log:
+        run = _Run(variant, starting_policy(variant, warm_log, resume=resume), warm_log)
         run.go(resume=resume)
     return run.policy()
 
 
 def restore(run_dir: str | Path) -> tuple[Experiment, Policy]:
-    """The experiment of a run, and the policy at its newest checkpoint.
+    """The experiment of a run, a warm start or a control, and the policy at its newest checkpoint.
 
     Raises:
       UserError: if the directory holds no run, or a run without a checkpoint.
     """
-    run_dir = Path(run_dir)
-    try:
-        info = json.loads((run_dir / "run.json").read_text())
-    except (OSError, ValueError):
-        raise UserError(f"{str(run_dir)!r} is not the directory of a run: it has no readable run.json.") from None
-    if info["source"]:
-        sys.path.append(str(Path(info["source"]).parent))  # what lay beside the experiment's file may still be there
-    experiment = load(run_dir / "experiment.py", info["overrides"])
+    run_dir, experiment = Path(run_dir), load_run(run_dir)
+    if checkpoints.latest_step(run_dir / "checkpoints") is None:
+        raise UserError(f"the run {str(run_dir)!r} has no checkpoint yet, so there is no tuned policy in it.")
     policy = _source_policy(experiment)
     trainable, frozen = split_params(policy.params, policy.lora)
     optimizer, _ = make_optimizer(experiment.optimizer, experiment.steps * experiment.num_iterations)
     like = _checkpoint(State(trainable, jax.eval_shape(optimizer.init, trainable), jnp.int32(0)), 0)
-    if checkpoints.latest_step(run_dir / "checkpoints") is None:
-        raise UserError(f"the run {str(run_dir)!r} has no checkpoint yet, so there is no tuned policy in it.")
     _, state = checkpoints.restore(run_dir / "checkpoints", like)
     return experiment, replace(policy, params={**frozen, **jax.tree.map(jnp.asarray, state["trainable"])})
 
@@ -164,8 +153,8 @@ class _Run:
         self.experiment, self.start, self.log = experiment, start, log
         config, task = experiment, experiment.task
         self.num_devices = devices.count(config.prompts_per_step, config.devices, config.gradient_accumulation_steps)
-        new_tokens = task.max_turns * config.sampling.max_tokens
-        self.prompts: Prompts = encode_prompts(task, start.require_tokenizer(), start.config.max_positions, new_tokens)
+        tokenizer, max_tokens = start.require_tokenizer(), config.sampling.max_tokens
+        self.prompts: Prompts = encode_prompts(task, tokenizer, start.config.max_positions, max_tokens)
         self.actor: Actor = make_actor(start, self.num_devices)
         optimizer, self.schedule = make_optimizer(config.optimizer, config.steps * config.num_iterations)
         self.state = State(
@@ -191,15 +180,19 @@ class _Run:
                 for name in ("trainable", "optimizer", "skipped")
             })  # fmt: skip
             self.tokens_seen = saved["tokens_seen"]
+        if first < config.steps:
+            rows = f"{config.prompts_per_step} prompts × {config.group_size}"
+            self.log.note(f"training: steps {first + 1} to {config.steps}, {rows} completions each; the first compiles")
         with _stop_between_steps() as stop:
             for step in range(first, config.steps):
                 self.step(step)
                 done = step + 1
                 if done < config.steps and config.evaluation.every and done % config.evaluation.every == 0:
                     self.examine(done)
-                if done % config.checkpoint_every == 0 or done == config.steps or stop():
+                stopping = stop()  # asked once: what arrives after it waits for the next step
+                if done % config.checkpoint_every == 0 or done == config.steps or stopping:
                     checkpoints.save(directory, done, _checkpoint(devices.unreplicate(self.state), self.tokens_seen))
-                if stop():
+                if stopping:
                     raise KeyboardInterrupt
         if config.steps == 0:
             checkpoints.save(directory, 0, _checkpoint(devices.unreplicate(self.state), self.tokens_seen))
@@ -263,19 +256,29 @@ class _Run:
             {"rewards": rewards[kept], "advantages": advantages[kept], "completion_lengths": played.mask.sum(-1)},
         )
 
-    def examine(self, step: int) -> tuple[dict[str, Evaluation], list[dict[str, Any]]]:
-        """Evaluates the policy as it is now on every split, and plays one group of the first held-out prompt."""
+    def examine(self, step: int) -> dict[str, Evaluation]:
+        """Evaluates the policy as it is now on every split."""
         config = self.experiment
         actor = self.actor._replace(trainable=self.state.trainable)
         evaluations = {}
         for split in config.evaluation.splits:
+            num_prompts = min(config.evaluation.num_prompts, len(getattr(config.task, split)))
+            self.log.note(f"evaluating {num_prompts} {split.replace('_', '-')} prompts")
             evaluations[split] = evaluate_actor(actor, self.prompts, config, split)
             self.log.evaluation(step, evaluations[split])
-        if not config.rewards:
-            return evaluations, []
+        return evaluations
+
+    def show_group(self) -> list[dict[str, Any]]:
+        """Plays one group of the first held-out prompt: its completions with their rewards and advantages."""
+        config = self.experiment
+        if config.method == "sft":
+            return []
+        actor = self.actor._replace(trainable=self.state.trainable)
+        # As many prompts as a training step has, though one is shown, so that nothing is compiled for this alone.
+        indices = [i % len(config.task.held_out) for i in range(config.prompts_per_step)]
         played = rollout(
-            actor, config.task, self.prompts, "held_out", [0] * self.num_devices, range(self.num_devices),
-            range(max(config.group_size, 2)), config.sampling, seed=config.seed, step=NOISE_STEP,
+            actor, config.task, self.prompts, "held_out", indices, range(len(indices)),
+            range(config.group_size), config.sampling, seed=config.seed, step=NOISE_STEP,
         )  # fmt: skip
         scores = score_rollout(played, config)
         rewards, kept = _reward_arrays(scores, played.mask.shape[:2])
@@ -283,7 +286,7 @@ class _Run:
         advantages = group_advantages(
             rewards[:1], scale=options.scale, baseline=options.baseline, ddof=options.ddof, mask=kept[:1]
         )
-        return evaluations, completion_rows(played, scores, np.asarray(advantages))
+        return completion_rows(played, scores, np.asarray(advantages))
 
     def policy(self) -> Policy:
         """The policy as it is now, off the devices' copies."""

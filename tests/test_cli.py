@@ -97,7 +97,7 @@ def house(monkeypatch, tmp_path):
     rooms = {
         "training": {"train": train, "restore": restore},
         "evaluation": {"evaluate": evaluate},
-        "sampler": {"sample_text": sample_text},
+        "rollout": {"sample_text": sample_text},
         "policy": {"load": load_policy, "export": lambda policy, directory: house.calls.append(("export", directory))},
     }
     for name, functions in rooms.items():

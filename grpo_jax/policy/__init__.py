@@ -19,6 +19,7 @@ from grpo_jax.experiment import LoRAConfig, ScratchConfig
 from grpo_jax.policy import transformer, weights
 from grpo_jax.policy.config import ModelConfig, from_scratch
 from grpo_jax.policy.tokenizer import CharacterTokenizer, Tokenizer
+from grpo_jax.policy.trainable import merge
 from grpo_jax.policy.transformer import Params
 
 __all__ = ["Policy", "Tokenizer", "export", "load", "merge"]
@@ -76,20 +77,6 @@ def _logits(
     positions = jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0)
     hidden, _ = transformer.forward(model, *(x[:, None] for x in (tokens, positions, mask)))
     return model.logits(hidden[:, 0])
-
-
-def merge(params: Params, lora: LoRAConfig | None) -> Params:
-    """Parameters without adapters: kernel + alpha / rank * a @ b, in the kernel's dtype."""
-    merged = {path: value for path, value in params.items() if "lora_" not in path}
-    if lora is None:
-        return merged
-    for path in params:
-        if path.endswith(".lora_a"):
-            a, b = params[path], params[path.removesuffix("lora_a") + "lora_b"]
-            kernel = path.removesuffix("lora_a") + "kernel"
-            added = jnp.einsum("...ir,...ro->...io", a, b) * (lora.alpha / lora.rank)
-            merged[kernel] = (merged[kernel].astype(jnp.float32) + added).astype(merged[kernel].dtype)
-    return merged
 
 
 def export(policy: Policy, directory: str | Path) -> None:

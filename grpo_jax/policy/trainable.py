@@ -31,3 +31,17 @@ def split(params: Params, lora: LoRAConfig | None) -> tuple[Params, Params]:
     trained = {k for k in params if lora is None or ".lora_" in k}
     trainable = {k: v.astype(jnp.float32) for k, v in params.items() if k in trained}
     return trainable, {k: v for k, v in params.items() if k not in trained}
+
+
+def merge(params: Params, lora: LoRAConfig | None) -> Params:
+    """Parameters without adapters: kernel + alpha / rank * a @ b, in the kernel's dtype."""
+    merged = {path: value for path, value in params.items() if "lora_" not in path}
+    if lora is None:
+        return merged
+    for path in params:
+        if path.endswith(".lora_a"):
+            a, b = params[path], params[path.removesuffix("lora_a") + "lora_b"]
+            kernel = path.removesuffix("lora_a") + "kernel"
+            added = jnp.einsum("...ir,...ro->...io", a, b) * (lora.alpha / lora.rank)
+            merged[kernel] = (merged[kernel].astype(jnp.float32) + added).astype(merged[kernel].dtype)
+    return merged

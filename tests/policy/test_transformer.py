@@ -1,0 +1,325 @@
+"""The forward: a shared prefix is a repeated prompt, and caches, scans, remat and padding change nothing.
+
+The oracle is the same forward used in the plainest way: every completion a row of its own behind its own copy of its
+prompt, nothing padded on the left, no prefix, no cache. That it computes what transformers computes is test_parity.py.
+"""
+
+from dataclasses import replace
+from functools import cache, partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from grpo_jax.experiment import LoRAConfig
+from grpo_jax.logprobs import completion_logprobs
+from grpo_jax.policy import transformer
+from grpo_jax.policy.config import ModelConfig, RopeConfig
+from grpo_jax.policy.transformer import KeyValues, bind, forward, prefill, unstack
+
+LORA = LoRAConfig(rank=3, alpha=6.0, targets=("q", "down"))
+LLAMA = ModelConfig(
+    vocab_size=29,
+    hidden_size=16,
+    intermediate_size=24,
+    num_layers=3,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=4,
+    max_positions=64,
+    sliding_layers=(False,) * 3,
+    query_scale=0.5,
+    qkv_bias=True,
+    o_bias=True,
+    mlp_bias=True,
+)
+# What Gemma 2 and Gemma 3 add, in one: layers of two kinds, each with its window and its rotation; soft caps; norms.
+GEMMA = replace(
+    LLAMA,
+    sliding_window=4,
+    sliding_layers=(True, False, True),
+    local_rope=RopeConfig(theta=50.0),
+    attention_softcap=2.0,
+    final_softcap=3.0,
+    qk_norm=True,
+    post_norms=True,
+    norm_offset=1.0,
+    embed_scale=4.0,
+    activation="gelu_tanh",
+    tied=True,
+    qkv_bias=False,
+    o_bias=False,
+    mlp_bias=False,
+)
+CONFIGS = {"llama": LLAMA, "gemma": GEMMA, "mistral": replace(LLAMA, sliding_window=4, sliding_layers=(True,) * 3)}
+every_config = pytest.mark.parametrize("name", CONFIGS)
+
+# Three prompts of different lengths that share their first four tokens, two completions each, of different lengths too.
+COMMON = 4
+LENGTHS = np.array([9, 5, 7])
+PROMPTS = np.random.default_rng(0).integers(0, 29, (3, 9))
+PROMPTS[:, :COMMON] = PROMPTS[0, :COMMON]
+TOKENS = np.random.default_rng(1).integers(0, 29, (3, 2, 5))
+SIZES = np.array([[5, 2], [1, 5], [3, 4]])
+VALID = np.arange(5) < SIZES[..., None]
+WEIGHTS = np.random.default_rng(2).normal(size=TOKENS.shape) * VALID  # of the log-probabilities in the loss
+
+
+@cache
+def parameters(name: str) -> dict[str, jax.Array]:
+    """Parameters with nothing at a value that would hide a mistake: biases and lora_b are not 0, nor scales 1."""
+    params = transformer.initialise(CONFIGS[name], 0, lora=LORA)
+    noise = np.random.default_rng(3)
+    return {path: x + 0.2 * noise.normal(size=x.shape).astype(np.float32) for path, x in sorted(params.items())}
+
+
+def shared_logprobs(model, *, prompts=PROMPTS, tokens=TOKENS, **options):
+    """[P, G, T] the way the trainer does it."""
+    return completion_logprobs(model, *map(jnp.asarray, (prompts, LENGTHS, tokens, VALID)), **options)[0]
+
+
+def repeated_logprobs(model):
+    """[P, G, T] with the prompt repeated for every completion, all logits at once."""
+    size = LENGTHS.max() + TOKENS.shape[2]
+    rows, mask = np.zeros((3, 2, size), int), np.zeros((3, 2, size), bool)
+    for p, g in np.ndindex(3, 2):
+        row = np.concatenate([PROMPTS[p, : LENGTHS[p]], TOKENS[p, g, : SIZES[p, g]]])
+        rows[p, g, : len(row)], mask[p, g, : len(row)] = row, True
+    rows, mask = (x.reshape(6, 1, size) for x in (rows, mask))
+    hidden, _ = forward(model, jnp.asarray(rows), jnp.broadcast_to(jnp.arange(size), rows.shape), jnp.asarray(mask))
+    everything = jax.nn.log_softmax(model.logits(hidden)).reshape(3, 2, size, -1)
+    places = LENGTHS[:, None, None] - 1 + np.arange(5) + 0 * TOKENS
+    picked = jnp.take_along_axis(everything, places[..., None], axis=2)
+    return jnp.take_along_axis(picked, TOKENS[..., None], axis=-1)[..., 0]
+
+
+@cache
+def value_and_gradient(name: str, way: str):
+    """Log-probabilities [P, G, T], 0 where not valid, and the gradient of their weighted sum."""
+    logprobs_of = {
+        "repeated": repeated_logprobs,
+        "shared": shared_logprobs,
+        "common": partial(shared_logprobs, common=COMMON, remat=True),
+    }[way]
+
+    def loss(params):
+        logprobs = logprobs_of(bind(CONFIGS[name], params, LORA))
+        return jnp.sum(logprobs * WEIGHTS), jnp.where(VALID, logprobs, 0.0)
+
+    (_, logprobs), gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))(parameters(name))
+    return np.asarray(logprobs), gradient
+
+
+def assert_same_gradient(actual, expected, tolerance=2e-5):
+    assert actual.keys() == expected.keys()
+    for path in expected:
+        a, b = np.asarray(actual[path]), np.asarray(expected[path])
+        assert np.abs(b).max() > 1e-3, f"{path} is not trained by this test"
+        assert np.abs(a - b).max() <= tolerance * np.abs(b).max(), path
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma"])
+def test_a_shared_prefix_is_a_repeated_prompt_in_values_and_gradients(name):
+    expected, expected_gradient = value_and_gradient(name, "repeated")
+    logprobs, gradient = value_and_gradient(name, "shared")
+    np.testing.assert_allclose(logprobs, expected, rtol=0, atol=1e-5)
+    assert_same_gradient(gradient, expected_gradient)
+    assert any(path.endswith(".lora_b") for path in gradient)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma"])
+def test_neither_common_tokens_nor_remat_change_values_or_gradients(name):
+    expected, expected_gradient = value_and_gradient(name, "shared")
+    logprobs, gradient = value_and_gradient(name, "common")
+    np.testing.assert_allclose(logprobs, expected, rtol=0, atol=1e-5)
+    assert_same_gradient(gradient, expected_gradient)
+
+
+@every_config
+def test_values_alone_agree_too(name):
+    repeated, shared, common = (
+        np.asarray(jax.jit(lambda params, way=way: way(bind(CONFIGS[name], params, LORA)))(parameters(name)))[VALID]
+        for way in (repeated_logprobs, shared_logprobs, partial(shared_logprobs, common=COMMON))
+    )
+    np.testing.assert_allclose(shared, repeated, rtol=0, atol=1e-5)
+    np.testing.assert_allclose(common, repeated, rtol=0, atol=1e-5)
+
+
+def test_remat_recomputes_the_layers():
+    model = bind(LLAMA, parameters("llama"), LORA)
+    with_remat, without = (
+        str(jax.make_jaxpr(partial(shared_logprobs, model, remat=remat, chunk=64))().jaxpr).count("prevent_cse")
+        for remat in (True, False)
+    )
+    assert with_remat == without + 2  # the prompt's layers and the completions'
+
+
+@every_config
+def test_the_prompt_reaches_the_completion_through_the_prefix(name):
+    # If this failed, agreement with the repeated prompt would say little.
+    model = bind(CONFIGS[name], parameters(name), LORA)
+    changed = PROMPTS.copy()
+    changed[:, 0] = (changed[:, 0] + 1) % 29
+    changed[:, 3] = (changed[:, 3] + 1) % 29
+    gap = np.abs(np.asarray(shared_logprobs(model, prompts=changed) - shared_logprobs(model)))
+    assert gap[VALID].min() > 1e-6
+
+
+@every_config
+def test_unrolled_layers_are_the_scanned_ones(name):
+    @jax.jit
+    def both(params):
+        model = bind(CONFIGS[name], params, LORA)
+        prefix, _ = prefill(model, jnp.asarray(PROMPTS), jnp.asarray(LENGTHS))
+        row = (jnp.asarray(TOKENS), LENGTHS[:, None, None] + jnp.arange(5) + 0 * TOKENS, jnp.asarray(VALID))
+        scanned = forward(model, *row, prefix=prefix)
+        split = prefix._replace(k=tuple(prefix.k), v=tuple(prefix.v))
+        unrolled = forward(model, *row, prefix=split, layers=unstack(model))
+        return scanned, unrolled
+
+    (scanned, kept), (unrolled, own) = both(parameters(name))
+    assert len(own.k) == len(own.v) == 3
+    np.testing.assert_allclose(unrolled, scanned, rtol=0, atol=1e-5)
+    np.testing.assert_allclose(np.stack(own.k), kept.k, rtol=0, atol=1e-5)
+    np.testing.assert_allclose(np.stack(own.v), kept.v, rtol=0, atol=1e-5)
+
+
+@every_config
+def test_decoding_token_by_token_through_a_cache_is_one_pass(name):
+    c = CONFIGS[name]
+    positions = jnp.asarray(LENGTHS[:, None, None] + np.arange(5) + 0 * TOKENS)
+    tokens, valid = jnp.asarray(TOKENS), jnp.asarray(VALID)
+
+    @jax.jit
+    def at_once(params):
+        model = bind(c, params, LORA)
+        prefix, _ = prefill(model, jnp.asarray(PROMPTS), jnp.asarray(LENGTHS))
+        return prefix, forward(model, tokens, positions, valid, prefix=prefix)[0]
+
+    @jax.jit
+    def step(params, prefix, cache, t):
+        one = (jax.lax.dynamic_slice_in_dim(x, t, 1, axis=2) for x in (tokens, positions, valid))
+        return forward(bind(c, params, LORA), *one, prefix=prefix, cache=cache, slot=t)
+
+    prefix, expected = at_once(parameters(name))
+    empty = np.zeros((c.num_layers, 3, 2, c.num_kv_heads, 8, c.head_dim), np.float32)  # three slots stay unused
+    cache = KeyValues(empty, empty, np.zeros((3, 2, 8), np.int32), np.zeros((3, 2, 8), bool))
+    for t in range(5):
+        hidden, cache = step(parameters(name), prefix, cache, t)
+        where = VALID[:, :, t]
+        np.testing.assert_allclose(np.asarray(hidden[:, :, 0])[where], expected[:, :, t][where], rtol=0, atol=1e-5)
+    np.testing.assert_array_equal(cache.valid, np.pad(VALID, [(0, 0), (0, 0), (0, 3)]))
+
+
+@every_config
+def test_padding_changes_nothing(name):
+    logprobs_of = jax.jit(lambda params, **arrays: shared_logprobs(bind(CONFIGS[name], params, LORA), **arrays))
+    expected = np.asarray(logprobs_of(parameters(name), prompts=PROMPTS, tokens=TOKENS))[VALID]
+
+    # What stands in the padding, of prompts and of completions, is seen by no valid token: equal to the last bit.
+    other = np.where(np.arange(9) < LENGTHS[:, None], PROMPTS, (PROMPTS + 5) % 29)
+    beyond = np.where(VALID, TOKENS, (TOKENS + 7) % 29)
+    changed = np.asarray(logprobs_of(parameters(name), prompts=other, tokens=beyond))[VALID]
+    np.testing.assert_array_equal(changed, expected)
+
+    # How much padding there is changes how sums are cut up, so it is equal within rounding.
+    wide = np.pad(PROMPTS, [(0, 0), (0, 7)])
+    wider = np.asarray(logprobs_of(parameters(name), prompts=wide, tokens=TOKENS))[VALID]
+    np.testing.assert_allclose(wider, expected, rtol=0, atol=1e-5)
+
+
+def test_a_row_does_not_see_the_other_rows_of_its_group():
+    logprobs_of = jax.jit(lambda params, tokens: shared_logprobs(bind(LLAMA, params, LORA), tokens=tokens))
+    changed = TOKENS.copy()
+    changed[:, 0] = (changed[:, 0] + 1) % 29
+    a, b = (np.asarray(logprobs_of(parameters("llama"), tokens)) for tokens in (TOKENS, changed))
+    np.testing.assert_array_equal(a[:, 1], b[:, 1])
+    assert (a[:, 0] != b[:, 0]).all()
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma"])
+def test_bfloat16_weights_give_finite_float32_logits_near_those_of_float32(name):
+    exact = parameters(name)
+    half = {path: x if "lora_" in path else x.astype(jnp.bfloat16) for path, x in exact.items()}
+
+    @jax.jit
+    def logits_of(params):
+        model = bind(CONFIGS[name], params, LORA)
+        prefix, last = prefill(model, jnp.asarray(PROMPTS), jnp.asarray(LENGTHS))
+        return model.logits(last), prefix.k
+
+    logits, keys = logits_of(half)
+    assert logits.dtype == jnp.float32 and keys.dtype == jnp.bfloat16
+    assert np.isfinite(logits).all()
+    expected = np.asarray(logits_of(exact)[0])
+    # Eight bits of mantissa over three layers: a few per cent of the logits' spread, and not nothing.
+    assert 0 < np.abs(logits - expected).max() < 0.15 * expected.std()
+
+
+def test_parameters_are_named_and_shaped_as_the_contract_has_them():
+    shapes = {path: leaf.shape for path, leaf in transformer.abstract(LLAMA).items()}
+    assert shapes == {
+        "embed": (29, 16),
+        "layers.attention_norm.scale": (3, 16),
+        "layers.q.kernel": (3, 16, 16),
+        "layers.q.bias": (3, 16),
+        "layers.k.kernel": (3, 16, 8),
+        "layers.k.bias": (3, 8),
+        "layers.v.kernel": (3, 16, 8),
+        "layers.v.bias": (3, 8),
+        "layers.o.kernel": (3, 16, 16),
+        "layers.o.bias": (3, 16),
+        "layers.mlp_norm.scale": (3, 16),
+        "layers.gate.kernel": (3, 16, 24),
+        "layers.gate.bias": (3, 24),
+        "layers.up.kernel": (3, 16, 24),
+        "layers.up.bias": (3, 24),
+        "layers.down.kernel": (3, 24, 16),
+        "layers.down.bias": (3, 16),
+        "norm.scale": (16,),
+        "head.kernel": (16, 29),
+    }
+    gemma = transformer.abstract(GEMMA, lora=LORA)
+    assert "head.kernel" not in gemma  # tied
+    added = {"q_norm", "k_norm", "post_attention_norm", "post_mlp_norm"}
+    assert added <= {path.split(".")[1] for path in gemma if path.startswith("layers.")}
+    assert gemma["layers.q_norm.scale"].shape == (3, 4)
+    assert {path.split(".")[1] for path in gemma if path.endswith("lora_a")} == set(LORA.targets)
+    assert gemma["layers.down.lora_a"].shape == (3, 24, 3) and gemma["layers.down.lora_b"].shape == (3, 3, 16)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_initialise_abstract_and_bind_agree(dtype):
+    for lora in (None, LORA):
+        params = transformer.initialise(LLAMA, 0, dtype=dtype, lora=lora)
+        described = {path: (x.shape, x.dtype) for path, x in transformer.abstract(LLAMA, dtype=dtype, lora=lora).items()}
+        assert {path: (x.shape, x.dtype) for path, x in params.items()} == described
+        assert {x.dtype for path, x in params.items() if "lora_" in path} <= {jnp.dtype("float32")}
+        model = bind(LLAMA, params, lora)
+        assert model.layers.q.kernel[...] is params["layers.q.kernel"]
+        assert model.norm.scale[...] is params["norm.scale"]
+        assert (model.layers.q.lora_a is None) == (lora is None)
+        assert model.layers.k.lora_a is None  # not among the targets
+
+
+def test_initialise_depends_on_the_seed_and_on_nothing_else():
+    a, b, c = (transformer.initialise(LLAMA, seed) for seed in (0, 0, 1))
+    assert all((a[path] == b[path]).all() for path in a)
+    drawn = [path for path in a if not path.endswith((".scale", ".bias"))]
+    assert all((a[path] != c[path]).any() for path in drawn)
+    assert a["layers.down.kernel"].std() == pytest.approx(24**-0.5, rel=0.1)  # N(0, 1 / inputs)
+
+
+def test_fresh_adapters_are_the_identity_and_scale_with_alpha_over_rank():
+    params = transformer.initialise(LLAMA, 0, lora=LORA)
+    logprobs_of = jax.jit(lambda params, lora: shared_logprobs(bind(LLAMA, params, lora)), static_argnums=1)
+    plain = np.asarray(logprobs_of(params, None))
+    np.testing.assert_array_equal(np.asarray(logprobs_of(params, LORA)), plain)
+
+    # W + alpha / rank * a @ b, worked into the kernel by hand: alpha / rank = 6 / 3 = 2.
+    b = 0.1 * jax.random.normal(jax.random.key(0), params["layers.q.lora_b"].shape)
+    adapted = np.asarray(logprobs_of({**params, "layers.q.lora_b": b}, LORA))
+    kernel = params["layers.q.kernel"] + 2 * jnp.einsum("lir,lro->lio", params["layers.q.lora_a"], b)
+    np.testing.assert_allclose(adapted, logprobs_of({**params, "layers.q.kernel": kernel}, None), rtol=0, atol=1e-5)
+    assert np.abs(adapted - plain).max() > 1e-2
