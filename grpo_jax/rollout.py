@@ -38,11 +38,16 @@ class Actor(NamedTuple):
     num_devices: int
 
 
+def model_of(policy: Policy) -> Model:
+    """How this policy's parameters become a module."""
+    return Model(policy.config, policy.lora, str(policy.params["embed"].dtype))
+
+
 def make_actor(policy: Policy, num_devices: int) -> Actor:
     """Puts a policy on its devices. Raises `UserError` if it has no tokenizer."""
     tokenizer = policy.require_tokenizer()
     trainable, frozen = split_params(policy.params, policy.lora)
-    model = Model(policy.config, policy.lora, str(policy.params["embed"].dtype))
+    model = model_of(policy)
     return Actor(
         model, devices.replicate(trainable, num_devices), devices.replicate(frozen, num_devices), tokenizer, num_devices
     )

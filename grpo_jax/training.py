@@ -38,6 +38,7 @@ from grpo_jax.rollout import (
     demonstrations,
     encode_prompts,
     make_actor,
+    model_of,
     rollout,
     score_rollout,
 )
@@ -132,7 +133,8 @@ def restore(run_dir: str | Path) -> tuple[Experiment, Policy]:
     optimizer, _ = make_optimizer(experiment.optimizer, experiment.steps * experiment.num_iterations)
     like = _checkpoint(State(trainable, jax.eval_shape(optimizer.init, trainable), jnp.int32(0)), 0)
     _, state = checkpoints.restore(run_dir / "checkpoints", like)
-    return experiment, replace(policy, params={**frozen, **jax.tree.map(jnp.asarray, state["trainable"])})
+    trained = jax.tree.map(jnp.asarray, state["trainable"])
+    return experiment, replace(policy, params=model_of(policy).params(trained, frozen))
 
 
 def _source_policy(experiment: Experiment) -> Policy:
@@ -290,7 +292,7 @@ class _Run:
 
     def policy(self) -> Policy:
         """The policy as it is now, off the devices' copies."""
-        params = devices.unreplicate({**self.actor.frozen, **self.state.trainable})
+        params = devices.unreplicate(self.actor.model.params(self.state.trainable, self.actor.frozen))
         return replace(self.start, params=params)
 
     def _check_failures(self, scores: Scores, step: int) -> None:

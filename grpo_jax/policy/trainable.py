@@ -17,10 +17,13 @@ class Model:
     lora: LoRAConfig | None = None
     dtype: str = "float32"
 
+    def params(self, trainable: Params, frozen: Params) -> Params:
+        """All parameters in the compute dtype: trained weights are float32 masters, adapters stay float32."""
+        return {**frozen, **{k: v if ".lora_" in k else v.astype(self.dtype) for k, v in trainable.items()}}
+
     def bind(self, trainable: Params, frozen: Params) -> Transformer:
-        """The module with these parameters. Trained weights are float32 masters, cast here to the compute dtype."""
-        cast = {k: v if ".lora_" in k else v.astype(self.dtype) for k, v in trainable.items()}
-        return bind(self.config, {**frozen, **cast}, self.lora)
+        """The module with these parameters."""
+        return bind(self.config, self.params(trainable, frozen), self.lora)
 
 
 def split(params: Params, lora: LoRAConfig | None) -> tuple[Params, Params]:
