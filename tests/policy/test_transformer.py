@@ -53,7 +53,7 @@ GEMMA = replace(
     mlp_bias=False,
 )
 CONFIGS = {"llama": LLAMA, "gemma": GEMMA, "mistral": replace(LLAMA, sliding_window=4, sliding_layers=(True,) * 3)}
-every_config = pytest.mark.parametrize("name", CONFIGS)
+some_configs = pytest.mark.parametrize("name", ["llama", "gemma"])
 
 # Three prompts of different lengths that share their first four tokens, two completions each, of different lengths too.
 COMMON = 4
@@ -74,7 +74,7 @@ def parameters(name: str) -> dict[str, jax.Array]:
     return {path: x + 0.2 * noise.normal(size=x.shape).astype(np.float32) for path, x in sorted(params.items())}
 
 
-def shared_logprobs(model, *, prompts=PROMPTS, tokens=TOKENS, **options):
+def shared_logprobs(model, prompts=PROMPTS, tokens=TOKENS, **options):
     """[P, G, T] the way the trainer does it."""
     return completion_logprobs(model, *map(jnp.asarray, (prompts, LENGTHS, tokens, VALID)), **options)[0]
 
@@ -119,7 +119,7 @@ def assert_same_gradient(actual, expected, tolerance=2e-5):
         assert np.abs(a - b).max() <= tolerance * np.abs(b).max(), path
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma"])
+@some_configs
 def test_a_shared_prefix_is_a_repeated_prompt_in_values_and_gradients(name):
     expected, expected_gradient = value_and_gradient(name, "repeated")
     logprobs, gradient = value_and_gradient(name, "shared")
@@ -128,22 +128,20 @@ def test_a_shared_prefix_is_a_repeated_prompt_in_values_and_gradients(name):
     assert any(path.endswith(".lora_b") for path in gradient)
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma"])
-def test_neither_common_tokens_nor_remat_change_values_or_gradients(name):
-    expected, expected_gradient = value_and_gradient(name, "shared")
-    logprobs, gradient = value_and_gradient(name, "common")
+def test_neither_common_tokens_nor_remat_change_values_or_gradients():
+    expected, expected_gradient = value_and_gradient("llama", "shared")
+    logprobs, gradient = value_and_gradient("llama", "common")
     np.testing.assert_allclose(logprobs, expected, rtol=0, atol=1e-5)
     assert_same_gradient(gradient, expected_gradient)
 
 
-@every_config
-def test_values_alone_agree_too(name):
-    repeated, shared, common = (
+@pytest.mark.parametrize(("name", "common"), [("gemma", COMMON), ("mistral", 0), ("mistral", COMMON)])
+def test_values_agree_where_gradients_are_not_compared(name, common):
+    repeated, shared = (
         np.asarray(jax.jit(lambda params, way=way: way(bind(CONFIGS[name], params, LORA)))(parameters(name)))[VALID]
-        for way in (repeated_logprobs, shared_logprobs, partial(shared_logprobs, common=COMMON))
+        for way in (repeated_logprobs, partial(shared_logprobs, common=common))
     )
     np.testing.assert_allclose(shared, repeated, rtol=0, atol=1e-5)
-    np.testing.assert_allclose(common, repeated, rtol=0, atol=1e-5)
 
 
 def test_remat_recomputes_the_layers():
@@ -155,18 +153,22 @@ def test_remat_recomputes_the_layers():
     assert with_remat == without + 2  # the prompt's layers and the completions'
 
 
-@every_config
+@cache
+def compiled(name: str):
+    """Log-probabilities of (parameters, prompts, tokens), compiled once for the tests that change the tokens."""
+    return jax.jit(lambda params, prompts, tokens: shared_logprobs(bind(CONFIGS[name], params, LORA), prompts, tokens))
+
+
+@some_configs
 def test_the_prompt_reaches_the_completion_through_the_prefix(name):
     # If this failed, agreement with the repeated prompt would say little.
-    model = bind(CONFIGS[name], parameters(name), LORA)
     changed = PROMPTS.copy()
-    changed[:, 0] = (changed[:, 0] + 1) % 29
-    changed[:, 3] = (changed[:, 3] + 1) % 29
-    gap = np.abs(np.asarray(shared_logprobs(model, prompts=changed) - shared_logprobs(model)))
-    assert gap[VALID].min() > 1e-6
+    changed[:, [0, 3]] = (changed[:, [0, 3]] + 1) % 29
+    a, b = (np.asarray(compiled(name)(parameters(name), prompts, TOKENS)) for prompts in (PROMPTS, changed))
+    assert np.abs(a - b)[VALID].min() > 1e-6
 
 
-@every_config
+@some_configs
 def test_unrolled_layers_are_the_scanned_ones(name):
     @jax.jit
     def both(params):
@@ -185,7 +187,7 @@ def test_unrolled_layers_are_the_scanned_ones(name):
     np.testing.assert_allclose(np.stack(own.v), kept.v, rtol=0, atol=1e-5)
 
 
-@every_config
+@some_configs
 def test_decoding_token_by_token_through_a_cache_is_one_pass(name):
     c = CONFIGS[name]
     positions = jnp.asarray(LENGTHS[:, None, None] + np.arange(5) + 0 * TOKENS)
@@ -212,33 +214,30 @@ def test_decoding_token_by_token_through_a_cache_is_one_pass(name):
     np.testing.assert_array_equal(cache.valid, np.pad(VALID, [(0, 0), (0, 0), (0, 3)]))
 
 
-@every_config
+@some_configs
 def test_padding_changes_nothing(name):
-    logprobs_of = jax.jit(lambda params, **arrays: shared_logprobs(bind(CONFIGS[name], params, LORA), **arrays))
-    expected = np.asarray(logprobs_of(parameters(name), prompts=PROMPTS, tokens=TOKENS))[VALID]
+    params = parameters(name)
+    expected = np.asarray(compiled(name)(params, PROMPTS, TOKENS))[VALID]
 
     # What stands in the padding, of prompts and of completions, is seen by no valid token: equal to the last bit.
     other = np.where(np.arange(9) < LENGTHS[:, None], PROMPTS, (PROMPTS + 5) % 29)
     beyond = np.where(VALID, TOKENS, (TOKENS + 7) % 29)
-    changed = np.asarray(logprobs_of(parameters(name), prompts=other, tokens=beyond))[VALID]
-    np.testing.assert_array_equal(changed, expected)
+    np.testing.assert_array_equal(np.asarray(compiled(name)(params, other, beyond))[VALID], expected)
 
     # How much padding there is changes how sums are cut up, so it is equal within rounding.
-    wide = np.pad(PROMPTS, [(0, 0), (0, 7)])
-    wider = np.asarray(logprobs_of(parameters(name), prompts=wide, tokens=TOKENS))[VALID]
+    wider = np.asarray(compiled(name)(params, np.pad(PROMPTS, [(0, 0), (0, 7)]), TOKENS))[VALID]
     np.testing.assert_allclose(wider, expected, rtol=0, atol=1e-5)
 
 
 def test_a_row_does_not_see_the_other_rows_of_its_group():
-    logprobs_of = jax.jit(lambda params, tokens: shared_logprobs(bind(LLAMA, params, LORA), tokens=tokens))
     changed = TOKENS.copy()
     changed[:, 0] = (changed[:, 0] + 1) % 29
-    a, b = (np.asarray(logprobs_of(parameters("llama"), tokens)) for tokens in (TOKENS, changed))
+    a, b = (np.asarray(compiled("llama")(parameters("llama"), PROMPTS, tokens)) for tokens in (TOKENS, changed))
     np.testing.assert_array_equal(a[:, 1], b[:, 1])
     assert (a[:, 0] != b[:, 0]).all()
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma"])
+@some_configs
 def test_bfloat16_weights_give_finite_float32_logits_near_those_of_float32(name):
     exact = parameters(name)
     half = {path: x if "lora_" in path else x.astype(jnp.bfloat16) for path, x in exact.items()}
@@ -293,7 +292,9 @@ def test_parameters_are_named_and_shaped_as_the_contract_has_them():
 def test_initialise_abstract_and_bind_agree(dtype):
     for lora in (None, LORA):
         params = transformer.initialise(LLAMA, 0, dtype=dtype, lora=lora)
-        described = {path: (x.shape, x.dtype) for path, x in transformer.abstract(LLAMA, dtype=dtype, lora=lora).items()}
+        described = {
+            path: (x.shape, x.dtype) for path, x in transformer.abstract(LLAMA, dtype=dtype, lora=lora).items()
+        }
         assert {path: (x.shape, x.dtype) for path, x in params.items()} == described
         assert {x.dtype for path, x in params.items() if "lora_" in path} <= {jnp.dtype("float32")}
         model = bind(LLAMA, params, lora)

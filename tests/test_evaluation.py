@@ -1,0 +1,138 @@
+"""Success rates with their intervals, and evaluations that can be compared in pairs."""
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from grpo_jax.evaluation import Evaluation, evaluate, pass_at_k, success_interval
+from grpo_jax.experiment import EvaluationConfig, Experiment, PolicyConfig, SamplingConfig, ScratchConfig
+from grpo_jax.policy import Policy, load
+from grpo_jax.tasks import Task
+
+SCRATCH = ScratchConfig("abcd", hidden_size=16, num_layers=1, num_heads=2)
+
+
+def has_an_a(*, completions: list[str], **columns: Any) -> list[bool]:
+    return ["a" in completion for completion in completions]
+
+
+def length(*, completions: list[str], **columns: Any) -> list[float | None]:
+    """Does not apply to a completion that is empty."""
+    return [float(len(completion)) or None for completion in completions]
+
+
+@pytest.fixture(scope="module")
+def policy() -> Policy:
+    return load("scratch", seed=2, scratch=SCRATCH)
+
+
+def run(policy: Policy, devices: int = 1, rewards: dict[str, Any] | None = None, **options: Any) -> Evaluation:
+    held_out = [{"prompt": prompt} for prompt in ("a", "bb", "c", "dab", "ca")]
+    task = Task("letters", [{"prompt": "d"}], held_out, success=has_an_a)
+    settings = EvaluationConfig(**{"num_samples": 3, "temperature": 1.0, "batch_size": 6} | options)
+    experiment = Experiment(
+        task, rewards if rewards is not None else {"length": length}, PolicyConfig(scratch=SCRATCH), devices=devices,
+        sampling=SamplingConfig(max_tokens=4), evaluation=settings,
+    )  # fmt: skip
+    return evaluate(policy, experiment)
+
+
+# Intervals -----------------------------------------------------------------------------------------------------------
+
+
+def column(won: int, n: int) -> np.ndarray:
+    """Outcomes [n, 1]: one sample of each of n prompts."""
+    return np.arange(n)[:, None] < won
+
+
+@pytest.mark.parametrize(
+    ("won", "n", "low", "high"),
+    [
+        # z² = 3.8415; 7/10: centre (.7 + .19207) / 1.38415 = .64449, half 1.96 √(.021 + .0096036) / 1.38415 = .24772
+        (7, 10, 0.3968, 0.8922),
+        (5, 10, 0.2366, 0.7634),
+        (0, 10, 0.0, 3.8415 / 13.8415),  # nothing won: [0, z² / (n + z²)]
+        (10, 10, 10 / 13.8415, 1.0),
+        (1, 1, 1 / 4.8415, 1.0),
+    ],
+)
+def test_one_sample_of_each_prompt_gives_wilsons_interval(won, n, low, high):
+    assert success_interval(column(won, n)) == pytest.approx((low, high), abs=5e-5)
+
+
+def test_samples_of_a_prompt_that_always_agree_count_once():
+    won = np.array([[1] * 4, [0] * 4, [1] * 4, [0] * 4], bool)
+    # The prompts' means 1, 0, 1, 0 have variance 1/3, their mean 1/12; .25 / (1/12) = 3, and at least the 4 prompts.
+    assert success_interval(won) == success_interval(column(2, 4))
+
+
+def test_samples_that_agree_more_than_chance_count_for_fewer():
+    won = np.array([[1, 1, 1, 1], [1, 1, 0, 0], [1, 0, 1, 0], [0, 0, 1, 1], [0, 0, 0, 0]], bool)
+    # Means 1, ½, ½, ½, 0: variance (¼ + ¼) / 4 = .125, of their mean .025; so .25 / .025 = 10 of the 20 samples count.
+    assert success_interval(won) == pytest.approx(success_interval(column(5, 10)))
+
+
+def test_samples_never_count_for_more_than_they_are():
+    won = np.array([[1, 0, 1, 0], [0, 1, 1, 0], [1, 1, 0, 1], [1, 0, 0, 1]], bool)  # means ½, ½, ¾, ½
+    assert success_interval(won) == pytest.approx(success_interval(column(9, 16)))
+
+
+@pytest.mark.parametrize("won", [0, 1])
+def test_where_every_sample_agrees_only_the_prompts_count(won):
+    assert success_interval(np.full((10, 4), won, bool)) == success_interval(column(10 * won, 10))
+
+
+def test_the_samples_of_a_single_prompt_are_all_there_is_to_count():
+    assert success_interval(np.array([[1] * 7 + [0] * 3], bool)) == pytest.approx((0.3968, 0.8922), abs=5e-5)
+
+
+def test_pass_at_k_is_the_chance_that_one_of_k_samples_succeeds():
+    assert pass_at_k([4], num_samples=16, k=4) == pytest.approx(1 - 495 / 1820)  # C(12, 4) / C(16, 4): .728
+    assert pass_at_k([4], 16, 1) == pytest.approx(4 / 16)
+    assert pass_at_k([4, 0, 16], 16, 4) == pytest.approx((1 - 495 / 1820 + 0 + 1) / 3)
+    assert pass_at_k([13], 16, 4) == 1.0  # among any four, one of the thirteen
+
+
+# A policy ------------------------------------------------------------------------------------------------------------
+
+
+def test_an_evaluation_is_that_of_its_records(policy):
+    result = run(policy)
+    assert (result.num_prompts, result.num_samples, len(result.records)) == (5, 3, 15)
+    assert [record["prompt"] for record in result.records[::3]] == ["a", "bb", "c", "dab", "ca"]
+    won = [record["success"] for record in result.records]
+    assert won == has_an_a(completions=[record["completion"] for record in result.records])
+    assert 0 < result.success == np.mean(won) < 1
+    assert (result.success_low, result.success_high) == success_interval(np.reshape(won, (5, 3)))
+    assert result.pass_at_k == {1: pytest.approx(result.success), 2: pass_at_k(np.reshape(won, (5, 3)).sum(1), 3, 2)}
+    lengths = [len(record["completion"]) for record in result.records]
+    assert result.reward == pytest.approx(np.mean([n for n in lengths if n]))  # where it applies
+    assert any(math.isnan(record["reward"]) for record in result.records) == (0 in lengths)
+    assert result.mean_length == np.mean([record["length"] for record in result.records])
+    assert result.clipped_ratio == np.mean([not record["ended"] for record in result.records]) > 0
+    assert "records" not in result.to_dict()
+
+
+@pytest.mark.parametrize(("batch_size", "devices"), [(64, 1), (12, 2), (1, 1)])
+def test_batches_and_devices_change_nothing_and_a_last_batch_counts_nothing_twice(policy, batch_size, devices):
+    # 5 prompts, 2 at a time: the third batch has one prompt and one repetition; 4 at a time on two devices likewise.
+    expected = run(policy)
+    assert run(policy, devices, batch_size=batch_size) == expected
+
+
+def test_a_policy_evaluated_twice_meets_the_same_noise(policy):
+    assert run(policy).records == run(policy).records
+    texts = [record["completion"] for record in run(policy).records]
+    assert len(set(texts[:3])) > 1  # samples of a prompt differ
+    moved = replace(policy, params={**policy.params, "embed": policy.params["embed"] * 1.0001})
+    same = [a == b["completion"] for a, b in zip(texts, run(moved).records, strict=True)]
+    assert np.mean(same) > 0.8  # a policy that has hardly moved says hardly anything else
+
+
+def test_an_evaluation_takes_the_first_prompts_and_needs_no_rewards(policy):
+    result = run(policy, rewards={"none": lambda *, completions, **_: [None] * len(completions)}, num_prompts=2)
+    assert (result.num_prompts, len(result.records), result.reward) == (2, 6, None)
+    assert result.records[3]["prompt"] == "bb"
