@@ -80,7 +80,7 @@ def arrays():
 @cache
 def own_logprobs(dtype: str = "float32", lora: LoRAConfig | None = None):
     """The policy's log-probabilities [P, G, T] at the experiment's temperature, and the gradient of a weighted sum."""
-    model, trainable, frozen = parts(dtype, lora)
+    model, _, frozen = parts(dtype, lora)
 
     def loss(trainable, weights):
         arrays_ = (jnp.asarray(x) for x in arrays()[:4])
@@ -213,7 +213,7 @@ def test_sft_is_the_mean_negative_log_likelihood_of_the_tokens():
     active = batch.mask & batch.kept[..., None]
     model, trainable, frozen = parts()
     logprobs, _ = completion_logprobs(model.bind(trainable, frozen), *batch[:4])
-    state, metrics = run(batch, record=True, first=True, **CASES["sft"])
+    _, metrics = run(batch, record=True, first=True, **CASES["sft"])
     np.testing.assert_allclose(metrics["loss"], -np.asarray(logprobs)[active].mean(), rtol=1e-5)
     assert metrics["num_tokens"] == active.sum()
     assert not any(key.startswith("sampling/") for key in metrics)
@@ -291,7 +291,7 @@ def test_an_unsound_step_leaves_everything_bit_identical_and_is_counted(n, field
 
 
 def test_a_parameter_that_is_not_a_number_skips_the_step():
-    model, trainable, _ = parts()
+    _, trainable, _ = parts()
     broken = {**trainable, "norm.scale": trainable["norm.scale"].at[3].set(jnp.nan)}
     optimizer = make_optimizer(EXPERIMENT.optimizer, 100)[0]
     before = State(broken, optimizer.init(broken), jnp.int32(4))
@@ -338,7 +338,7 @@ def test_later_iterations_on_the_same_batch_clip():
 
 def test_lora_trains_the_adapters_and_nothing_else():
     lora = LoRAConfig(rank=2, alpha=4.0, targets=("q", "up"))
-    model, trainable, frozen = parts("float32", lora)
+    _, trainable, frozen = parts("float32", lora)
     assert set(trainable) == {f"layers.{t}.lora_{x}" for t in ("q", "up") for x in "ab"}
     assert frozen.keys() == policy().params.keys()
     batch = make_batch(lora=lora)
@@ -401,8 +401,8 @@ def stepped(config: OptimizerConfig, params: dict, grads: dict, updates: int = 1
 
 
 def test_adamw_worked_by_hand():
-    # Two updates with the gradient 0.5: bias-corrected moments are 0.5 and 0.25, so each moves by lr * 0.5 / (0.5 + eps)
-    # and shrinks by lr * decay * value.
+    # Two updates with the gradient 0.5: bias-corrected moments are 0.5 and 0.25, so each moves by lr * 0.5 / (0.5 + eps),
+    # and by lr * decay * value towards 0.
     config = OptimizerConfig(learning_rate=0.1, weight_decay=0.2, eps=0.5, max_grad_norm=None)
     params = stepped(config, {"w.kernel": jnp.array([2.0])}, {"w.kernel": jnp.array([0.5])}, updates=2)
     first = 2.0 - 0.1 * (0.5 / (0.5 + 0.5) + 0.2 * 2.0)
