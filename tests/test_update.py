@@ -401,7 +401,7 @@ def stepped(config: OptimizerConfig, params: dict, grads: dict, updates: int = 1
 
 
 def test_adamw_worked_by_hand():
-    # Two updates with the gradient 0.5: bias-corrected moments are 0.5 and 0.25, so each moves by lr * 0.5 / (0.5 + eps),
+    # Two updates with the gradient 0.5: the corrected moments are 0.5 and 0.25, so each is lr * 0.5 / (0.5 + eps),
     # and by lr * decay * value towards 0.
     config = OptimizerConfig(learning_rate=0.1, weight_decay=0.2, eps=0.5, max_grad_norm=None)
     params = stepped(config, {"w.kernel": jnp.array([2.0])}, {"w.kernel": jnp.array([0.5])}, updates=2)
