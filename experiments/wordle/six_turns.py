@@ -1,6 +1,9 @@
-"""The full Wordle game of six turns.
+"""The full Wordle game of six turns: a tiny policy learns to play by imitation (SFT), then GRPO on winning.
 
-grpo-jax train experiments/wordle/six_turns.py
+Not tuned yet: after this warm start the policy has not been seen to win 20 % of its games, below which GRPO has nothing
+to amplify. Replies that interleave letters and marks (CgRxAy…) were seen to be learned in a third of the steps.
+
+    grpo-jax train experiments/wordle/six_turns.py
 """
 
 from grpo_jax.experiment import (

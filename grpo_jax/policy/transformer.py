@@ -194,7 +194,7 @@ class Transformer(nnx.Module):
     def logits(self, hidden: Array) -> Array:
         """Hidden states [..., D] to float32 logits [..., V]."""
         kernel = self.embed[...].T if self.head is None else self.head.kernel[...]
-        logits = jnp.matmul(hidden, kernel, preferred_element_type=jnp.float32)
+        logits = product("...d,dv->...v", hidden, kernel)
         return softcap(logits, self.config.final_softcap)
 
 
@@ -234,6 +234,17 @@ def rotate(x: Array, cos: Array, sin: Array) -> Array:
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
 
 
+def product(spec: str, a: Array, b: Array) -> Array:
+    """`jnp.einsum` of two arrays with a float32 result, also for bfloat16 arrays.
+
+    On a CPU they are widened first: XLA's CPU backend (jax 0.10 to 0.12) refuses some bfloat16 products with a float32
+    result, depending on their shapes.
+    """
+    if jax.default_backend() == "cpu":
+        a, b = a.astype(jnp.float32), b.astype(jnp.float32)
+    return jnp.einsum(spec, a, b, preferred_element_type=jnp.float32)
+
+
 def softcap(x: Array, cap: float | None) -> Array:
     """cap * tanh(x / cap) (Gemma 2, 2408.00118)."""
     return x if cap is None else cap * jnp.tanh(x / cap)
@@ -253,14 +264,14 @@ def attend(
         parts.append(("pnck", *prefix))
     scores = []
     for axes, keys, _, visible in parts:
-        score = jnp.einsum(f"pgtnrk,{axes}->pgnrtc", q, keys, preferred_element_type=jnp.float32)
+        score = product(f"pgtnrk,{axes}->pgnrtc", q, keys)
         score = softcap(score, config.attention_softcap)
         scores.append(jnp.where(visible[:, :, None, None], score, -1e30))
     top = jax.lax.stop_gradient(jnp.stack([score.max(-1) for score in scores]).max(0))[..., None]
     weights = [jnp.exp(score - top) for score in scores]
     total = sum(weight.sum(-1) for weight in weights)  # [P, G, N, R, T]
     attended = sum(
-        jnp.einsum(f"pgnrtc,{axes}->pgtnrk", weight.astype(values.dtype), values, preferred_element_type=jnp.float32)
+        product(f"pgnrtc,{axes}->pgtnrk", weight.astype(values.dtype), values)
         for weight, (axes, _, values, _) in zip(weights, parts, strict=True)
     )
     attended = attended / jnp.moveaxis(total, 4, 2)[..., None]
