@@ -1,7 +1,7 @@
 """The full Wordle game of six turns: a tiny policy learns to play by imitation (SFT), then GRPO on winning.
 
-Not tuned yet: after this warm start the policy has not been seen to win 20 % of its games, below which GRPO has nothing
-to amplify. Replies that interleave letters and marks (CgRxAy…) were seen to be learned in a third of the steps.
+Not tuned yet: no full run of it has been measured. GRPO needs a warm start that wins some of its games, and imitation is
+slow to learn here; replies that interleave letters and marks (CgRxAy...) looked several times faster in one trial.
 
     grpo-jax train experiments/wordle/six_turns.py
 """
