@@ -1,7 +1,7 @@
 """The full Wordle game of six turns: a tiny policy learns to play by imitation (SFT), then GRPO on winning.
 
-Not tuned yet: no full run of it has been measured. GRPO needs a warm start that wins some of its games, and imitation is
-slow to learn here; replies that interleave letters and marks (CgRxAy...) looked several times faster in one trial.
+Not tuned yet: no full run of it has been measured. GRPO needs a warm start that wins some of its games, and imitation
+is slow to learn here; replies that interleave letters and marks (CgRxAy...) looked several times faster in one trial.
 
     grpo-jax train experiments/wordle/six_turns.py
 """
