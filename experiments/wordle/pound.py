@@ -1,8 +1,9 @@
 """The article's Wordle case: one guess at the secret POUND, learned from partial credit alone.
 
 A policy of under 1M parameters with one token per capital letter first learns (SFT) what legal words look like, the
-secret excluded. GRPO then samples a group at temperature 1 and scores it with the article's partial credit. Expected:
-at least 95 % of the samples are exactly POUND, in under 40 s on 2 CPU cores, compilation included.
+secret excluded. GRPO then samples a group at temperature 1 and scores it with the article's partial credit.
+Measured in 14 s on 2 CPU cores, 30 s before anything was compiled: seeds 0, 2 and 3 end at 99 to 100 % POUND; seeds 1
+and 4 collapse onto a non-word that the partial credit pays 0.8 to 0.9, which an entropy bonus of 0.03 did not prevent.
 
     grpo-jax train experiments/wordle/pound.py
     grpo-jax train experiments/wordle/pound.py --set sampling.temperature=0.7   # can collapse onto a non-word
