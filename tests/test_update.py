@@ -156,7 +156,7 @@ def assert_identical(actual, expected):
 
 CASES = {
     "grpo": dict(loss__beta=0.1),
-    "dapo": dict(loss__loss_type="dapo", loss__entropy_coefficient=0.05, advantages__scale="batch"),
+    "dapo": dict(loss__loss_type="dapo", loss__entropy_coef=0.05, advantages__scale="batch"),
     "bnpo": dict(loss__loss_type="bnpo", loss__epsilon_high=0.5, loss__beta=0.1, loss__kl_estimator="k1"),
     "dr_grpo": dict(
         loss=LossConfig("dr_grpo", max_completion_length=4),
