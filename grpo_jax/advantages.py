@@ -45,8 +45,8 @@ def group_advantages(
     Where the scale is 0 the advantage is 0: a group of equal rewards says nothing about its members. Rewards count as
     equal when they differ by rounding alone, that is by less than two float32 epsilons (2.4e-7) of the largest.
     Nothing is added to the scale, so advantages do not depend on the rewards' unit; TRL adds 1e-4 to it and always
-    takes `ddof=1`. A NaN or infinite reward spreads through its group (with `batch` and `whiten`, through the batch): it is
-    an error upstream that must not pass for a 0. To leave a completion out, mask it.
+    takes `ddof=1`. A NaN or infinite reward spreads through its group (with `batch` and `whiten`, through the batch):
+    it is an error upstream that must not pass for a 0. To leave a completion out, mask it.
 
     Args:
       rewards: rewards, shape `[P, G]`; row p holds the G completions of one prompt.

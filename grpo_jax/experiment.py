@@ -333,6 +333,9 @@ class EvaluationConfig(_Checked):
 class Experiment(_Checked):
     """One run: a task, its rewards, a policy, and how the one is trained on the other.
 
+    A step's groups whose rewards are all equal say nothing. `dynamic_sampling_rounds` is how many further rounds of
+    prompts a step may play to replace them by groups that do (DAPO, 2503.14476); 0 for none.
+
     `method` is `grpo`, or `sft` on `task.demonstrate` (`group_size` demonstrations for each prompt).
     `warm_start` and `control` are overrides of this experiment, as an ablation's arms are: the warm start is trained
     first and its policy is where this run begins; the control starts where this run started, is trained after it on
@@ -347,6 +350,7 @@ class Experiment(_Checked):
     prompts_per_step: int = 8
     group_size: int = 8
     num_iterations: int = 1
+    dynamic_sampling_rounds: int = 0
     gradient_accumulation_steps: int = 1
     gradient_checkpointing: bool = False
     seed: int = 0
@@ -370,7 +374,11 @@ class Experiment(_Checked):
                 self.group_size > 1 or (self.group_size == 1 and self.method == "sft"),
                 "at least 2 for method 'grpo', since a group of one has no relative advantage",
             ),
-            num_iterations=(self.num_iterations > 0, "positive"),
+            num_iterations=(
+                self.num_iterations == 1 or (self.num_iterations > 0 and self.loss.loss_type != "reinforce"),
+                "positive, and 1 for loss_type 'reinforce', which has no ratio to make up for a policy that has moved",
+            ),
+            dynamic_sampling_rounds=(self.dynamic_sampling_rounds >= 0, "0 (off) or above"),
             gradient_accumulation_steps=(
                 self.gradient_accumulation_steps > 0 and self.prompts_per_step % self.gradient_accumulation_steps == 0,
                 f"a number that divides prompts_per_step = {self.prompts_per_step}",
@@ -387,6 +395,11 @@ class Experiment(_Checked):
             raise UserError(
                 f"RewardConfig.weights names {strangers[0]!r}, which is no reward of this experiment: "
                 f"it has {sorted(self.rewards)}."
+            )
+        if self.policy.lora is not None and self.loss.sync_ref_model and self.loss.ref_model_mixup_alpha != 1:
+            raise UserError(
+                f"loss.ref_model_mixup_alpha = {self.loss.ref_model_mixup_alpha} mixes parameters, but a mixture of "
+                "LoRA factors is not the mixture of their products: with policy.lora it must be 1 (a copy)."
             )
         if self.method == "grpo" and self.reward.combine == "normalize_then_sum" and self.advantages.scale == "group":
             raise UserError(

@@ -187,5 +187,5 @@ def test_what_a_loss_does_not_read_is_an_error(fields, why):
 def test_every_loss_has_a_config_and_dr_grpo_its_length():
     for loss_type in ("grpo", "bnpo", "dapo", "cispo", "sapo", "luspo", "vespo", "reinforce"):
         assert LossConfig(loss_type).loss_type == loss_type
-    with pytest.raises(UserError, match="max_completion_length = None .* a positive number for loss_type 'dr_grpo'"):
+    with pytest.raises(UserError, match=r"max_completion_length = None .* a positive number for loss_type 'dr_grpo'"):
         LossConfig("dr_grpo")
