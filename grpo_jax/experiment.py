@@ -7,6 +7,7 @@ loads is a config whose fields have the types and ranges that they claim.
 
 import dataclasses
 import difflib
+import functools
 import hashlib
 import importlib.util
 import json
@@ -419,24 +420,32 @@ def override(config: Experiment, overrides: Mapping[str, Any]) -> Experiment:
     A variant made this way inherits everything else, so a control follows whatever its experiment was overridden with.
     Raises `UserError` for an unknown field (suggesting the nearest) and for a value of the wrong type.
     """
-    for path, value in overrides.items():
-        config = _replace(config, path.split("."), value, path)
-    return config
+    return _replace(config, [(path.split("."), value, path) for path, value in overrides.items()])
 
 
-def _replace(config: Any, keys: Sequence[str], value: Any, path: str) -> Any:
-    key, *rest = keys
+def _replace(config: Any, changes: Sequence[tuple[list[str], Any, str]]) -> Any:
+    """Sets (keys, value, dotted path) at once, so that fields whose ranges depend on each other come in any order."""
     if isinstance(config, Mapping):
-        return {**config, key: _replace(config.get(key), rest, value, path) if rest else value}
-    if not dataclasses.is_dataclass(config):
-        raise UserError(f"{path!r} is not a field: {type(config).__name__} has no fields of its own.")
-    names = [f.name for f in dataclasses.fields(config)]
-    if key not in names:
-        raise UserError(f"{path!r} is not a field: {type(config).__name__} has no {key!r}{_nearest(key, names)}")
-    inner = getattr(config, key)
-    if rest and inner is None:
-        raise UserError(f"{path!r} cannot be set: {'.'.join(path.split('.')[: -len(rest)])} is None here.")
-    return dataclasses.replace(config, **{key: _replace(inner, rest, value, path) if rest else value})
+        inner_of = config.get
+    elif dataclasses.is_dataclass(config):
+        names = [f.name for f in dataclasses.fields(config)]
+        for (key, *_), _, path in changes:
+            if key not in names:
+                raise UserError(
+                    f"{path!r} is not a field: {type(config).__name__} has no {key!r}{_nearest(key, names)}"
+                )
+        inner_of = functools.partial(getattr, config)
+    else:
+        raise UserError(f"{changes[0][2]!r} is not a field: {type(config).__name__} has no fields of its own.")
+    new = {key: value for (key, *rest), value, _ in changes if not rest}
+    for key in dict.fromkeys(keys[0] for keys, *_ in changes if len(keys) > 1):
+        further = [(keys[1:], value, path) for keys, value, path in changes if keys[0] == key and len(keys) > 1]
+        inner = new.get(key, inner_of(key))
+        if inner is None:
+            rest, _, path = further[0]
+            raise UserError(f"{path!r} cannot be set: {path.removesuffix('.' + '.'.join(rest))} is None here.")
+        new[key] = _replace(inner, further)
+    return {**config, **new} if isinstance(config, Mapping) else dataclasses.replace(config, **new)
 
 
 def parse_overrides(config: Experiment, assignments: Iterable[str]) -> dict[str, Any]:
@@ -455,14 +464,22 @@ def parse_overrides(config: Experiment, assignments: Iterable[str]) -> dict[str,
             literal = literal_eval(text)
         except (ValueError, SyntaxError):
             pass
-        try:
-            config, overrides[path] = override(config, {path: literal}), literal
-        except UserError as error:
-            try:
-                config, overrides[path] = override(config, {path: text}), text
-            except UserError:
-                raise error from None
+        overrides[path] = literal if _admits(config, path.split("."), literal) else text
+    override(config, overrides)
     return overrides
+
+
+def _admits(config: Any, keys: Sequence[str], value: Any) -> bool:
+    """Whether the annotation of the field that the keys lead to admits the value; True where there is none."""
+    *owners, name = keys
+    for owner in owners:
+        config = getattr(config, owner, None)
+    hint = get_type_hints(type(config)).get(name) if dataclasses.is_dataclass(config) else None
+    try:
+        typeguard.check_type(value, Any if hint is None else hint)
+    except typeguard.TypeCheckError:
+        return False
+    return True
 
 
 def load(path: str | Path, assignments: Iterable[str] = ()) -> Experiment:

@@ -189,3 +189,15 @@ def test_every_loss_has_a_config_and_dr_grpo_its_length():
         assert LossConfig(loss_type).loss_type == loss_type
     with pytest.raises(UserError, match=r"max_completion_length = None .* a positive number for loss_type 'dr_grpo'"):
         LossConfig("dr_grpo")
+
+
+def test_fields_that_depend_on_each_other_are_set_in_any_order():
+    base = dict(task=None, rewards={"one": len})
+    changes = {"loss.loss_type": "dr_grpo", "loss.max_completion_length": 8, "steps": 3}
+    for order in (list(changes), list(changes)[::-1]):
+        changed = experiment.override(Experiment(**base), {name: changes[name] for name in order})
+        assert (changed.loss, changed.steps) == (LossConfig("dr_grpo", max_completion_length=8), 3)
+        assignments = [f"{name}={changes[name]}" for name in order]
+        assert experiment.parse_overrides(Experiment(**base), assignments) == changes
+    back = experiment.override(changed, {"loss": LossConfig("sapo"), "loss.sapo_temperature_pos": 2.0})
+    assert back.loss == LossConfig("sapo", sapo_temperature_pos=2.0)

@@ -219,7 +219,7 @@ def family(horizon: int) -> Mapping[str, Estimator]:
         "REINFORCE++-baseline": of("whiten", "mean", "reinforce"),
         "Dr. GRPO": of("none", "mean", "dr_grpo", max_completion_length=horizon),
         "GRPO": of("group", "mean", "grpo"),
-        "GRPO, delta 1.5": of("group", "mean", "grpo", delta=1.5),
+        "GRPO, delta 1.3": of("group", "mean", "grpo", delta=1.3),
         "DAPO": of("group", "mean", "dapo", epsilon_high=0.28),
         "Lite PPO": of("batch", "mean", "dapo"),
         "GSPO": of("group", "mean", "grpo", **sequence),
