@@ -254,6 +254,126 @@ def _fields(config: Any, *prefixes: str) -> list[dataclasses.Field]:
 
 
 @dataclass(frozen=True)
+class SFTConfig(_Checked):
+    """Supervised fine-tuning on `task.demonstrate`. The loss is a mean over tokens.
+
+    - `packing`: whole examples share rows of `max_length` tokens, so that hardly any token is padding. They do not see
+      each other. Without it the prompt is computed once per group.
+    - `completion_only_loss`: the prompt's tokens are context and not learned.
+    """
+
+    packing: bool = False
+    max_length: int | None = None
+    completion_only_loss: bool = True
+
+    def _ranges(self) -> Ranges:
+        if self.packing:
+            return dict(max_length=((self.max_length or 0) > 1, "the length of a packed row in tokens"))
+        return dict(max_length=(self.max_length is None, "None without packing, which alone reads it"))
+
+
+@dataclass(frozen=True)
+class RFTConfig(_Checked):
+    """Rejection-sampling fine-tuning: SFT on the best of the policy's own completions.
+
+    - `select`: the `best` of each group of unequal rewards (RAFT, 2304.06767), the earliest where several are; or all
+      whose reward is `threshold` or more (RFT, 2308.01825).
+    - `samples_from`: the `policy` as it is, or as it was at the `start` of this run.
+    """
+
+    select: Literal["best", "threshold"] = "best"
+    threshold: float | None = None
+    samples_from: Literal["policy", "start"] = "policy"
+
+    def _ranges(self) -> Ranges:
+        wanted = "a reward for select 'threshold'" if self.select == "threshold" else "None for select 'best'"
+        return dict(threshold=((self.threshold is None) == (self.select == "best"), wanted))
+
+
+@dataclass(frozen=True)
+class PreferenceConfig(_Checked):
+    """Where preference pairs come from, and how good their labels are.
+
+    - `completions`: what is compared. `start`: two and two of a group of completions, sampled from the policy at the
+      start of this run; `demonstrations`: likewise, of `task.demonstrate`. The rewards label them. `columns`: the
+      columns `chosen` and `rejected` of the examples, which are labelled already.
+    - `label_noise` and `noise_level`: `flip` gives the wrong label with the probability `noise_level`; `bradley_terry`
+      prefers a to b with the probability sigmoid((r_a - r_b) / noise_level). Without noise the higher reward is
+      preferred. Equal rewards give no pair.
+    - `epoch_steps`: from then on the pairs of the first steps return, in their order; None: every step has new ones.
+      The number of labels that a run costs is that of its first `epoch_steps` steps.
+    """
+
+    completions: Literal["start", "demonstrations", "columns"] = "start"
+    label_noise: Literal["flip", "bradley_terry"] = "flip"
+    noise_level: float = 0.0
+    epoch_steps: int | None = None
+
+    def _ranges(self) -> Ranges:
+        flip, labelled = self.label_noise == "flip", self.completions == "columns"
+        return dict(
+            label_noise=(flip or not labelled, "left as it is for columns, which are labelled already"),
+            noise_level=(
+                self.noise_level == 0 or (self.noise_level > 0 and not labelled and (not flip or self.noise_level < 1)),
+                "0 (none), or else positive, below 1 for label_noise 'flip', and not with columns",
+            ),
+            epoch_steps=(self.epoch_steps is None or self.epoch_steps > 0, "positive, or None"),
+        )
+
+
+@dataclass(frozen=True)
+class DPOConfig(_Checked):
+    """The loss on preference pairs, in TRL's names; see `grpo_jax.losses.preference`."""
+
+    beta: float = 0.1
+    loss_type: Literal["sigmoid", "robust", "ipo"] = "sigmoid"
+    label_smoothing: float = 0.0
+
+    def _ranges(self) -> Ranges:
+        highest = {"sigmoid": 0.5, "robust": 0.49999, "ipo": 0.0}[self.loss_type]
+        wanted = {"sigmoid": "between 0 and 0.5", "robust": "0 or above and below 0.5", "ipo": "0, not read by 'ipo'"}
+        return dict(
+            beta=(self.beta > 0, "positive"),
+            label_smoothing=(0 <= self.label_smoothing <= highest, wanted[self.loss_type]),
+        )
+
+
+@dataclass(frozen=True)
+class RewardModelConfig(_Checked):
+    """The Bradley-Terry loss of a reward model; see `grpo_jax.losses.preference.bradley_terry_loss`."""
+
+    center_rewards_coefficient: float = 0.0
+
+    def _ranges(self) -> Ranges:
+        return dict(center_rewards_coefficient=(self.center_rewards_coefficient >= 0, "0 (off) or above"))
+
+
+@dataclass(frozen=True)
+class PPOConfig(_Checked):
+    """What PPO adds to `LossConfig`'s surrogate: a critic on the policy's trunk, and the KL in the reward.
+
+    See `grpo_jax.losses.value`. `cliprange_value` None: the critic's loss is not clipped. `whiten_advantages`: they
+    get mean 0 and standard deviation 1 over the batch's tokens.
+    """
+
+    gamma: float = 1.0
+    lam: float = 0.95
+    cliprange_value: float | None = 0.2
+    vf_coef: float = 0.1
+    kl_coef: float = 0.05
+    whiten_advantages: bool = True
+
+    def _ranges(self) -> Ranges:
+        return dict(
+            gamma=(0 <= self.gamma <= 1, "between 0 and 1"),
+            lam=(0 <= self.lam <= 1, "between 0 and 1"),
+            cliprange_value=(self.cliprange_value is None or self.cliprange_value > 0, "positive, or None for none"),
+            vf_coef=(self.vf_coef > 0, "positive: without its loss the critic learns nothing"),
+            kl_coef=(self.kl_coef >= 0, "0 (no reference) or above"),
+        )
+
+
+@dataclass(frozen=True)
 class OptimizerConfig(_Checked):
     """AdamW after clipping by global norm. Weight decay spares norms and biases."""
 
@@ -330,6 +450,17 @@ class EvaluationConfig(_Checked):
         )
 
 
+METHODS: Mapping[str, tuple[str, ...]] = {
+    "grpo": ("loss", "advantages", "dynamic_sampling_rounds"),
+    "ppo": ("loss", "ppo"),
+    "sft": ("sft",),
+    "rft": ("rft",),
+    "dpo": ("dpo", "preferences"),
+    "reward_model": ("reward_model", "preferences"),
+}
+"""The methods, and which of an experiment's fields each reads that not all of them do."""
+
+
 @dataclass(frozen=True)
 class Experiment(_Checked):
     """One run: a task, its rewards, a policy, and how the one is trained on the other.
@@ -337,7 +468,17 @@ class Experiment(_Checked):
     A step's groups whose rewards are all equal say nothing. `dynamic_sampling_rounds` is how many further rounds of
     prompts a step may play to replace them by groups that do (DAPO, 2503.14476); 0 for none.
 
-    `method` is `grpo`, or `sft` on `task.demonstrate` (`group_size` demonstrations for each prompt).
+    `method` is one of
+
+    - `grpo`: policy gradients from rewards relative to a group's, with all of `LossConfig`'s losses;
+    - `ppo`: policy gradients from a critic's advantages, as in RLHF, against rewards or a reward model
+      (`grpo_jax.reward_model.learned_reward`);
+    - `sft`: imitation of `task.demonstrate` (`group_size` demonstrations for each prompt);
+    - `rft`: imitation of the best of the policy's own completions;
+    - `dpo`: a policy from preference pairs, without a reward model;
+    - `reward_model`: a reward model from preference pairs.
+
+    What a method does not read (`METHODS`) must be left at its default; overriding `method` leaves it behind.
     `warm_start` and `control` are overrides of this experiment, as an ablation's arms are: the warm start is trained
     first and its policy is where this run begins; the control starts where this run started, is trained after it on
     the same prompts, and is evaluated on the same held-out prompts, so that its score can be shown beside this one.
@@ -346,7 +487,7 @@ class Experiment(_Checked):
     task: Any
     rewards: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
     policy: PolicyConfig = PolicyConfig()
-    method: Literal["grpo", "sft"] = "grpo"
+    method: Literal["grpo", "ppo", "sft", "rft", "dpo", "reward_model"] = "grpo"
     steps: int = 100
     prompts_per_step: int = 8
     group_size: int = 8
@@ -361,6 +502,12 @@ class Experiment(_Checked):
     reward: RewardConfig = RewardConfig()
     advantages: AdvantageConfig = AdvantageConfig()
     loss: LossConfig = LossConfig()
+    ppo: PPOConfig = PPOConfig()
+    sft: SFTConfig = SFTConfig()
+    rft: RFTConfig = RFTConfig()
+    preferences: PreferenceConfig = PreferenceConfig()
+    dpo: DPOConfig = DPOConfig()
+    reward_model: RewardModelConfig = RewardModelConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     warm_start: Mapping[str, Any] | None = None
@@ -368,13 +515,13 @@ class Experiment(_Checked):
 
     def _ranges(self) -> Ranges:
         return dict(
-            rewards=(self.method == "sft" or bool(self.rewards), "at least one reward function for method 'grpo'"),
+            rewards=(
+                bool(self.rewards) or not self.is_rewarded,
+                f"at least one reward function for method {self.method!r}",
+            ),
             steps=(self.steps >= 0, "0 or above"),
             prompts_per_step=(self.prompts_per_step > 0, "positive"),
-            group_size=(
-                self.group_size > 1 or (self.group_size == 1 and self.method == "sft"),
-                "at least 2 for method 'grpo', since a group of one has no relative advantage",
-            ),
+            group_size=self._group_size_range(),
             num_iterations=(
                 self.num_iterations == 1 or (self.num_iterations > 0 and self.loss.loss_type != "reinforce"),
                 "positive, and 1 for loss_type 'reinforce', which has no ratio to make up for a policy that has moved",
@@ -389,8 +536,29 @@ class Experiment(_Checked):
             checkpoint_every=(self.checkpoint_every > 0, "positive"),
         )
 
+    @property
+    def is_rewarded(self) -> bool:
+        """Whether training itself needs reward functions (evaluation shows them where there are any)."""
+        pairs = self.method in ("dpo", "reward_model") and self.preferences.completions != "columns"
+        return pairs or self.method in ("grpo", "ppo", "rft")
+
+    def _group_size_range(self) -> tuple[bool, str]:
+        size = self.group_size
+        match self.method:
+            case "grpo":
+                return size > 1, "at least 2 for method 'grpo', since a group of one has no relative advantage"
+            case "rft" if self.rft.select == "best":
+                return size > 1, "at least 2 for method 'rft', which takes the best of a group"
+            case "dpo" | "reward_model" if self.preferences.completions == "columns":
+                return size == 2, "2 with preferences.completions 'columns': a chosen and a rejected completion"
+            case "dpo" | "reward_model":
+                return size > 0 and size % 2 == 0, f"even for method {self.method!r}, which compares two and two"
+            case _:
+                return size > 0, "positive"
+
     def __post_init__(self) -> None:
         super().__post_init__()
+        self._check_method()
         strangers = sorted(set(self.reward.weights) - set(self.rewards))
         if strangers:
             raise UserError(
@@ -407,20 +575,51 @@ class Experiment(_Checked):
                 "reward.combine = 'normalize_then_sum' has each reward scaled by its group, so that advantages.scale = "
                 "'group' would undo it: it must be 'whiten' (GDPO), 'batch' or 'none'."
             )
-        if self.method == "sft" and getattr(self.task, "demonstrate", None) is None:
-            raise UserError(
-                f"method 'sft' needs demonstrations, but task {getattr(self.task, 'name', self.task)!r} has no "
-                "`demonstrate` function."
-            )
+
+    def _check_method(self) -> None:
+        """What the method needs is there, and nothing is set that it does not read."""
+        method = self.method
+        for f in _unread_fields(method):
+            if getattr(self, f.name) != f.default:
+                raise UserError(f"Experiment.{f.name} is set, but method {method!r} does not read it.")
+        if method == "ppo" and (self.loss.beta or self.loss.importance_sampling_mode):
+            name = "beta" if self.loss.beta else "importance_sampling_mode"
+            remedy = "its KL is ppo.kl_coef's" if self.loss.beta else "it knows no correction for another sampler"
+            raise UserError(f"loss.{name} is set, but method 'ppo' does not read it: {remedy}.")
+        task = getattr(self.task, "name", self.task)
+        demonstrated = method in ("dpo", "reward_model") and self.preferences.completions == "demonstrations"
+        if (method == "sft" or demonstrated) and getattr(self.task, "demonstrate", None) is None:
+            what = "method 'sft'" if method == "sft" else "preferences.completions = 'demonstrations'"
+            raise UserError(f"{what} needs demonstrations, but task {task!r} has no `demonstrate` function.")
+        labelled = method in ("dpo", "reward_model") and self.preferences.completions == "columns"
+        for split in ("train", "held_out") if method == "reward_model" else ("train",):
+            if labelled and any(not {"chosen", "rejected"} <= set(e) for e in getattr(self.task, split)):
+                raise UserError(
+                    f"preferences.completions = 'columns' needs the columns 'chosen' and 'rejected', which not every "
+                    f"{split} example of task {task!r} has."
+                )
+
+
+def _unread_fields(method: str) -> list[dataclasses.Field]:
+    """The fields of `Experiment` that this method does not read, though another does."""
+    unread = {name for fields in METHODS.values() for name in fields} - set(METHODS[method])
+    return [f for f in dataclasses.fields(Experiment) if f.name in unread]
 
 
 def override(config: Experiment, overrides: Mapping[str, Any]) -> Experiment:
     """Returns `config` with dotted fields replaced, e.g. `{"loss.beta": 0.04, "method": "sft"}`.
 
-    A variant made this way inherits everything else, so a control follows whatever its experiment was overridden with.
+    A variant made this way inherits everything else, so a control follows whatever its experiment was overridden with;
+    but a variant of another `method` leaves behind the fields that this method does not read.
     Raises `UserError` for an unknown field (suggesting the nearest) and for a value of the wrong type.
     """
-    return _replace(config, [(path.split("."), value, path) for path, value in overrides.items()])
+    changes = [(path.split("."), value, path) for path, value in overrides.items()]
+    method = overrides.get("method")
+    if method in METHODS and method != config.method:
+        given = {keys[0] for keys, *_ in changes}
+        left = [([f.name], f.default, f.name) for f in _unread_fields(method) if f.name not in given]
+        changes = [*left, *changes]
+    return _replace(config, changes)
 
 
 def _replace(config: Any, changes: Sequence[tuple[list[str], Any, str]]) -> Any:
