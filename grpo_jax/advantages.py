@@ -86,14 +86,22 @@ def group_advantages(
             rise = rise_above_lowest(rewards, mask, axis=None, axis_name=axis_name)
             advantages = divide_or_zero(advantages, masked_std(rise, mask, ddof=ddof, axis=None, axis_name=axis_name))
         case "whiten":
-            rise = rise_above_lowest(advantages, mask, axis=None, axis_name=axis_name)
-            centred = rise - masked_mean(rise, mask, axis=None, axis_name=axis_name)
-            advantages = divide_or_zero(centred, masked_std(rise, mask, ddof=ddof, axis=None, axis_name=axis_name))
+            advantages = whiten(advantages, mask, ddof=ddof, axis_name=axis_name)
         case "none":
             pass
         case _:
             raise UserError(f"scale = {scale!r} is unknown: it must be 'group', 'batch', 'whiten' or 'none'.")
     return jnp.where(mask, advantages, 0.0)
+
+
+def whiten(x: chex.Array, mask: chex.Array, *, ddof: int = 0, axis_name: str | None = None) -> chex.Array:
+    """The unmasked entries with mean 0 and standard deviation 1 over the whole batch, or 0 if they are all equal.
+
+    Masked entries hold anything finite.
+    """
+    rise = rise_above_lowest(x, mask, axis=None, axis_name=axis_name)
+    centred = rise - masked_mean(rise, mask, axis=None, axis_name=axis_name)
+    return divide_or_zero(centred, masked_std(rise, mask, ddof=ddof, axis=None, axis_name=axis_name))
 
 
 def rise_above_lowest(x: chex.Array, mask: chex.Array, *, axis: Axis, axis_name: str | None = None) -> chex.Array:

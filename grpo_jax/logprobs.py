@@ -38,18 +38,66 @@ def completion_logprobs(
       Two float32 arrays [P, G, T]: log-probability of each token given what precedes it, and the entropy in nats of
       the distribution it was drawn from. Places that are not valid hold finite numbers without meaning.
     """
+    hidden = completion_hidden(model, prompts, lengths, tokens, valid, common=common, remat=remat)
+    return token_logprobs(model, hidden, tokens, temperature=temperature, chunk=chunk)
+
+
+def completion_hidden(
+    model: Transformer,
+    prompts: Array,
+    lengths: Array,
+    tokens: Array,
+    valid: Array,
+    *,
+    common: int = 0,
+    remat: bool = False,
+    after_last: bool = False,
+) -> Array:
+    """The hidden states [P, G, T, D] that predict the completions' tokens, arguments as in `completion_logprobs`.
+
+    With `after_last` they are [P, G, T + 1, D]: entry t is the state after t tokens, so the last token is run as well.
+    """
     chex.assert_rank([prompts, lengths, tokens], [2, 1, 3])
     chex.assert_equal_shape([tokens, valid])
     prefix, last = prefill(model, prompts, lengths, common=common, remat=remat)
     positions = lengths[:, None, None] + jnp.arange(tokens.shape[2])
     positions = jnp.broadcast_to(positions, tokens.shape)
-    # The last token of a row predicts nothing that is asked for, so it is not run.
-    inputs = (tokens[..., :-1], positions[..., :-1], valid[..., :-1])
     first = jnp.broadcast_to(last[:, None, None], (*tokens.shape[:2], 1, last.shape[-1]))
-    if tokens.shape[2] > 1:
-        hidden, _ = forward(model, *inputs, prefix=prefix, remat=remat)
-        first = jnp.concatenate([first, hidden], axis=2)
-    return token_logprobs(model, first, tokens, temperature=temperature, chunk=chunk)
+    run = tokens.shape[2] if after_last else tokens.shape[2] - 1  # the last token predicts nothing that is asked for
+    if run == 0:
+        return first
+    hidden, _ = forward(model, *(x[..., :run] for x in (tokens, positions, valid)), prefix=prefix, remat=remat)
+    return jnp.concatenate([first, hidden], axis=2)
+
+
+def packed_logprobs(
+    model: Transformer,
+    tokens: Array,
+    segments: Array,
+    *,
+    temperature: float | Array = 1.0,
+    chunk: int = 256,
+    remat: bool = False,
+) -> tuple[Array, Array]:
+    """Log-probabilities and entropies of rows of several whole examples side by side, which do not see each other.
+
+    Args:
+      tokens: ids [P, G, T].
+      segments: which example of its row a token belongs to, [P, G, T] int32, examples numbered from 1 and in one piece
+        each; 0 for padding.
+
+    Returns:
+      Two float32 arrays [P, G, T]: of each token given what precedes it in its example; 0 for an example's first token,
+      which nothing predicts.
+    """
+    chex.assert_rank([tokens, segments], 3)
+    chex.assert_equal_shape([tokens, segments])
+    places = jnp.broadcast_to(jnp.arange(tokens.shape[2]), tokens.shape)
+    begins = jnp.concatenate([jnp.ones_like(segments[..., :1], bool), segments[..., 1:] != segments[..., :-1]], axis=-1)
+    positions = places - jax.lax.cummax(jnp.where(begins, places, 0), axis=2)
+    hidden, _ = forward(model, tokens, positions, segments > 0, segments=segments, remat=remat)
+    found = token_logprobs(model, hidden[..., :-1, :], tokens[..., 1:], temperature=temperature, chunk=chunk)
+    return tuple(jnp.where(begins, 0.0, jnp.pad(x, [(0, 0), (0, 0), (1, 0)])) for x in found)
 
 
 def token_logprobs(

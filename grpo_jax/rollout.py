@@ -7,7 +7,7 @@ soon as that halves it, and a turn ends when its last row stops.
 
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -138,13 +138,17 @@ class Prompts:
 
     def batch(self, split: str, indices: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
         """Right-padded ids [P, S] and lengths [P] of some prompts; S is a bucket, so that few shapes are compiled."""
-        rows = [self.ids[split][i] for i in indices]
-        lengths = np.array([len(row) for row in rows], np.int32)
-        size = self.common + bucket(int(lengths.max()) - self.common)
-        prompts = np.zeros((len(rows), size), np.int32)
-        for row, ids in zip(prompts, rows, strict=True):
-            row[: len(ids)] = ids
-        return prompts, lengths
+        return pad_prompts([self.ids[split][i] for i in indices], self.common)
+
+
+def pad_prompts(rows: Sequence[Sequence[int]], common: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Right-padded ids [P, S] and lengths [P] of prompts that share `common` leading tokens; S is a bucket."""
+    lengths = np.array([len(row) for row in rows], np.int32)
+    size = common + bucket(int(lengths.max()) - common)
+    prompts = np.zeros((len(rows), size), np.int32)
+    for row, ids in zip(prompts, rows, strict=True):
+        row[: len(ids)] = ids
+    return prompts, lengths
 
 
 def encode_prompts(task: Task, tokenizer: Tokenizer, max_positions: int, max_tokens: int) -> Prompts:
@@ -502,6 +506,33 @@ def take_groups(rollouts: Sequence[Rollout], chosen: Sequence[tuple[int, int]]) 
         [rollouts[r].episodes[p] for r, p in chosen],
         shortest=min(played.mask.shape[2] for played in rollouts),
     )
+
+
+def take_rows(played: Rollout, order: np.ndarray) -> Rollout:
+    """The same groups with their rows in another order, `order` [P, G]."""
+
+    def take(x: np.ndarray) -> np.ndarray:
+        return np.take_along_axis(x, order.reshape(*order.shape, *[1] * (x.ndim - 2)), axis=1)
+
+    episodes = [[group[g] for g in places] for group, places in zip(played.episodes, order, strict=True)]
+    arrays = {name: take(getattr(played, name)) for name in ("tokens", "valid", "mask", "logprobs", "ended")}
+    return replace(played, episodes=episodes, **arrays)
+
+
+def shown(prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]]) -> Rollout:
+    """Completions of one turn that somebody else has made, each with its prompt, as ids: groups of one."""
+    ids, lengths = pad_prompts(prompts)
+    episodes = [[Episode(list(c), [True] * len(c), [0.0] * len(c), ended=True)] for c in completions]
+    return _collect([], np.arange(len(prompts), dtype=np.int32), ids, lengths, episodes, shortest=4)
+
+
+def beside(rollouts: Sequence[Rollout]) -> Rollout:
+    """Groups of the same prompts side by side: the first rollout's rows, then the second's, and so on."""
+    first = rollouts[0]
+    groups = [
+        [e for group in of_prompt for e in group] for of_prompt in zip(*(r.episodes for r in rollouts), strict=True)
+    ]
+    return _collect(first.examples, first.prompt_ids, first.prompts, first.lengths, groups, shortest=4)
 
 
 def score_rollout(played: Rollout, experiment: Experiment) -> Scores:

@@ -1,4 +1,4 @@
-"""The loop that ties a step together, for every method: play, score, update, log, checkpoint.
+"""The loop that ties a step together, for every method: make a lesson, update, log, checkpoint.
 
 A step depends on the experiment, the step's number and the state alone: its prompts and its sampling noise follow from
 (seed, step). So a run that is resumed at step 400 does what the uninterrupted run did.
@@ -8,10 +8,9 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -20,29 +19,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from grpo_jax import checkpoints, devices, dynamic_sampling
+from grpo_jax import checkpoints, devices
 from grpo_jax.advantages import group_advantages
 from grpo_jax.errors import RunError, UserError
 from grpo_jax.evaluation import NOISE_STEP, Evaluation, evaluate_actor
 from grpo_jax.experiment import Experiment, load_run, variant_of
 from grpo_jax.logs import RunLog
-from grpo_jax.policy import Policy
+from grpo_jax.methods import LESSONS, Classroom, Lesson
+from grpo_jax.methods.lesson import completion_rows, reward_arrays
+from grpo_jax.methods.pairs import evaluate_pairs
+from grpo_jax.objectives import HEAD, Batch, has_head, make_appraise, needs_start, new_head
+from grpo_jax.policy import Policy, fresh_adapters, merge
 from grpo_jax.policy import load as load_policy
 from grpo_jax.policy.trainable import split as split_params
-from grpo_jax.rewards.scoring import Scores
-from grpo_jax.rollout import (
-    Actor,
-    Prompts,
-    Rollout,
-    completion,
-    demonstrations,
-    encode_prompts,
-    make_actor,
-    model_of,
-    rollout,
-    score_rollout,
-)
-from grpo_jax.update import Batch, State, make_optimizer, make_rescore, make_update
+from grpo_jax.policy.transformer import Params
+from grpo_jax.rollout import Actor, Prompts, Rollout, encode_prompts, make_actor, model_of, score_rollout
+from grpo_jax.update import State, make_optimizer, make_rescore, make_update
 
 
 @dataclass(frozen=True)
@@ -125,24 +117,40 @@ def restore(run_dir: str | Path) -> tuple[Experiment, Policy]:
     Raises:
       UserError: if the directory holds no run, or a run without a checkpoint.
     """
+    experiment, policy, _ = restore_with_head(run_dir)
+    return experiment, policy
+
+
+def restore_with_head(run_dir: str | Path) -> tuple[Experiment, Policy, Params]:
+    """The same, and the parameters of the head that PPO or a reward model trained on the policy's trunk (or none)."""
     run_dir, experiment = Path(run_dir), load_run(run_dir)
     if checkpoints.latest_step(run_dir / "checkpoints") is None:
         raise UserError(f"the run {str(run_dir)!r} has no checkpoint yet, so there is no tuned policy in it.")
     policy = _source_policy(experiment)
     trainable, frozen = split_params(policy.params, policy.lora)
+    if has_head(experiment):
+        trainable |= new_head(policy.config.hidden_size)
     optimizer, _ = make_optimizer(experiment.optimizer, experiment.steps * experiment.num_iterations)
     reference = trainable if experiment.loss.sync_ref_model else None
     like = _checkpoint(State(trainable, jax.eval_shape(optimizer.init, trainable), jnp.int32(0)), 0, reference)
     _, state = checkpoints.restore(run_dir / "checkpoints", like)
     trained = jax.tree.map(jnp.asarray, state["trainable"])
-    return experiment, replace(policy, params=model_of(policy).params(trained, frozen))
+    head = {name: trained.pop(name) for name in HEAD if name in trained}
+    return experiment, replace(policy, params=model_of(policy).params(trained, frozen)), head
 
 
 def _source_policy(experiment: Experiment) -> Policy:
+    """The policy that `experiment.policy` names: that of another run, or what `grpo_jax.policy.load` knows."""
     config = experiment.policy
-    return load_policy(
-        config.source, dtype=config.dtype, seed=experiment.seed, lora=config.lora, scratch=config.scratch
-    )
+    if not (Path(config.source) / "run.json").is_file():
+        return load_policy(
+            config.source, dtype=config.dtype, seed=experiment.seed, lora=config.lora, scratch=config.scratch
+        )
+    _, other = restore(config.source)
+    params = {path: x.astype(config.dtype) for path, x in merge(other.params, other.lora).items()}
+    if config.lora is not None:
+        params |= fresh_adapters(other.config, config.lora, experiment.seed)
+    return replace(other, params=params, lora=config.lora)
 
 
 def _begun(run_dir: Path) -> bool:
@@ -158,18 +166,23 @@ class _Run:
         self.num_devices = devices.count(config.prompts_per_step, config.devices, config.gradient_accumulation_steps)
         tokenizer, max_tokens = start.require_tokenizer(), config.sampling.max_tokens
         self.prompts: Prompts = encode_prompts(task, tokenizer, start.config.max_positions, max_tokens)
-        self.actor: Actor = make_actor(start, self.num_devices)
+        actor = make_actor(start, self.num_devices)
+        if has_head(config):
+            head = devices.replicate(new_head(start.config.hidden_size), self.num_devices)
+            actor = actor._replace(trainable={**actor.trainable, **head})
+        self.actor: Actor = actor
         optimizer, self.schedule = make_optimizer(config.optimizer, config.steps * config.num_iterations)
         self.state = State(
-            self.actor.trainable,
-            devices.parallel(optimizer.init, self.num_devices)(self.actor.trainable),
+            actor.trainable,
+            devices.parallel(optimizer.init, self.num_devices)(actor.trainable),
             devices.replicate(jnp.int32(0), self.num_devices),
         )
-        self.reference = jax.tree.map(jnp.copy, self.actor.trainable) if config.loss.beta else None
-        update = make_update(self.actor.model, config, optimizer, common=self.prompts.common, axis_name=devices.AXIS)
+        self.reference = jax.tree.map(jnp.copy, actor.trainable) if needs_start(config) else None
+        options = dict(common=self.prompts.common, axis_name=devices.AXIS)
+        update = make_update(actor.model, config, optimizer, **options)
         self.update = devices.parallel(update, self.num_devices, in_axes=(0, 0, 0, 0, None), donate=(0,))
-        rescore = make_rescore(self.actor.model, config, common=self.prompts.common, axis_name=devices.AXIS)
-        self.rescore = devices.parallel(rescore, self.num_devices)
+        self.rescore = devices.parallel(make_rescore(actor.model, config, **options), self.num_devices)
+        self.appraise = devices.parallel(make_appraise(actor.model, config, **options), self.num_devices)
         self.tokens_seen = 0
 
     def go(self, *, resume: bool) -> None:
@@ -207,97 +220,50 @@ class _Run:
         return _checkpoint(state, self.tokens_seen, reference)
 
     def step(self, step: int) -> None:
-        """Plays, scores, updates and logs one step."""
+        """Makes a step's lesson, updates on it and logs it."""
         began = time.monotonic()
-        config, task = self.experiment, self.experiment.task
-        rounds = self._play(step)
-        chosen = dynamic_sampling.combine(rounds)
-        played, scores, rewards, kept = chosen.played, chosen.scores, chosen.rewards, chosen.kept
-        mask = played.mask
-        if config.loss.mask_truncated_completions and config.method != "sft":
-            mask = mask & played.ended[..., None]
-        batch = devices.shard(
-            Batch(played.prompts, played.lengths, played.tokens, played.valid, mask, played.logprobs, rewards, kept),
-            self.num_devices,
-        )
-        rescored: dict[str, Any] = {}
-        if config.loss.importance_sampling_mode is not None and config.method != "sft":
-            batch, rescored = self.rescore(self.state.trainable, self.actor.frozen, batch)
+        config = self.experiment
+        lesson = LESSONS[config.method](self.classroom(), step)
+        batch, prepared = self._prepare(devices.shard(lesson.batch, self.num_devices))
         metrics: dict[str, Any] = {}
         for iteration in range(config.num_iterations):
             self.state, updated = self.update(
                 self.state, self.actor.frozen, self.reference, batch, np.bool_(iteration == 0)
             )
+            updated = jax.device_get(updated)
+            gaps, advantages = updated.pop("logprob_gaps", None), updated.pop("advantages", None)
+            if iteration == 0 and gaps is not None:
+                self._check_contract(gaps, lesson.played, step)
+                lesson = _with_advantages(lesson, advantages)
             # The first iteration measures the sampler's gap; the others, how far the policy has moved since.
-            metrics = {**jax.device_get(updated), **{k: v for k, v in metrics.items() if k.startswith("sampling/")}}
-            if iteration == 0 and config.method != "sft":
-                advantages = metrics.pop("advantages").reshape(rewards.shape)
-                self._check_contract(metrics, played, step)
-            metrics.pop("logprob_gaps"), metrics.pop("advantages", None)
-        metrics |= jax.device_get(rescored)  # after an update's own gap, which is nothing once rescored
-        metrics = {name: float(value[0]) for name, value in metrics.items() if np.ndim(value) == 1}
+            metrics = {**updated, **{k: v for k, v in metrics.items() if k.startswith("sampling/")}}
+        metrics |= jax.device_get(prepared)  # after an update's own gap, which is nothing once rescored
         self._sync_reference(step + 1)
         seconds = time.monotonic() - began
-        new_tokens = int(played.mask.sum())
-        for r in rounds:
-            self.tokens_seen += int(r.played.lengths.sum()) * config.group_size + int(r.played.valid.sum())
-        metrics |= {
+        self.tokens_seen += lesson.tokens
+        metrics = {
+            **lesson.metrics,
+            **{name: float(value[0]) for name, value in metrics.items()},
             "learning_rate": float(self.schedule((step + 1) * config.num_iterations - 1)),
             "num_tokens": self.tokens_seen,
             "step_time": seconds,
-            "tokens_per_second": new_tokens / seconds,
+            "tokens_per_second": lesson.new_tokens / seconds,
         }
-        if config.method == "sft":
-            self.log.step(step, metrics)
-            return
-        if config.dynamic_sampling_rounds:
-            metrics["dynamic_sampling/rounds"] = len(rounds) - 1
-            metrics["dynamic_sampling/groups_with_signal"] = int(chosen.has_signal().sum())
-        # How good the policy is, the first round says: the groups that are trained on were chosen by their rewards.
-        first = rounds[0]
-        metrics = {
-            **reward_metrics(first.scores, first.rewards, first.kept),
-            **completion_metrics(first.played),
-            "success": float(np.mean(task.success(**first.played.reward_arguments()))),
-            **metrics,
-        }
-        self.log.step(
-            step,
-            metrics,
-            completion_rows(played, scores, advantages),
-            {"rewards": rewards[kept], "advantages": advantages[kept], "completion_lengths": played.mask.sum(-1)},
-        )
+        self.log.step(step, metrics, lesson.rows, lesson.histograms)
 
-    def _play(self, step: int) -> list[dynamic_sampling.Round]:
-        """Plays and scores a step's prompts, and further rounds while some groups have no signal and rounds are left.
+    def _prepare(self, batch: Batch) -> tuple[Batch, dict[str, Any]]:
+        """What is found once before a batch's updates: weights for another sampler, or the critic's advantages."""
+        trainable, frozen = self.state.trainable, self.actor.frozen
+        if self.experiment.loss.importance_sampling_mode is not None:
+            return self.rescore(trainable, frozen, batch)
+        if self.experiment.method == "ppo":
+            return self.appraise(trainable, frozen, self.reference, batch)
+        return batch, {}
 
-        A further round's prompts are those to which the schedule would come after the last step, so that the first
-        round of every step has the same prompts with and without dynamic sampling.
-        """
-        config, task = self.experiment, self.experiment.task
-        size, sft = config.prompts_per_step, config.method == "sft"
-        further = [] if sft else [step + r * config.steps for r in range(1, config.dynamic_sampling_rounds + 1)]
-        indices, prompt_ids = schedule(config.seed, step, size, len(task.train), further=further)
-        samples = range(config.group_size)
+    def classroom(self) -> Classroom:
+        """What lessons are made from now."""
         actor = self.actor._replace(trainable=self.state.trainable)
-        rounds: list[dynamic_sampling.Round] = []
-        for start in range(0, len(indices), size):
-            of_round = indices[start : start + size], prompt_ids[start : start + size]
-            if sft:
-                played = demonstrations(
-                    task, self.prompts, "train", *of_round, samples, actor.tokenizer, seed=config.seed, step=step
-                )
-                scores = Scores([], {}, [], {})
-            else:
-                played = rollout(
-                    actor, task, self.prompts, "train", *of_round, samples, config.sampling, seed=config.seed, step=step
-                )
-                scores = score_rollout(played, config)
-                self._check_failures(scores, step)
-            rounds.append(dynamic_sampling.Round(played, scores, *_reward_arrays(scores, played.mask.shape[:2])))
-            if sum(int(r.has_signal().sum()) for r in rounds) >= size:
-                break
-        return rounds
+        return Classroom(self.experiment, self.prompts, actor, self.reference)
 
     def _sync_reference(self, done: int) -> None:
         """Moves the reference towards the policy after every `ref_model_sync_steps` steps."""
@@ -311,53 +277,45 @@ class _Run:
 
     def examine(self, step: int) -> dict[str, Evaluation]:
         """Evaluates the policy as it is now on every split."""
-        config = self.experiment
-        actor = self.actor._replace(trainable=self.state.trainable)
+        config, room = self.experiment, self.classroom()
         evaluations = {}
         for split in config.evaluation.splits:
             num_prompts = min(config.evaluation.num_prompts, len(getattr(config.task, split)))
             self.log.note(f"evaluating {num_prompts} {split.replace('_', '-')} prompts")
-            evaluations[split] = evaluate_actor(actor, self.prompts, config, split)
+            evaluations[split] = (
+                evaluate_pairs(room, split)
+                if config.method == "reward_model"
+                else evaluate_actor(room.actor, self.prompts, config, split)
+            )
             self.log.evaluation(step, evaluations[split])
         return evaluations
 
     def show_group(self) -> list[dict[str, Any]]:
         """Plays one group of the first held-out prompt: its completions with their rewards and advantages."""
         config = self.experiment
-        if config.method == "sft":
+        if config.method != "grpo":  # nothing else scores groups
             return []
-        actor = self.actor._replace(trainable=self.state.trainable)
         # As many prompts as a training step has, though one is shown, so that nothing is compiled for this alone.
         indices = [i % len(config.task.held_out) for i in range(config.prompts_per_step)]
-        played = rollout(
-            actor, config.task, self.prompts, "held_out", indices, range(len(indices)),
-            range(config.group_size), config.sampling, seed=config.seed, step=NOISE_STEP,
-        )  # fmt: skip
+        played = self.classroom().sample(NOISE_STEP, indices, range(len(indices)), from_start=False, split="held_out")
         scores = score_rollout(played, config)
-        rewards, kept = _reward_arrays(scores, played.mask.shape[:2])
+        rewards, kept = reward_arrays(scores, played.mask.shape[:2])
         options = config.advantages
         advantages = group_advantages(
             rewards[:1], scale=options.scale, baseline=options.baseline, ddof=options.ddof, mask=kept[:1]
         )
-        return completion_rows(played, scores, np.asarray(advantages))
+        rows = completion_rows(played, scores)[: config.group_size]
+        return [{**row, "advantage": float(a)} for row, a in zip(rows, np.asarray(advantages)[0], strict=True)]
 
     def policy(self) -> Policy:
         """The policy as it is now, off the devices' copies."""
-        params = devices.unreplicate(self.actor.model.params(self.state.trainable, self.actor.frozen))
+        trainable = {path: x for path, x in self.state.trainable.items() if path not in HEAD}
+        params = devices.unreplicate(self.actor.model.params(trainable, self.actor.frozen))
         return replace(self.start, params=params)
 
-    def _check_failures(self, scores: Scores, step: int) -> None:
-        total, limit = len(scores.total), self.experiment.reward.max_failure_rate
-        for name, failed in scores.failures.items():
-            if failed > limit * total:
-                raise RunError(
-                    f"reward {name!r} failed on {failed} of the {total} completions of step {step}, above "
-                    f"reward.max_failure_rate = {limit:g}."
-                )
-
-    def _check_contract(self, metrics: dict[str, Any], played: Rollout, step: int) -> None:
+    def _check_contract(self, gaps: np.ndarray, played: Rollout, step: int) -> None:
         """Raises `RunError` naming the first token whose log-probability the update did not find again."""
-        gaps = metrics["logprob_gaps"].reshape(played.mask.shape)
+        gaps = gaps.reshape(played.mask.shape)
         bound = self.experiment.sampling.logprob_bound(self.actor.model.dtype)
         broken = np.argwhere(~(gaps <= bound))
         if len(broken):
@@ -376,90 +334,15 @@ def _checkpoint(state: State, tokens_seen: int, reference: Any | None) -> dict[s
     return {**state._asdict(), "tokens_seen": tokens_seen, "reference": reference}
 
 
-def schedule(
-    seed: int, step: int, num_prompts: int, num_examples: int, *, further: Sequence[int] = ()
-) -> tuple[list[int], list[int]]:
-    """Which examples a step trains on, and the ids that name their noise; those of `further` steps are appended.
-
-    Examples come in shuffled epochs, each a permutation named by (seed, epoch). An example that occurs again within
-    the step gets another id, so that its completions differ.
-    """
-    indices = []
-    for position in (s * num_prompts + i for s in (step, *further) for i in range(num_prompts)):
-        epoch, place = divmod(position, num_examples)
-        indices.append(int(_epoch(seed, epoch, num_examples)[place]))
-    ids = [index + num_examples * indices[:i].count(index) for i, index in enumerate(indices)]
-    return indices, ids
-
-
-@lru_cache(maxsize=4)
-def _epoch(seed: int, epoch: int, num_examples: int) -> np.ndarray:
-    return np.random.default_rng([seed, epoch]).permutation(num_examples)
-
-
-def reward_metrics(scores: Scores, rewards: np.ndarray, kept: np.ndarray) -> dict[str, float]:
-    """Metrics of rewards [P, G] in TRL's names; what was dropped or does not apply counts nowhere."""
-    masked = np.where(kept, rewards, np.nan)
-    groups = [row[~np.isnan(row)] for row in masked]
-    metrics = {
-        "reward": _mean(masked),
-        "reward_std": _mean(np.array([row.std() for row in groups if len(row)])),
-        "frac_reward_zero_std": _mean(np.array([float(np.ptp(row) == 0) for row in groups if len(row)])),
-        "frac_dropped": float(np.mean(~kept)),
-    }
-    for name, values in scores.by_name.items():
-        known = np.array(values, float)
-        known = known[~np.isnan(known)]
-        metrics[f"rewards/{name}/mean"] = _mean(known)
-        metrics[f"rewards/{name}/std"] = float(known.std()) if len(known) else float("nan")
-    return metrics
-
-
-def completion_metrics(played: Rollout) -> dict[str, float]:
-    """Lengths of completions, and how alike those of a group are: the common failure is that they become one."""
-    lengths = played.mask.sum(-1)
-    texts = [["\n".join(e.turns) for e in group] for group in played.episodes]
-    size = lengths.shape[1]
-    return {
-        "completions/mean_length": float(lengths.mean()),
-        "completions/min_length": float(lengths.min()),
-        "completions/max_length": float(lengths.max()),
-        "completions/clipped_ratio": float(np.mean(~played.ended)),
-        "completions/unique_fraction": float(np.mean([len(set(group)) / size for group in texts])),
-        "completions/top_share": float(np.mean([max(map(group.count, group)) / size for group in texts])),
-    }
-
-
-def completion_rows(played: Rollout, scores: Scores, advantages: np.ndarray) -> list[dict[str, Any]]:
-    """One JSON-able row per completion of the first len(advantages) prompts, for `completions.jsonl` and tables."""
-    rows = []
-    for p in range(len(advantages)):
-        for g, episode in enumerate(played.episodes[p]):
-            at = p * advantages.shape[1] + g
-            rows.append(
-                {
-                    "prompt_id": int(played.prompt_ids[p]),
-                    "sample": g,
-                    "prompt": played.examples[p]["prompt"],
-                    "completion": completion(played.examples[p], episode),
-                    "rewards": {name: values[at] for name, values in scores.by_name.items()},
-                    "reward": scores.total[at],
-                    "advantage": float(advantages[p, g]),
-                    "tokens": int(sum(episode.trained)),
-                }
-            )
-    return rows
-
-
-def _reward_arrays(scores: Scores, shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
-    if not scores.total:  # demonstrations have none
-        return np.zeros(shape, np.float32), np.ones(shape, bool)
-    kept = np.array(scores.kept, bool).reshape(shape)
-    return np.where(kept, np.array(scores.total, np.float32).reshape(shape), 0), kept
-
-
-def _mean(values: np.ndarray) -> float:
-    return float(np.nanmean(values)) if np.isfinite(values).any() else float("nan")
+def _with_advantages(lesson: Lesson, advantages: np.ndarray) -> Lesson:
+    """The lesson with the advantages that the update found: one for each completion, PPO's the mean of its tokens'."""
+    batch = lesson.batch
+    if advantages.ndim > 3:  # [devices, P, G, T]
+        mask = batch.mask & batch.kept[..., None]
+        advantages = np.where(mask, advantages.reshape(mask.shape), 0).sum(-1) / np.maximum(mask.sum(-1), 1)
+    advantages = advantages.reshape(batch.kept.shape)
+    rows = [{**row, "advantage": float(a)} for row, a in zip(lesson.rows, advantages.reshape(-1), strict=True)]
+    return replace(lesson, rows=rows, histograms={**lesson.histograms, "advantages": advantages[batch.kept]})
 
 
 def _summary(result: Result, experiment: Experiment) -> dict[str, Any]:

@@ -1,6 +1,7 @@
-"""Loss to gradient to Optax step, as one pure function that runs under `jax.pmap`.
+"""Loss to gradient to Optax step, as one pure function that runs under `jax.pmap`, whatever the method.
 
-Each device computes the advantages, loss and gradient of the groups it owns; gradients and metrics meet in a `psum`.
+Each device computes the loss and gradient of the groups it owns (`grpo_jax.objectives`); gradients and metrics meet in
+a `psum`.
 Denominators are those of the whole batch, over micro-batches and devices, so neither changes anything but rounding. A
 step is skipped (and counted) when its gradient is not finite or the log-probability contract does not hold.
 """
@@ -12,34 +13,13 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from grpo_jax.advantages import group_advantages
 from grpo_jax.experiment import Experiment, OptimizerConfig
-from grpo_jax.logprobs import completion_logprobs
-from grpo_jax.losses import policy_gradient, supervised
 from grpo_jax.losses.surrogates import sampler_correction
+from grpo_jax.objectives import Batch, forward_of, make_objective, micro_batches
 from grpo_jax.policy.trainable import Model
 from grpo_jax.policy.transformer import Params
 
 Array = jax.Array
-
-
-class Batch(NamedTuple):
-    """One step's data: see `grpo_jax.rollout.Rollout`. kept [P, G] bool is False where a reward was dropped.
-
-    `correction` [P, G, T] weighs tokens for a sampler that differs from the trainer (`make_rescore`); `high_entropy`
-    [P, G, T] says which tokens are in the whole batch's top quantile, where that had to be found beforehand.
-    """
-
-    prompts: Array
-    lengths: Array
-    tokens: Array
-    valid: Array
-    mask: Array
-    logprobs: Array
-    rewards: Array
-    kept: Array
-    correction: Array | None = None
-    high_entropy: Array | None = None
 
 
 class State(NamedTuple):
@@ -77,31 +57,6 @@ def decays(params: Params) -> dict[str, bool]:
     return {k: not k.endswith((".bias", ".scale")) for k in params}
 
 
-def _make_logprobs(
-    model: Model, experiment: Experiment, common: int
-) -> Callable[[Params, Params, Batch], tuple[Array, Array]]:
-    """Builds the function of (trainable, frozen, batch) that finds log-probabilities and entropies [P, G, T]."""
-    temperature = experiment.sampling.temperature if experiment.method == "grpo" else 1.0
-
-    def logprobs_of(trainable: Params, frozen: Params, batch: Batch) -> tuple[Array, Array]:
-        return completion_logprobs(
-            model.bind(trainable, frozen),
-            batch.prompts,
-            batch.lengths,
-            batch.tokens,
-            batch.valid,
-            temperature=temperature,
-            common=common,
-            remat=experiment.gradient_checkpointing,
-        )
-
-    return logprobs_of
-
-
-def _micro_batches(tree: Any, count: int) -> Any:
-    return jax.tree.map(lambda x: x.reshape(count, -1, *x.shape[1:]), tree)
-
-
 def make_rescore(
     model: Model, experiment: Experiment, *, common: int, axis_name: str | None
 ) -> Callable[[Params, Params, Batch], tuple[Batch, dict[str, Array]]]:
@@ -111,10 +66,10 @@ def make_rescore(
     ratio of the first update is 1; what the sampler reported goes into `correction` instead. The metrics are those of
     the whole batch: the gap between the two, and `sampling/importance_sampling_ratio/{min,mean,max}`.
     """
-    logprobs_of = _make_logprobs(model, experiment, common)
+    logprobs_of = forward_of(model, experiment, common).logprobs
 
     def rescore(trainable: Params, frozen: Params, batch: Batch) -> tuple[Batch, dict[str, Array]]:
-        pieces = _micro_batches(batch, experiment.gradient_accumulation_steps)
+        pieces = micro_batches(batch, experiment.gradient_accumulation_steps)
         logprobs = jax.lax.map(lambda piece: logprobs_of(trainable, frozen, piece)[0], pieces)
         logprobs = logprobs.reshape(batch.mask.shape)
         mask = batch.mask & batch.kept[..., None]
@@ -143,80 +98,35 @@ def make_update(
 ) -> Callable[[State, Params, Params | None, Batch, Array], tuple[State, dict[str, Array]]]:
     """Builds `update(state, frozen, reference, batch, first) -> (state, metrics)` for one device's share of a batch.
 
-    `reference` holds the trainable parameters of the KL's reference policy (None where beta is 0). `first` says that
+    `reference` holds the trainable parameters of the reference policy (None where there is none). `first` says that
     the policy is still the one that sampled, so that the log-probability contract must hold. The metrics are those of
-    the whole batch, the same on every device.
+    the whole batch, the same on every device; a batch that the policy sampled itself also has its rows' `advantages`
+    and each token's `logprob_gaps`.
     """
-    config = experiment.loss
+    objective = make_objective(model, experiment, common=common, axis_name=axis_name)
     bound = experiment.sampling.logprob_bound(model.dtype)
     micro = experiment.gradient_accumulation_steps
-    logprobs_of = _make_logprobs(model, experiment, common)
 
     def total(x: Array) -> Array:
         return x if axis_name is None else jax.lax.psum(x, axis_name)
 
-    def loss_of(
-        trainable: Params, frozen: Params, reference: Params | None, batch: Batch, advantages: Array, totals: tuple
-    ) -> tuple[Array, tuple[dict[str, Array], Array]]:
-        def rows(x: Array | None) -> Array | None:
-            return None if x is None else x.reshape(-1, x.shape[-1])
-
-        logprobs, entropy = logprobs_of(trainable, frozen, batch)
-        num_tokens, num_sequences, num_high_entropy = totals
-        if experiment.method == "sft":
-            loss, metrics = supervised.loss(rows(logprobs), rows(batch.mask), num_tokens=num_tokens)
-        else:
-            loss, metrics = policy_gradient.loss(
-                rows(logprobs),
-                rows(batch.logprobs),
-                advantages.reshape(-1),
-                rows(batch.mask),
-                config,
-                ref_logprobs=None if reference is None else rows(logprobs_of(reference, frozen, batch)[0]),
-                entropy=rows(entropy),
-                axis_name=axis_name,
-                correction=rows(batch.correction),
-                high_entropy=rows(batch.high_entropy),
-                num_tokens=num_tokens,
-                num_sequences=num_sequences,
-                num_high_entropy=num_high_entropy,
-            )
-        return loss, (metrics, jnp.where(batch.mask, jnp.abs(logprobs - batch.logprobs), 0.0))
-
     def update(
         state: State, frozen: Params, reference: Params | None, batch: Batch, first: Array
     ) -> tuple[State, dict[str, Array]]:
-        advantages = group_advantages(
-            batch.rewards,
-            scale=experiment.advantages.scale,
-            baseline=experiment.advantages.baseline,
-            ddof=experiment.advantages.ddof,
-            mask=batch.kept,
-            axis_name=axis_name,
-        )
         batch = batch._replace(mask=batch.mask & batch.kept[..., None])
-        num_high_entropy = None
-        if config.top_entropy_quantile < 1 and micro > 1 and experiment.method != "sft":
-            # The quantile is the whole batch's, so its entropies must be known before the first micro-batch is
-            # differentiated, which costs another forward pass.
-            pieces = _micro_batches(batch, micro)
-            entropy = jax.lax.map(lambda piece: logprobs_of(state.trainable, frozen, piece)[1], pieces)
-            chosen = policy_gradient.highest_entropy_tokens(
-                entropy.reshape(batch.mask.shape), batch.mask, config.top_entropy_quantile, axis_name=axis_name
-            )
-            batch, num_high_entropy = batch._replace(high_entropy=chosen), total(chosen.sum())
-        totals = (total(batch.mask.sum()), total(batch.mask.any(-1).sum()), num_high_entropy)
-        slices = _micro_batches((batch, advantages), micro)
+        batch, totals = objective.prepare(state.trainable, frozen, batch)
 
-        def contribution(piece: tuple[Batch, Array]) -> tuple[tuple[Params, dict[str, Array]], Array]:
-            gradient = jax.value_and_grad(loss_of, has_aux=True)
-            (loss, (metrics, gap)), grads = gradient(state.trainable, frozen, reference, *piece, totals)
+        def contribution(piece: Batch) -> tuple[tuple[Params, dict[str, Array]], Array]:
+            gradient = jax.value_and_grad(objective.loss, has_aux=True)
+            (loss, (metrics, logprobs)), grads = gradient(state.trainable, frozen, reference, piece, totals)
+            gap = jnp.where(piece.mask, jnp.abs(logprobs - piece.logprobs), 0.0)
             return (grads, {"loss": loss, **metrics}), gap
 
-        def accumulate(sums: Any, piece: tuple[Batch, Array]) -> tuple[Any, Array]:
+        def accumulate(sums: Any, piece: Batch) -> tuple[Any, Array]:
             new, gap = contribution(piece)
             return jax.tree.map(jnp.add, sums, new), gap
 
+        slices = micro_batches(batch, micro)
         shapes = jax.eval_shape(contribution, jax.tree.map(lambda x: x[0], slices))[0]
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
         (grads, metrics), gaps = jax.lax.scan(accumulate, zeros, slices)
@@ -225,15 +135,19 @@ def make_update(
         gaps = gaps.reshape(batch.mask.shape)
         worst = jnp.max(gaps) if axis_name is None else jax.lax.pmax(jnp.max(gaps), axis_name)
         norm = optax.global_norm(grads)
-        sound = jnp.isfinite(norm) & (~first | (worst <= bound) | (experiment.method == "sft"))
+        sound = jnp.isfinite(norm)
+        if objective.on_policy:
+            sound &= ~first | (worst <= bound)
         changes, new_optimizer = optimizer.update(grads, state.optimizer, state.trainable)
         new = (optax.apply_updates(state.trainable, changes), new_optimizer)
         kept = jax.tree.map(lambda a, b: jnp.where(sound, a, b), new, (state.trainable, state.optimizer))
         state = State(*kept, state.skipped + ~sound)
-        metrics |= {"grad_norm": norm, "num_tokens": totals[0], "skipped_updates": state.skipped}
-        if experiment.method != "sft":
-            mean = total(gaps.sum()) / jnp.maximum(totals[0], 1)
-            metrics |= {"sampling/logprob_difference/mean": mean, "sampling/logprob_difference/max": worst}
-        return state, {"advantages": advantages, "logprob_gaps": gaps, **metrics}
+        num_tokens = total(batch.mask.sum())
+        metrics |= {"grad_norm": norm, "num_tokens": num_tokens, "skipped_updates": state.skipped}
+        if not objective.on_policy:
+            return state, metrics
+        mean = total(gaps.sum()) / jnp.maximum(num_tokens, 1)
+        metrics |= {"sampling/logprob_difference/mean": mean, "sampling/logprob_difference/max": worst}
+        return state, {"advantages": batch.advantages, "logprob_gaps": gaps, **metrics}
 
     return update

@@ -13,10 +13,11 @@ FLOORS = [
     {"experiment", "devices", "__init__"},
     {"policy", "advantages", "losses", "rewards"},
     {"sampler", "logprobs", "tasks"},
-    {"rollout", "update"},
-    {"evaluation", "checkpoints", "logs", "dynamic_sampling"},
+    {"rollout", "objectives"},
+    {"update", "evaluation", "checkpoints", "logs", "dynamic_sampling"},
+    {"methods"},
     {"training"},
-    {"sweep", "analysis"},
+    {"sweep", "analysis", "reward_model"},
     {"cli"},
 ]
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}

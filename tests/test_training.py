@@ -20,8 +20,10 @@ from grpo_jax.experiment import (
     load,
     override,
 )
+from grpo_jax.methods import lesson
+from grpo_jax.methods.lesson import reward_metrics, schedule
 from grpo_jax.rewards.scoring import Scores
-from grpo_jax.training import reward_metrics, schedule, train
+from grpo_jax.training import train
 
 FILE = '''
 """Prompts are letters, and the more a's the better. Used by tests/test_training.py, as a file and as a module."""
@@ -244,13 +246,13 @@ def test_completions_that_were_cut_off_are_not_trained_on(experiment, tmp_path):
 def test_a_sampler_that_differs_from_the_trainer_is_corrected_and_does_not_stop_the_run(
     experiment, tmp_path, monkeypatch
 ):
-    genuine = training.rollout
+    genuine = lesson.rollout
 
     def crooked(*arguments: Any, **options: Any) -> Any:
         played = genuine(*arguments, **options)
         return replace(played, logprobs=np.where(played.mask, played.logprobs - 0.25, 0).astype(np.float32))
 
-    monkeypatch.setattr(training, "rollout", crooked)
+    monkeypatch.setattr(lesson, "rollout", crooked)
     changes = {"steps": 1, "num_iterations": 2, "loss.importance_sampling_mode": "token_truncate"}
     train(override(experiment, changes), tmp_path / "run", quiet=True)
     assert metric(tmp_path / "run", "sampling/logprob_difference/max")[0] == pytest.approx(0.25, abs=1e-4)
@@ -324,8 +326,8 @@ def test_a_broken_log_probability_contract_stops_the_run_at_the_first_bad_token(
             return replace(played, logprobs=logprobs)
         return played
 
-    TOKENS, bad, genuine = ["", "", "", *"abcd"], [], training.rollout
-    monkeypatch.setattr(training, "rollout", crooked)
+    TOKENS, bad, genuine = ["", "", "", *"abcd"], [], lesson.rollout
+    monkeypatch.setattr(lesson, "rollout", crooked)
     with pytest.raises(RunError) as caught:
         train(experiment, tmp_path / "run", quiet=True)
     message = str(caught.value)

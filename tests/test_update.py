@@ -135,7 +135,7 @@ def run(
     for leaf in jax.tree.leaves(state):
         copies = np.asarray(leaf)
         np.testing.assert_array_equal(copies, np.broadcast_to(copies[:1], copies.shape))  # devices never drift apart
-    per_row = {key: devices.unshard(metrics.pop(key)) for key in ("advantages", "logprob_gaps")}
+    per_row = {key: devices.unshard(metrics.pop(key)) for key in ("advantages", "logprob_gaps") if key in metrics}
     return devices.unreplicate(state), {**devices.unreplicate(metrics), **per_row}
 
 

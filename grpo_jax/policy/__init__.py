@@ -22,7 +22,7 @@ from grpo_jax.policy.tokenizer import CharacterTokenizer, Tokenizer
 from grpo_jax.policy.trainable import merge
 from grpo_jax.policy.transformer import Params
 
-__all__ = ["Policy", "Tokenizer", "export", "load", "merge"]
+__all__ = ["Policy", "Tokenizer", "export", "fresh_adapters", "load", "merge"]
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ def load(
 
     Args:
       source: a Hugging Face directory or hub name, a `.gguf` file, `package:NAME` for a Python package that holds one,
-        a run directory with an exported policy, or `scratch`.
+        a run directory with an exported policy, or `scratch`. (`training` reads a run's own checkpoint, too.)
       dtype: of the parameters, `float32` or `bfloat16`; adapters are float32 always.
       seed: of what is drawn: a policy from scratch, and the adapters.
       lora: adds adapters, which start as the identity.
@@ -117,11 +117,11 @@ def load(
     config, arrays, make_tokenizer = weights.read(source, dtype)
     params = {path: jnp.asarray(arrays.pop(path)) for path in list(arrays)}  # popped: never two whole copies
     if lora is not None:
-        params |= _adapters(config, lora, seed)
+        params |= fresh_adapters(config, lora, seed)
     return Policy(config, params, lora, make_tokenizer and cache(make_tokenizer))  # made once, however often replaced
 
 
-def _adapters(config: ModelConfig, lora: LoRAConfig, seed: int) -> Params:
+def fresh_adapters(config: ModelConfig, lora: LoRAConfig, seed: int) -> Params:
     """Fresh adapters as `transformer.Linear` makes them, from one draw: fourteen would each compile for a second."""
     leaves = transformer.abstract(config, lora=lora)
     shapes = {path: leaf.shape for path, leaf in sorted(leaves.items()) if path.endswith(".lora_a")}

@@ -287,6 +287,7 @@ def forward(
     prefix: KeyValues | None = None,
     cache: KeyValues | None = None,
     slot: Array | int = 0,
+    segments: Array | None = None,
     layers: Sequence[Layer] | None = None,
     remat: bool = False,
 ) -> tuple[Array, KeyValues]:
@@ -297,6 +298,7 @@ def forward(
         nobody, and what they themselves compute is meaningless.
       prefix: the keys and values of the prompts, rows [P].
       cache: those of the rows so far, rows [P, G] with C slots; these tokens are written to slots [slot, slot + T).
+      segments: [P, G, T] int32, without a cache: tokens see those of their own segment alone (packed examples).
       layers: the model's layers, from `unstack`, to run them unrolled instead of scanned; then the k and v of prefix
         and cache are tuples.
       remat: recompute each layer in the backward pass instead of keeping its activations.
@@ -326,7 +328,10 @@ def forward(
         angles = positions[..., None].astype(jnp.float32) * inverse_frequencies(rope, c.head_dim)
         rotations.append((jnp.cos(angles) * rope.attention_factor, jnp.sin(angles) * rope.attention_factor))
         window = c.sliding_window if sliding else None
-        own_masks.append(sees(positions, own_positions, own_valid, window))
+        own_mask = sees(positions, own_positions, own_valid, window)
+        if segments is not None:
+            own_mask &= segments[..., :, None] == segments[..., None, :]
+        own_masks.append(own_mask)
         if prefix is not None:
             prefix_masks.append(sees(positions, prefix.positions[:, None, :], prefix.valid[:, None, :], window))
 

@@ -2,9 +2,9 @@
 
     python tests/golden/make_preferences.py [OUT.npz SEED]   # needs torch and trl 1.16.0, which nothing else here does
 
-`DPOTrainer._compute_loss` and `RewardTrainer.compute_loss` run on stand-ins that have the attributes which they read and
-hand them given log-probabilities or scores. No formula is written here. TRL 1.16 has cDPO (label smoothing of the plain
-loss) within `aot` alone, which first sorts the margins of the batch: one pair at a time that changes nothing.
+`DPOTrainer._compute_loss` and `RewardTrainer.compute_loss` run on stand-ins that have the attributes which they read
+and hand them given log-probabilities or scores. No formula is written here. TRL 1.16 has cDPO (label smoothing of the
+plain loss) within `aot` alone, which first sorts the margins of the batch: one pair at a time that changes nothing.
 """
 
 import json
@@ -50,9 +50,7 @@ def _trl_dpo(logprobs: np.ndarray, ref_logprobs: np.ndarray, mask: np.ndarray, c
         idle = torch.zeros_like(rows)
         model = torch.nn.Module()
         model.is_gradient_checkpointing = False
-        model.forward = lambda **_: SimpleNamespace(
-            log_probs=rows, entropy=idle, mean_logits=idle, is_top1=idle.bool()
-        )
+        model.forward = lambda **_: SimpleNamespace(log_probs=rows, entropy=idle, mean_logits=idle, is_top1=idle.bool())
         return model
 
     same = dict(gather=lambda x: x, gather_for_metrics=lambda x: x, device="cpu")
