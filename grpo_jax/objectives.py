@@ -31,8 +31,8 @@ class Batch(NamedTuple):
 
     - `correction` [P, G, T] weighs tokens for a sampler that differs from the trainer (`update.make_rescore`).
     - `high_entropy` [P, G, T]: which tokens are in the whole batch's top quantile, where found beforehand.
-    - `advantages`: [P, G], or [P, G, T] for PPO, which also has the critic's `values` when the batch was sampled and the
-      `returns` that it is to predict, both [P, G, T].
+    - `advantages`: [P, G], or [P, G, T] for PPO, which also has the critic's `values` when the batch was sampled and
+      the `returns` that it is to predict, both [P, G, T].
     - `segments` [P, 1, T]: rows are whole examples side by side, numbered from 1 (0: padding); prompts are not read.
     """
 

@@ -10,7 +10,7 @@ import grpo_jax
 HOUSE = Path(grpo_jax.__file__).parent
 FLOORS = [
     {"errors"},  # under the house: every room may raise them
-    {"experiment", "devices", "__init__"},
+    {"experiment", "devices", "advice", "__init__"},
     {"policy", "advantages", "losses", "rewards"},
     {"sampler", "logprobs", "tasks"},
     {"rollout", "objectives"},
@@ -21,7 +21,7 @@ FLOORS = [
     {"cli"},
 ]
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
-WITHOUT_JAX = {"errors", "experiment", "tasks", "rewards"}
+WITHOUT_JAX = {"errors", "experiment", "tasks", "rewards", "advice"}
 MODULES = sorted(HOUSE.rglob("*.py"))
 
 

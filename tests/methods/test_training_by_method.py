@@ -19,6 +19,7 @@ from grpo_jax.experiment import (
     ScratchConfig,
     override,
 )
+from grpo_jax.reward_model import learned_reward
 from grpo_jax.tasks import Task
 from grpo_jax.training import train
 
@@ -82,10 +83,9 @@ def test_a_policy_gets_better_at_what_is_rewarded(name, tmp_path):
 
 
 def test_a_reward_model_ranks_held_out_pairs_and_a_policy_is_trained_against_it(tmp_path):
-    from grpo_jax.reward_model import learned_reward
-
     config = experiment(method="reward_model", evaluation__num_samples=64)
-    result = train(config, tmp_path / "rm", quiet=True)
+    fields = "method='reward_model', evaluation__num_samples=64"
+    result = train(config, tmp_path / "rm", source=_file(tmp_path, fields), quiet=True)
     before, after = result.before["held_out"], result.after["held_out"]
     assert after.success > 0.85 > before.success
     assert before.log_loss == pytest.approx(np.log(2), abs=1e-6)  # a new head gives 0 to everything
@@ -103,7 +103,8 @@ def test_a_reward_model_ranks_held_out_pairs_and_a_policy_is_trained_against_it(
     assert tuned.after["held_out"].success > tuned.before["held_out"].success + 0.3
     kl = metric(tmp_path / "ppo", "objective/kl")
     assert abs(kl[0]) < 1e-4 < kl[-1]
-    assert metric(tmp_path / "ppo", "value/explained_variance")[-1] > -1
+    of_critic = metric(tmp_path / "ppo", "value_loss")
+    assert np.mean(of_critic[-5:]) < 0.5 * of_critic[0]
 
 
 def test_noise_makes_a_reward_model_less_sure(tmp_path):
@@ -124,8 +125,6 @@ def test_a_run_starts_from_another_runs_policy(tmp_path):
     second = train(config, tmp_path / "second", quiet=True)
     assert second.before["held_out"].success == first.after["held_out"].success
     assert second.before["held_out"].records == first.after["held_out"].records
-    with pytest.raises(UserError, match=r"policy\.source"):
-        experiment(policy__source="")
 
 
 def _file(tmp_path: Path, fields: str) -> Path:
@@ -151,7 +150,7 @@ def test_packing_changes_nothing_but_the_padding(tmp_path):
     losses, norms = [], []
     for name, options in {
         "grouped": {},
-        "packed": dict(sft__packing=True, sft__max_length=32),
+        "packed": dict(sft__packing=True, sft__max_length=14),
     }.items():
         config = experiment(method="sft", steps=3, group_size=2, **options)
         train(config, tmp_path / name, quiet=True)
