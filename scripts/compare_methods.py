@@ -1,9 +1,11 @@
 """Runs the methods of `experiments/methods/pound.py` over seeds, and prints what each cost and scored as a table.
 
-    python scripts/compare_methods.py [--seeds 5] [--methods grpo ppo rft dpo rlhf] [--runs runs/methods] [--set steps=20]
+    python scripts/compare_methods.py [--seeds 5] [--methods grpo ppo rft dpo rlhf] [--runs DIR] [--set steps=20]
 
-`rlhf` is PPO against a reward model that was trained on the same pairs as `dpo`'s. A run that is there is not run again.
-Labels are the rewards that a method was given, or the pairs that were labelled for it; rollouts are sampled completions.
+`rlhf` is PPO against a reward model that was trained on the same pairs as `dpo`'s. A run that is there is not run
+again, and one that was interrupted goes on. Labels are the rewards that a method was given, or the pairs that were
+labelled for it; rollouts are sampled completions; tokens count a completion's prompt. The warm start, the same for all,
+is in none of these.
 """
 
 import argparse
@@ -28,18 +30,15 @@ def run(method: str, seed: int, runs: Path, further: list[str]) -> list[Path]:
     """Trains with a method unless that was done before; the directories of all the runs that it took."""
     before = run("reward_model", seed, runs, further) if method == "rlhf" else []
     run_dir = runs / f"{method}-{seed}"
-    assignments = [
-        f"method={'ppo' if method == 'rlhf' else method}",
-        f"seed={seed}",
-        *OPTIONS.get(method, ()),
-        *further,
-    ]
+    trained_by = "ppo" if method == "rlhf" else method
+    assignments = [f"method={trained_by}", f"seed={seed}", *OPTIONS.get(method, ()), *further]
     if not (run_dir / "summary.json").is_file():
         print(f"{method}, seed {seed}", flush=True)
         config: Experiment = load(FILE, assignments)
         if method == "rlhf":
             config = replace(config, rewards={"learned": learned_reward(before[-1])})
-        train(config, run_dir, source=FILE, overrides=assignments, quiet=True)
+        begun = (run_dir / "run.json").is_file()
+        train(config, run_dir, source=FILE, overrides=assignments, resume=begun, quiet=True)
     return [*before, run_dir]
 
 
