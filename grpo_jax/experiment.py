@@ -306,6 +306,12 @@ class Experiment(_Checked):
                 f"RewardConfig.weights names {strangers[0]!r}, which is no reward of this experiment: "
                 f"it has {sorted(self.rewards)}."
             )
+        for name in ("warm_start", "control"):
+            if (variant := getattr(self, name)) is not None:
+                try:
+                    variant_of(self, variant)  # now, not when the run has come so far
+                except UserError as error:
+                    raise UserError(f"Experiment.{name}: {error}") from None
         if self.method == "sft" and getattr(self.task, "demonstrate", None) is None:
             raise UserError(
                 f"method 'sft' needs demonstrations, but task {getattr(self.task, 'name', self.task)!r} has no "
@@ -326,8 +332,9 @@ def override(config: Experiment, overrides: Mapping[str, Any]) -> Experiment:
 
 def _replace(config: Any, keys: Sequence[str], value: Any, path: str) -> Any:
     key, *rest = keys
-    if isinstance(config, Mapping):
-        return {**config, key: _replace(config.get(key), rest, value, path) if rest else value}
+    if isinstance(config, Mapping):  # reward weights, or the overrides of a variant: the last one that is named wins
+        path_within = ".".join(keys)
+        return {k: v for k, v in config.items() if k != path_within} | {path_within: value}
     if not dataclasses.is_dataclass(config):
         raise UserError(f"{path!r} is not a field: {type(config).__name__} has no fields of its own.")
     names = [f.name for f in dataclasses.fields(config)]

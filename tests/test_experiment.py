@@ -136,6 +136,18 @@ def test_a_mapping_takes_new_keys_from_the_command_line():
     assert experiment.override(toy(), overrides).reward.weights == {"length": 2.0}
 
 
+def test_a_variant_takes_overrides_of_fields_that_it_does_not_name_yet():
+    config = toy(warm_start={"optimizer.learning_rate": 0.5})
+    config = experiment.override(config, {"warm_start.optimizer.schedule": "linear"})
+    warm = experiment.variant_of(config, config.warm_start)
+    assert (warm.optimizer.learning_rate, warm.optimizer.schedule) == (0.5, "linear")
+
+
+def test_a_mistake_in_a_variant_is_found_before_anything_runs():
+    assert "Experiment.control: 'optimiser'" in message(lambda: toy(control={"optimiser": None}))
+    assert "Experiment.warm_start: OptimizerConfig.b1" in message(lambda: toy(warm_start={"optimizer.b1": 2.0}))
+
+
 @given(st.floats(0, 10), st.integers(0, 2**31 - 1), st.booleans())
 def test_any_number_survives_the_way_through_the_command_line(beta, seed, clip):
     assignments = [f"loss.beta={beta!r}", f"seed={seed}", f"optimizer.max_grad_norm={1.0 if clip else None}"]
@@ -145,11 +157,11 @@ def test_any_number_survives_the_way_through_the_command_line(beta, seed, clip):
 
 
 def test_a_config_becomes_json_that_tells_data_apart():
-    config = toy(policy=PolicyConfig(lora=LoRAConfig(rank=4)), warm_start={"method": "sft"})
+    config = toy(policy=PolicyConfig(lora=LoRAConfig(rank=4)), warm_start={"steps": 5})
     described = json.loads(json.dumps(experiment.to_dict(config)))
     assert described["policy"]["lora"]["rank"] == 4
     assert described["rewards"] == {"length": "builtins.len"}
-    assert described["warm_start"] == {"method": "sft"}
+    assert described["warm_start"] == {"steps": 5}
     assert (described["task"]["name"], described["task"]["train"]) == ("toy", 1)
     other = toy(task=SimpleNamespace(name="toy", train=[{"prompt": "z"}], held_out=[]))
     assert experiment.to_dict(other)["task"]["sha256"] != described["task"]["sha256"]

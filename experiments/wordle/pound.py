@@ -30,5 +30,6 @@ config = Experiment(
     sampling=SamplingConfig(temperature=1.0, max_tokens=6),
     optimizer=OptimizerConfig(learning_rate=1e-3),
     evaluation=EvaluationConfig(num_samples=512, batch_size=512, temperature=1.0),
-    warm_start={"method": "sft", "steps": 100, "optimizer.learning_rate": 3e-3},
+    # As many steps as it takes to know that legal words rarely repeat a letter: the partial credit pays for repetition.
+    warm_start={"method": "sft", "steps": 300, "optimizer.learning_rate": 3e-3, "optimizer.schedule": "linear"},
 )
