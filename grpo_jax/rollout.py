@@ -501,6 +501,20 @@ def _collect(
     return Rollout(examples, prompt_ids, prompts, lengths, tokens, valid, mask, logprobs, ended, episodes)
 
 
+def take_groups(rollouts: Sequence[Rollout], chosen: Sequence[tuple[int, int]]) -> Rollout:
+    """One rollout of groups of several, given as (which rollout, which of its P prompts)."""
+    size = max(played.prompts.shape[1] for played in rollouts)
+    prompts = [np.pad(played.prompts, ((0, 0), (0, size - played.prompts.shape[1]))) for played in rollouts]
+    return _collect(
+        [rollouts[r].examples[p] for r, p in chosen],
+        np.array([rollouts[r].prompt_ids[p] for r, p in chosen], np.int32),
+        np.stack([prompts[r][p] for r, p in chosen]),
+        np.array([rollouts[r].lengths[p] for r, p in chosen], np.int32),
+        [rollouts[r].episodes[p] for r, p in chosen],
+        shortest=min(played.mask.shape[2] for played in rollouts),
+    )
+
+
 def score_rollout(played: Rollout, experiment: Experiment) -> Scores:
     """The experiment's rewards of every episode, the rows of a prompt side by side (see `rewards.scoring.score`)."""
     config = experiment.reward

@@ -31,7 +31,7 @@ config = Experiment(
     sampling=SamplingConfig(temperature=1.0, max_tokens=6),
     # The bonus keeps every letter in play until the right one has been sampled. Advantages are in units of the group's
     # own standard deviation, so that the bonus weighs less and less as the group agrees.
-    loss=LossConfig(entropy_coefficient=0.1),
+    loss=LossConfig(entropy_coef=0.1),
     optimizer=OptimizerConfig(learning_rate=1e-3),
     evaluation=EvaluationConfig(num_samples=512, batch_size=512, temperature=1.0),
     warm_start={"method": "sft", "steps": 300, "optimizer.learning_rate": 3e-3, "optimizer.schedule": "linear"},
