@@ -283,6 +283,28 @@ def rewards(
         print(path)
 
 
+@app.command
+def report(
+    directory: Annotated[Positional[Path], arg(metavar="RUN_OR_ABLATION", help="The directory of a run or a sweep.")],
+    /,
+    *,
+    output: OptionalPath = None,
+    pictures: Flag = False,
+) -> None:
+    """Write one self-contained HTML page about a run or an ablation.
+
+    Args:
+        output: Where the page goes. Default: report.html in the directory.
+        pictures: Also draw its plots as PNG files, in the directory.
+    """
+    from grpo_jax.analysis import report as pages
+
+    print(pages.report(directory, output))
+    if pictures:
+        for path in pages.draw(directory):
+            print(path)
+
+
 def _report(config: Experiment, result: Any, picture: Path) -> None:
     """Prints what a training run came to, and the commands to go on."""
     from rich.console import Console

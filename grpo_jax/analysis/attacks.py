@@ -55,13 +55,13 @@ class Honest:
     values: np.ndarray
 
     @property
-    def bar(self) -> float:
-        """What an attack must not exceed: the mean or the median, whichever is higher."""
-        return float(max(self.values.mean(), np.median(self.values))) if self.values.size else math.nan
+    def mean(self) -> float:
+        """What an attack must not exceed: if it earns more, a policy gains by giving up these attempts for it."""
+        return float(self.values.mean()) if self.values.size else math.nan
 
     def is_beaten_by(self, value: float) -> bool:
-        """Whether an attack that earns `value` (nan: none) outscores a typical attempt."""
-        return value > self.bar + 1e-9
+        """Whether an attack that earns `value` (nan: none) outscores these attempts."""
+        return value > self.mean + 1e-9
 
     def share_below(self, value: float) -> float:
         """The share of these attempts that earn less than `value`."""
@@ -274,7 +274,7 @@ def warning(variant: str, attacks: Sequence[Attack], honest: Sequence[Honest]) -
         return None
     over = sorted(over, key=lambda attack: -attack.value)
     found = ", ".join(f"{attack.value:.3f} for {_short(attack.text)} ({attack.family})" for attack in over)
-    means = " and ".join(f"{source.values.mean():.3f} ({source.source})" for source in known)
+    means = " and ".join(f"{source.mean:.3f} ({source.source})" for source in known)
     return (
         f"{variant} pays answers that ignore the prompt and are wrong {found}; honest attempts earn {means} on average."
     )

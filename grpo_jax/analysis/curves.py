@@ -7,8 +7,8 @@ import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
-from scipy import stats
 
+from grpo_jax.analysis import statistics
 from grpo_jax.analysis.plots import BLUE, GREEN, GREY, ORANGE, PURPLE, STYLE, Series, label_right, series, smooth
 from grpo_jax.errors import UserError
 from grpo_jax.logs import read_rows
@@ -22,7 +22,7 @@ def seed_curves(arms: Mapping[str, Sequence[Path]], metric: str, path: Path) -> 
 
     Raises `UserError` if no run has the metric.
     """
-    bands = {name: found for name, runs in arms.items() if len(found := seed_band(_curves(runs, metric)))}
+    bands = {name: found for name, runs in arms.items() if len(found := seed_band(metric_curves(runs, metric)))}
     if not bands:
         raise UserError(f"none of the runs has a metric {metric!r}, so there is no curve to draw.")
     with matplotlib.rc_context(STYLE):
@@ -57,12 +57,13 @@ def seed_band(curves: Sequence[Series]) -> Series:
     for curve in curves[1:]:
         steps = np.intersect1d(steps, curve.steps)
     values = np.stack([curve.values[np.isin(curve.steps, steps)] for curve in curves])
-    mean, n = values.mean(0), len(curves)
-    half = stats.t.ppf(0.975, n - 1) * values.std(0, ddof=1) / np.sqrt(n) if n > 1 else np.zeros_like(mean)
-    return Series(steps, mean, mean - half, mean + half)
+    if len(curves) == 1:
+        return Series(steps, values[0], values[0], values[0])
+    found = [statistics.mean(column) for column in values.T]
+    return Series(steps, *np.array([(each.value, each.low, each.high) for each in found]).reshape(-1, 3).T)
 
 
-def _curves(runs: Sequence[Path], metric: str) -> list[Series]:
+def metric_curves(runs: Sequence[Path], metric: str) -> list[Series]:
     """The metric of every run that has it; one of each step, noisy, is smoothed."""
     found = [each for run in runs if len(each := series(read_rows(run / "metrics.jsonl"), metric))]
     if metric.startswith("evaluation/"):

@@ -112,7 +112,7 @@ def save(found: Study, directory: Path) -> list[Path]:
             ],
             "honest": {
                 name: [
-                    {"source": h.source, "num": len(h.values), "mean": h.values.mean(), "median": np.median(h.values)}
+                    {"source": h.source, "num": len(h.values), "mean": h.mean, "median": np.median(h.values)}
                     for h in sources
                     if len(h.values)
                 ]
@@ -248,7 +248,7 @@ def attack_table(variant: str, attacks: Sequence[Attack], honest: Sequence[Hones
     for source in honest:
         if len(source.values):
             what = f"{len(source.values)} {source.source}, median {np.median(source.values):.3f}"
-            table.add_row(Text("honest, mean", style="dim"), Text(what, style="dim"), _number(source.values.mean()))
+            table.add_row(Text("honest, mean", style="dim"), Text(what, style="dim"), _number(source.mean))
     return table
 
 
@@ -308,7 +308,7 @@ def _draw_attacks(axes: Axes, attacks: Sequence[Attack], honest: Sequence[Honest
     axes.barh(names, [each.value for each in known], color=[ORANGE if o else GREY for o in over], height=0.6)
     for source, colour in zip(honest, (BLUE, GREEN), strict=False):
         if len(source.values):
-            axes.axvline(source.bar, color=colour, linewidth=1.6, label=f"honest: {source.source}")
+            axes.axvline(source.mean, color=colour, linewidth=1.6, label=f"honest: {source.source}")
     axes.tick_params(axis="y", labelsize=7)
     axes.grid(axis="y", visible=False)
     axes.invert_yaxis()
