@@ -18,6 +18,7 @@ from grpo_jax.rewards import turns
 COMPLETIONS, LONGEST = 3000, 2000  # completions of a page, and characters of one
 GROUPS, MEMBERS, POINTS = 120, 24, 200  # of the advantage map, and of a curve in a report of many
 SHARES = ("frac_reward_zero_std", "completions/unique_fraction", "completions/top_share", "completions/clipped_ratio")
+RATES = (*SHARES, "success", "evaluation/success", "evaluation/train/success")
 HIDDEN = ("num_prompts", "num_samples", "temperature", "_low", "_high", "pass_at_k")  # no curves to look at
 
 
@@ -81,6 +82,8 @@ def arm_charts(
     bands: dict[str, list[dict[str, Any]]] = {}
     for name in wanted:
         found = {arm: seed_band(metric_curves(runs, name)) for arm, runs in arms.items()}
+        if name in RATES:  # Student's interval of a few seeds does not know that a rate stays in [0, 1]
+            found = {arm: Series(b.steps, b.values, *np.clip((b.low, b.high), 0, 1)) for arm, b in found.items()}
         drawn = [curve(arm, _thinned(each), i) for i, (arm, each) in enumerate(found.items()) if len(each)]
         if drawn:
             bands[name] = drawn
@@ -90,7 +93,7 @@ def arm_charts(
             "title": name,
             "series": bands[name],
             "clip": True,
-            "percent": name in (*SHARES, "success", "evaluation/success"),
+            "percent": name in RATES,
         }
         for name in chosen
         if name in bands
@@ -146,12 +149,12 @@ def completions(runs: Mapping[str, Sequence[Row]]) -> tuple[dict[str, Any], str]
     allowance = COMPLETIONS // max(len(runs), 1)
     prompts: dict[str, int] = {}
     rewards = list(dict.fromkeys(name for rows in runs.values() for row in rows for name in row["rewards"]))
-    shown, parts = [], []
-    for index, (name, rows) in enumerate(runs.items()):
+    shown, num_chosen, num_steps = [], 0, 0
+    for index, rows in enumerate(runs.values()):
         steps = sorted({row["step"] for row in rows})
         wanted = max(allowance * len(steps) // max(len(rows), 1), 2)
         chosen = {steps[round(i)] for i in np.linspace(0, len(steps) - 1, min(wanted, len(steps)))} if steps else set()
-        parts.append(f"{len(chosen)} of {len(steps)} steps{f' of {name}' if len(runs) > 1 else ''}")
+        num_chosen, num_steps = num_chosen + len(chosen), num_steps + len(steps)
         for row in rows:
             if row["step"] in chosen:
                 prompt = prompts.setdefault(_text(row["prompt"]), len(prompts))
@@ -159,9 +162,8 @@ def completions(runs: Mapping[str, Sequence[Row]]) -> tuple[dict[str, Any], str]
                 shown.append(
                     [index, row["step"], prompt, _said(row["completion"]), row["reward"], row["advantage"], earned]
                 )
-    note = (
-        "Completions of " + (", ".join(parts) if len(parts) < 5 else f"some steps of each of {len(parts)} runs") + "."
-    )
+    which = f"all {num_steps}" if num_chosen == num_steps else f"{num_chosen} of {num_steps}"
+    note = f"Completions of {which} steps{f' of {len(runs)} runs' if len(runs) > 1 else ''}."
     return {"runs": list(runs), "prompts": list(prompts), "rewards": rewards, "rows": shown}, note
 
 
