@@ -70,8 +70,9 @@ def read_groups(path: Path, experiment: Experiment, tokenizer: Tokenizer) -> Gro
     """Reads saved completions, such as a run's `completions.jsonl`: JSON lines with `prompt` and `completion`.
 
     Rows of the same `step` and `prompt_id` (or of the same prompt, where they have none) are a group, and all groups
-    must be of one size. A reward's columns are those of the task's example that the row's prompt is of; keys of the row
-    that have a column's name come first. Raises `UserError` where that cannot be done.
+    must be of one size. A reward's columns are those of the task's example that the row is of: the one with its prompt
+    and, where a prompt is that of several, with the columns or the `prompt_id` that the row has. Raises `UserError`
+    where that cannot be done.
     """
     if not path.is_file():
         raise UserError(f"there is no file of completions {str(path)!r}.")
@@ -105,17 +106,20 @@ def read_groups(path: Path, experiment: Experiment, tokenizer: Tokenizer) -> Gro
 
 
 def _example(row: Mapping[str, Any], task: Task, examples: Mapping[str, Mapping[str, Example]], where: str) -> Example:
-    """The example that a saved row is of, with the row's own columns in it."""
-    candidates = list(examples.get(_key(row["prompt"]), {}).values())
-    if len(candidates) > 1 and "prompt_id" in row:  # a run's rows: see `training.schedule`
+    """The example that a saved row is of."""
+    candidates = [
+        example
+        for example in examples.get(_key(row["prompt"]), {}).values()
+        if all(example[key] == row[key] for key in row.keys() & example.keys())
+    ]
+    if len(candidates) > 1 and isinstance(row.get("prompt_id"), int):  # a run's rows: see `training.schedule`
         candidates = [task.train[row["prompt_id"] % len(task.train)]]
     if len(candidates) != 1:
         raise UserError(
             f"{where}: the prompt is that of {len(candidates) or 'no'} examples of {task.name}, so the columns that "
             "the rewards need are not known."
         )
-    example = candidates[0]
-    return {**example, **{key: row[key] for key in row.keys() & example.keys() if key != "prompt"}}
+    return candidates[0]
 
 
 def _key(value: Any) -> str:

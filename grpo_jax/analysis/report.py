@@ -37,13 +37,17 @@ MINUS = "−"
 
 
 @dataclass(frozen=True)
-class Ablation:
-    """The runs of a sweep: directories by arm, in the order of the seeds, and what they are compared by."""
+class Sweep:
+    """The runs of a sweep: directories by arm, in the order of the seeds, and what they are compared by.
+
+    `seeds` has the seed of each directory; `missing` says which planned runs have none.
+    """
 
     arms: dict[str, list[Path]]
     metric: str
     baseline: str
     seeds: dict[Path, int] = field(default_factory=dict)
+    missing: list[str] = field(default_factory=list)
 
 
 def report(directory: Path, output: Path | None = None) -> Path:
@@ -54,7 +58,7 @@ def report(directory: Path, output: Path | None = None) -> Path:
     if (directory / "run.json").is_file():
         page = run_page(directory)
     else:
-        page = ablation_page(directory, read_ablation(directory))
+        page = ablation_page(directory, read_sweep(directory))
     output = output or directory / "report.html"
     write_text(output, render(page))
     return output
@@ -68,12 +72,12 @@ def draw(directory: Path) -> list[Path]:
             pictures += [reward_histograms(directory), advantage_map(directory)]
             pictures += [group_picture(directory, step) for step in sorted({rows[0]["step"], rows[-1]["step"]})]
         return pictures
-    ablation = read_ablation(directory)
-    metrics = dict.fromkeys([ablation.metric, "reward"])
+    sweep = read_sweep(directory)
+    metrics = dict.fromkeys([sweep.metric, "reward"])
     return [
-        seed_curves(ablation.arms, metric, directory / f"{metric.replace('/', '_')}.png")
+        seed_curves(sweep.arms, metric, directory / f"{metric.replace('/', '_')}.png")
         for metric in metrics
-        if any(metric_curves(runs, metric) for runs in ablation.arms.values())
+        if any(metric_curves(runs, metric) for runs in sweep.arms.values())
     ]
 
 
@@ -116,34 +120,34 @@ def run_page(run: Path) -> dict[str, Any]:
     }
 
 
-def ablation_page(directory: Path, ablation: Ablation) -> dict[str, Any]:
+def ablation_page(directory: Path, sweep: Sweep) -> dict[str, Any]:
     """What the template shows of an ablation: its arms against the baseline."""
-    first = {arm: runs[0] for arm, runs in ablation.arms.items()}
+    first = {arm: runs[0] for arm, runs in sweep.arms.items()}
     configs = {arm: _json(run / "config.json") for arm, run in first.items()}
-    charts, metrics = arm_charts(ablation.arms, ablation.metric)
+    charts, metrics = arm_charts(sweep.arms, sweep.metric)
     runs = {
-        f"{arm}, seed {ablation.seeds[run]}": list(read_rows(run / "completions.jsonl"))
-        for arm, directories in ablation.arms.items()
+        f"{arm}, seed {sweep.seeds[run]}": list(read_rows(run / "completions.jsonl"))
+        for arm, directories in sweep.arms.items()
         for run in directories
     }
     said, note = completions({name: rows for name, rows in runs.items() if rows})
     unfinished = [
-        f"{arm}, seed {ablation.seeds[run]} is {status}."
-        for arm, directories in ablation.arms.items()
+        f"{arm}, seed {sweep.seeds[run]} is {status}."
+        for arm, directories in sweep.arms.items()
         for run in directories
         if (status := _json(run / "run.json").get("status", "missing")) != "finished"
     ]
-    baseline = ablation.baseline
+    baseline = sweep.baseline
     columns = {baseline: flat(configs[baseline])} | {arm: flat(config) for arm, config in configs.items()}
     return {
         "title": f"Ablation {directory.resolve().name}",
         "facts": [
-            f"{len(ablation.arms)} arms, {sum(map(len, ablation.arms.values()))} runs, compared by {ablation.metric}",
+            f"{len(sweep.arms)} arms, {sum(map(len, sweep.arms.values()))} runs, compared by {sweep.metric}",
             *_facts(_json(first[baseline] / "run.json"), configs[baseline])[1:],
         ],
-        "warnings": unfinished,
+        "warnings": [*unfinished, *sweep.missing],
         "command": None,
-        "scores": [_arm_table(ablation)],
+        "scores": [_arm_table(sweep)],
         "data": {"charts": charts, "metrics": metrics, "heat": [], "completions": said},
         "completions_note": note,
         "difference": {
@@ -155,7 +159,7 @@ def ablation_page(directory: Path, ablation: Ablation) -> dict[str, Any]:
     }
 
 
-def read_ablation(directory: Path) -> Ablation:
+def read_sweep(directory: Path) -> Sweep:
     """The runs of a sweep's directory, by the index `sweep.json` that the sweep wrote.
 
     Raises `UserError` if there is none, or if none of its runs has begun.
@@ -167,10 +171,11 @@ def read_ablation(directory: Path) -> Ablation:
             "in it."
         )
     arms: dict[str, list[Path]] = {}
-    seeds = {}
+    seeds, missing = {}, []
     for planned in sorted(index["runs"], key=lambda run: run["seed"]):
         run = directory / planned["key"]
         if not (run / "run.json").is_file():
+            missing.append(f"{' = '.join(planned['arms'])}, seed {planned['seed']} has not begun.")
             continue
         seeds[run] = planned["seed"]
         for arm in planned["arms"]:
@@ -178,44 +183,45 @@ def read_ablation(directory: Path) -> Ablation:
     if not arms:
         raise UserError(f"none of the runs of the sweep in {str(directory)!r} has begun.")
     baseline = index["baseline"] if index["baseline"] in arms else next(iter(arms))
-    return Ablation(arms, index["metric"], baseline, seeds)
+    return Sweep(arms, index["metric"], baseline, seeds, missing)
 
 
-def _arm_table(ablation: Ablation) -> dict[str, Any]:
+def _arm_table(sweep: Sweep) -> dict[str, Any]:
     """A row for each arm: the mean over its seeds of the metric's last value, and the paired difference."""
-    values = {arm: _final(runs, ablation) for arm, runs in ablation.arms.items()}
+    values = {arm: _final(runs, sweep) for arm, runs in sweep.arms.items()}
     found = {arm: statistics.mean(list(known.values())) for arm, known in values.items() if known}
     bounds = [b for e in found.values() for b in (e.value, e.low, e.high) if np.isfinite(b)]
-    low, high = (0.0, 1.0) if ablation.metric.endswith("success") else (min(bounds, default=0), max(bounds, default=1))
+    low, high = (0.0, 1.0) if sweep.metric.endswith("success") else (min(bounds, default=0), max(bounds, default=1))
     rows = []
     for arm, known in values.items():
         if not known:
-            rows.append({"name": arm, "cells": ["0", "–", "–", "–", "–"], "place": None})
+            rows.append({"name": arm, "note": "no seed is finished", "cells": ["0", "–", "–", "–"], "place": None})
             continue
         mean, difference, verdict = found[arm], "–", "the baseline"
-        if arm != ablation.baseline:
+        if arm != sweep.baseline:
             verdict = "no seed in common with the baseline"
-            base = values[ablation.baseline]
+            base = values[sweep.baseline]
             if common := [seed for seed in known if seed in base]:
                 paired = statistics.paired_difference([known[s] for s in common], [base[s] for s in common])
                 difference, verdict = _interval(paired, signed=True), statistics.verdict(paired)
-        cells = [str(len(known)), f"{mean.value:.3f}", _interval(mean, bounds=True), difference, verdict]
-        rows.append({"name": arm, "cells": cells, "place": _place(mean.value, mean.low, mean.high, low, high)})
+        cells = [str(len(known)), f"{mean.value:.3f}", _interval(mean, bounds=True), difference]
+        place = _place(mean.value, mean.low, mean.high, low, high)
+        rows.append({"name": arm, "note": verdict, "cells": cells, "place": place})
     return {
-        "title": f"{ablation.metric} at the end",
-        "columns": ["seeds", "mean", "95 % interval", "difference, paired", "verdict"],
+        "title": f"{sweep.metric} at the end",
+        "columns": ["seeds", "mean", "95 % interval", "paired difference"],
         "rows": rows,
-        "note": f"Means over seeds with Student's interval; differences to {ablation.baseline} are paired by seed.",
+        "note": f"Means over seeds with Student's interval; differences to {sweep.baseline} are paired by seed.",
     }
 
 
-def _final(runs: Sequence[Path], ablation: Ablation) -> dict[int, float]:
+def _final(runs: Sequence[Path], sweep: Sweep) -> dict[int, float]:
     """The last value of the metric by seed, of the runs that are finished."""
     finals = {}
     for run in runs:
-        found = series(read_rows(run / "metrics.jsonl"), ablation.metric)
+        found = series(read_rows(run / "metrics.jsonl"), sweep.metric)
         if len(found) and _json(run / "run.json").get("status") == "finished":
-            finals[ablation.seeds[run]] = float(found.values[-1])
+            finals[sweep.seeds[run]] = float(found.values[-1])
     return finals
 
 
@@ -252,7 +258,7 @@ def _score_row(name: str, row: Mapping[str, Any], prefix: str) -> dict[str, Any]
         "–" if reward is None else f"{reward:.3f}",
         f"{length:.1f}",
     ]
-    return {"name": name, "cells": cells, "place": _place(value, low, high, 0.0, 1.0)}
+    return {"name": name, "note": "", "cells": cells, "place": _place(value, low, high, 0.0, 1.0)}
 
 
 def _place(value: float, low: float, high: float, start: float, end: float) -> dict[str, float]:
