@@ -86,9 +86,10 @@ def test_an_answer_is_chosen_on_some_examples_and_judged_on_others():
     def lucky(*, completions, number, **_):
         return [float(c == "AA" and n == 0) for c, n in zip(completions, number, strict=True)]
 
-    task = Task(
-        "luck", [{"prompt": "A", "number": 0}], [{"prompt": "B", "number": 1}], success=lambda *, completions, **_: [False] * len(completions)
-    )  # fmt: skip
+    def never(*, completions, **_):
+        return [False] * len(completions)
+
+    task = Task("luck", [{"prompt": "A", "number": 0}], [{"prompt": "B", "number": 1}], success=never)
     tried = attack(
         target(task, lucky=lucky), ["lucky"], search_on=task.train, judge_on=task.held_out,
         demonstrations=["AA", "AB"], completions=[], max_tokens=3, budget=100,
