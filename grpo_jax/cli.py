@@ -17,7 +17,7 @@ import tyro
 from tyro.conf import Positional, UseAppendAction, arg
 
 from grpo_jax.errors import RunError, UserError
-from grpo_jax.experiment import Experiment, load, load_run
+from grpo_jax.experiment import Budget, Experiment, load, load_ablation, load_run
 
 Assignments = Annotated[
     UseAppendAction[tuple[tuple[str, ...], ...]],
@@ -34,6 +34,9 @@ OptionalInt = Annotated[int | None, arg(metavar="N", help_behavior_hint="")]
 OptionalFloat = Annotated[float | None, arg(metavar="T", help_behavior_hint="")]
 OptionalText = Annotated[str | None, arg(metavar="TEXT", help_behavior_hint="")]
 Flag = Annotated[bool, arg(help_behavior_hint="")]
+
+AblationFile = Annotated[Positional[Path], arg(metavar="ABLATION.py", help="A file that defines `ablation`.")]
+OptionalBudget = Annotated[Budget | None, arg(help_behavior_hint="")]
 
 app = tyro.extras.SubcommandApp()
 
@@ -218,6 +221,61 @@ def export(run: Run, directory: Annotated[Positional[Path], arg(metavar="DIR", h
     _, tuned = training.restore(run)
     policy.export(tuned, directory)
     print(directory)
+
+
+@app.command
+def sweep(
+    ablation: AblationFile,
+    /,
+    *,
+    jobs: int = 1,
+    directory: Annotated[OptionalPath, arg(name="dir")] = None,
+    budget: OptionalBudget = None,
+    vectorize: Flag = False,
+) -> None:
+    """Run every arm of an ablation at every seed; the same command goes on with what is not finished.
+
+    Args:
+        jobs: How many runs at a time, each in a process of its own.
+        directory: Where the runs' directories go. Default: runs/ABLATION.
+        budget: Hold the arms to equal steps or equal sampled tokens, instead of what the file says.
+        vectorize: Train all seeds of an arm in one compiled program (policies from scratch, rewards with a JAX form).
+    """
+    planned = load_ablation(ablation, budget)
+    _prepare_jax()
+    from grpo_jax import sweep
+
+    directory = directory or Path("runs") / ablation.stem
+    sweep.sweep(ablation, planned, directory, jobs=jobs, vectorize=vectorize)
+    again = shlex.join([_command(), "table", str(ablation), "--dir", str(directory)])
+    print(f"compare the arms  {again}" + (f" --budget {budget}" if budget else ""))
+
+
+@app.command
+def table(
+    ablation: AblationFile,
+    /,
+    *,
+    directory: Annotated[OptionalPath, arg(name="dir")] = None,
+    budget: OptionalBudget = None,
+    layout: Annotated[Literal["md", "csv", "latex"], arg(name="format")] = "md",
+    allow_mixed: Flag = False,
+) -> None:
+    """Compare the arms of an ablation, seed by seed, from the runs that `grpo-jax sweep` made.
+
+    Args:
+        directory: Where the runs' directories are. Default: runs/ABLATION.
+        budget: The budget that the sweep was given, if it was given one.
+        layout: Markdown, comma-separated values, or LaTeX for the package booktabs.
+        allow_mixed: Compare runs of different commits or data all the same.
+    """
+    from grpo_jax.analysis import tables
+
+    planned = load_ablation(ablation, budget)
+    directory = directory or Path("runs") / ablation.stem
+    command = ["grpo-jax", "sweep", str(ablation), "--dir", str(directory), *(["--budget", budget] if budget else [])]
+    found = tables.collect(planned, directory, command=shlex.join(command), allow_mixed=allow_mixed)
+    print(tables.render(found, layout), end="")
 
 
 def _report(config: Experiment, result: Any, picture: Path) -> None:
