@@ -17,7 +17,7 @@ import tyro
 from tyro.conf import Positional, UseAppendAction, arg
 
 from grpo_jax.errors import RunError, UserError
-from grpo_jax.experiment import Experiment, load, load_run
+from grpo_jax.experiment import Budget, Experiment, load, load_ablation, load_run
 
 Assignments = Annotated[
     UseAppendAction[tuple[tuple[str, ...], ...]],
@@ -34,6 +34,9 @@ OptionalInt = Annotated[int | None, arg(metavar="N", help_behavior_hint="")]
 OptionalFloat = Annotated[float | None, arg(metavar="T", help_behavior_hint="")]
 OptionalText = Annotated[str | None, arg(metavar="TEXT", help_behavior_hint="")]
 Flag = Annotated[bool, arg(help_behavior_hint="")]
+
+AblationFile = Annotated[Positional[Path], arg(metavar="ABLATION.py", help="A file that defines `ablation`.")]
+OptionalBudget = Annotated[Budget | None, arg(help_behavior_hint="")]
 
 app = tyro.extras.SubcommandApp()
 
@@ -221,6 +224,61 @@ def export(run: Run, directory: Annotated[Positional[Path], arg(metavar="DIR", h
 
 
 @app.command
+def sweep(
+    ablation: AblationFile,
+    /,
+    *,
+    jobs: int = 1,
+    directory: Annotated[OptionalPath, arg(name="dir")] = None,
+    budget: OptionalBudget = None,
+    vectorize: Flag = False,
+) -> None:
+    """Run every arm of an ablation at every seed; the same command goes on with what is not finished.
+
+    Args:
+        jobs: How many runs at a time, each in a process of its own.
+        directory: Where the runs' directories go. Default: runs/ABLATION.
+        budget: Hold the arms to equal steps or equal sampled tokens, instead of what the file says.
+        vectorize: Train all seeds of an arm in one compiled program (policies from scratch, rewards with a JAX form).
+    """
+    planned = load_ablation(ablation, budget)
+    _prepare_jax()
+    from grpo_jax import sweep
+
+    directory = directory or Path("runs") / ablation.stem
+    sweep.sweep(ablation, planned, directory, jobs=jobs, vectorize=vectorize)
+    again = shlex.join([_command(), "table", str(ablation), "--dir", str(directory)])
+    print(f"compare the arms  {again}" + (f" --budget {budget}" if budget else ""))
+
+
+@app.command
+def table(
+    ablation: AblationFile,
+    /,
+    *,
+    directory: Annotated[OptionalPath, arg(name="dir")] = None,
+    budget: OptionalBudget = None,
+    layout: Annotated[Literal["md", "csv", "latex"], arg(name="format")] = "md",
+    allow_mixed: Flag = False,
+) -> None:
+    """Compare the arms of an ablation, seed by seed, from the runs that `grpo-jax sweep` made.
+
+    Args:
+        directory: Where the runs' directories are. Default: runs/ABLATION.
+        budget: The budget that the sweep was given, if it was given one.
+        layout: Markdown, comma-separated values, or LaTeX for the package booktabs.
+        allow_mixed: Compare runs of different commits or data all the same.
+    """
+    from grpo_jax.analysis import tables
+
+    planned = load_ablation(ablation, budget)
+    directory = directory or Path("runs") / ablation.stem
+    command = ["grpo-jax", "sweep", str(ablation), "--dir", str(directory), *(["--budget", budget] if budget else [])]
+    found = tables.collect(planned, directory, command=shlex.join(command), allow_mixed=allow_mixed)
+    print(tables.render(found, layout), end="")
+
+
+@app.command
 def rewards(
     source: Annotated[Positional[Path], arg(metavar="EXPERIMENT_OR_RUN", help="An experiment's file, or a run.")],
     /,
@@ -285,7 +343,10 @@ def rewards(
 
 @app.command
 def report(
-    directory: Annotated[Positional[Path], arg(metavar="RUN_OR_ABLATION", help="The directory of a run or a sweep.")],
+    source: Annotated[
+        Positional[Path],
+        arg(metavar="RUN_OR_ABLATION", help="The directory of a run or a sweep, or an ablation's file."),
+    ],
     /,
     *,
     output: OptionalPath = None,
@@ -294,11 +355,12 @@ def report(
     """Write one self-contained HTML page about a run or an ablation.
 
     Args:
-        output: Where the page goes. Default: report.html in the directory.
+        output: Where the page goes. Default: report.html in the directory, which is runs/ABLATION for a file.
         pictures: Also draw its plots as PNG files, in the directory.
     """
     from grpo_jax.analysis import report as pages
 
+    directory = Path("runs") / source.stem if source.suffix == ".py" else source
     print(pages.report(directory, output))
     if pictures:
         for path in pages.draw(directory):

@@ -146,7 +146,8 @@ def source_policy(experiment: Experiment) -> Policy:
 
 
 def _begun(run_dir: Path) -> bool:
-    return (run_dir / "run.json").is_file()
+    """Whether anything of a run is there: one killed at its very start has left no run.json yet."""
+    return run_dir.is_dir() and any(run_dir.iterdir())
 
 
 class _Run:

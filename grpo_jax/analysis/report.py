@@ -8,6 +8,7 @@ import base64
 import hashlib
 import importlib.resources
 import json
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,6 +31,7 @@ from grpo_jax.analysis.report_data import (
     run_charts,
 )
 from grpo_jax.errors import UserError
+from grpo_jax.experiment import load_ablation
 from grpo_jax.logs import read_rows
 from grpo_jax.logs.files import jsonable, write_text
 
@@ -160,30 +162,39 @@ def ablation_page(directory: Path, sweep: Sweep) -> dict[str, Any]:
 
 
 def read_sweep(directory: Path) -> Sweep:
-    """The runs of a sweep's directory, by the index `sweep.json` that the sweep wrote.
+    """The runs of a sweep's directory, by the ablation of which each of them holds a copy.
 
-    Raises `UserError` if there is none, or if none of its runs has begun.
+    Raises `UserError` if no run of a sweep lies there.
     """
-    index = _json(directory / "sweep.json")
-    if not index:
+    found: dict[tuple[str, int], Path] = {}
+    for path in sorted(directory.glob("*/run.json")):
+        info = _json(path)
+        given = dict(each.split("=", 1) for each in info.get("overrides", ()) if "=" in each)
+        if "arm" in given:
+            found[given["arm"], info["seed"]] = path.parent
+            example, source, budget = path.parent, info.get("source"), given.get("budget")
+    if not found:
         raise UserError(
-            f"{str(directory)!r} is the directory of neither a run nor a sweep: there is no run.json and no sweep.json "
-            "in it."
+            f"{str(directory)!r} is the directory of neither a run nor a sweep: no run.json says that it is."
         )
-    arms: dict[str, list[Path]] = {}
+    if source:
+        sys.path.append(str(Path(source).parent))  # what lay beside the ablation's file, as `load_run` has it
+    ablation = load_ablation(example / "experiment.py", budget)
+    arms: dict[str, list[Path]] = {arm: [] for arm in ablation.arms}
     seeds, missing = {}, []
-    for planned in sorted(index["runs"], key=lambda run: run["seed"]):
-        run = directory / planned["key"]
-        if not (run / "run.json").is_file():
-            missing.append(f"{' = '.join(planned['arms'])}, seed {planned['seed']} has not begun.")
+    for planned in ablation.runs():
+        # The copy's own functions have another module's name, so that a key may differ: the arm and the seed do not.
+        others = [found[arm, planned.seed] for arm in planned.arms if (arm, planned.seed) in found]
+        run = next((run for run in (directory / planned.key, *others) if (run / "run.json").is_file()), None)
+        if run is None:
+            missing.append(f"{' = '.join(planned.arms)}, seed {planned.seed} has not begun.")
             continue
-        seeds[run] = planned["seed"]
-        for arm in planned["arms"]:
-            arms.setdefault(arm, []).append(run)
-    if not arms:
-        raise UserError(f"none of the runs of the sweep in {str(directory)!r} has begun.")
-    baseline = index["baseline"] if index["baseline"] in arms else next(iter(arms))
-    return Sweep(arms, index["metric"], baseline, seeds, missing)
+        seeds[run] = planned.seed
+        for arm in planned.arms:
+            arms[arm].append(run)
+    arms = {arm: runs for arm, runs in arms.items() if runs}
+    baseline = ablation.baseline_arm if ablation.baseline_arm in arms else next(iter(arms))
+    return Sweep(arms, ablation.metric, baseline, seeds, missing)
 
 
 def _arm_table(sweep: Sweep) -> dict[str, Any]:

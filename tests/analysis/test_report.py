@@ -45,15 +45,31 @@ def make_run(run: Path, *, after: float = 0.7, status: str = "finished", beta: f
     return run
 
 
+ABLATION = """
+from grpo_jax.experiment import Ablation, Experiment
+from grpo_jax.tasks import Task
+
+def length(*, completions, **_):
+    return [float(len(c)) for c in completions]
+
+task = Task("toy", [{"prompt": "p"}], [{"prompt": "p"}], success=length)
+base = Experiment(task=task, rewards={"length": length}, steps=3)
+ablation = Ablation(base, arms={"new": {"loss.beta": 0.1}, "old": {}}, seeds=range(4), baseline="old")
+"""
+
+
 def make_sweep(directory: Path) -> Path:
-    runs = []
-    for seed, (old, new) in enumerate([(0.4, 0.6), (0.5, 0.72), (0.45, 0.66)]):
+    """Three seeds of two arms; of the fourth, only the old one has begun."""
+    for seed, (old, new) in enumerate([(0.4, 0.6), (0.5, 0.72), (0.45, 0.66), (0.5, None)]):
         for arm, after in (("old", old), ("new", new)):
-            make_run(directory / f"{arm}{seed}", after=after, beta=0.0 if arm == "old" else 0.1, text=f"{arm} {seed}")
-            runs.append({"arms": [arm], "seed": seed, "key": f"{arm}{seed}"})
-    runs.append({"arms": ["new"], "seed": 3, "key": "new3"})
-    index = {"metric": "evaluation/success", "baseline": "old", "runs": runs}
-    (directory / "sweep.json").write_text(json.dumps(index))
+            if after is None:
+                continue
+            beta, status = 0.0 if arm == "old" else 0.1, "finished" if seed < 3 else "running"
+            run = make_run(directory / f"{arm}{seed}", after=after, beta=beta, text=f"{arm} {seed}", status=status)
+            info = json.loads((run / "run.json").read_text())
+            overrides = {"overrides": [f"arm={arm}", "budget=steps", f"seed={seed}"], "seed": seed}
+            (run / "run.json").write_text(json.dumps(info | overrides))
+            (run / "experiment.py").write_text(ABLATION)
     return directory
 
 
@@ -111,13 +127,13 @@ def test_an_ablation_compares_its_arms_by_seed_and_names_what_is_missing(tmp_pat
     directory = make_sweep(tmp_path / "sweep")
     page = ablation_page(directory, read_sweep(directory))
     (table,) = page["scores"]
-    old, new = table["rows"]
+    new, old = table["rows"]
     assert (old["note"], new["note"]) == ("the baseline", "better than the baseline")
     assert new["cells"][:2] == ["3", "0.660"] and new["cells"][3].startswith("+0.210 [+0.")
-    assert page["warnings"] == ["new, seed 3 has not begun."]
+    assert page["warnings"] == ["old, seed 3 is running.", "new, seed 3 has not begun."]
     assert ["loss.beta", "0.0", "0.1"] in page["difference"]["rows"]
     chart = page["data"]["charts"][0]
-    assert chart["title"] == "evaluation/success" and [s["name"] for s in chart["series"]] == ["old", "new"]
+    assert chart["title"] == "evaluation/success" and [s["name"] for s in chart["series"]] == ["new", "old"]
     assert min(chart["series"][0]["low"]) >= 0 and max(chart["series"][0]["high"]) <= 1
     assert "old, seed 0" in page["data"]["completions"]["runs"]
 

@@ -147,8 +147,8 @@ def test_the_detectable_difference_is_found_in_four_of_five_designs():
 
 
 def test_clustered_errors_by_hand():
-    # Scores 1 1 0 0 in two clusters of equals: deviations ±.5, variance 1/3, over n: 1/12; covariances 4 * .25 = 1, over
-    # n²: 1/16. Each its own cluster: 1/12 alone.
+    # Scores 1 1 0 0 in two clusters of equals: deviations ±.5, variance 1/3, over n: 1/12; covariances 4 * .25 = 1,
+    # over n²: 1/16. Each its own cluster: 1/12 alone.
     assert statistics.clustered_standard_error([1, 1, 0, 0], "aabb") == pytest.approx(math.sqrt(1 / 12 + 1 / 16))
     assert statistics.clustered_standard_error([1, 1, 0, 0], "abcd") == pytest.approx(math.sqrt(1 / 12))
 
