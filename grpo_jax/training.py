@@ -110,7 +110,7 @@ def starting_policy(experiment: Experiment, log: RunLog, *, resume: bool = False
     if experiment.warm_start is None:
         if experiment.policy.source != "scratch":
             log.note(f"loading {experiment.policy.source}")
-        return _source_policy(experiment)
+        return source_policy(experiment)
     variant, warm_dir = variant_of(experiment, experiment.warm_start), log.run_dir / "warm_start"
     resume = resume and _begun(warm_dir)
     with RunLog(warm_dir, variant, resume=resume, quiet=log.display.quiet, title="warm start") as warm_log:
@@ -128,7 +128,7 @@ def restore(run_dir: str | Path) -> tuple[Experiment, Policy]:
     run_dir, experiment = Path(run_dir), load_run(run_dir)
     if checkpoints.latest_step(run_dir / "checkpoints") is None:
         raise UserError(f"the run {str(run_dir)!r} has no checkpoint yet, so there is no tuned policy in it.")
-    policy = _source_policy(experiment)
+    policy = source_policy(experiment)
     trainable, frozen = split_params(policy.params, policy.lora)
     optimizer, _ = make_optimizer(experiment.optimizer, experiment.steps * experiment.num_iterations)
     reference = trainable if experiment.loss.sync_ref_model else None
@@ -138,7 +138,8 @@ def restore(run_dir: str | Path) -> tuple[Experiment, Policy]:
     return experiment, replace(policy, params=model_of(policy).params(trained, frozen))
 
 
-def _source_policy(experiment: Experiment) -> Policy:
+def source_policy(experiment: Experiment) -> Policy:
+    """The policy that the experiment's source names, untrained."""
     config = experiment.policy
     return load_policy(
         config.source, dtype=config.dtype, seed=experiment.seed, lora=config.lora, scratch=config.scratch
@@ -146,7 +147,8 @@ def _source_policy(experiment: Experiment) -> Policy:
 
 
 def _begun(run_dir: Path) -> bool:
-    return (run_dir / "run.json").is_file()
+    """Whether anything of a run is there: one killed at its very start has left no run.json yet."""
+    return run_dir.is_dir() and any(run_dir.iterdir())
 
 
 class _Run:
