@@ -150,7 +150,7 @@ def test_the_board_reads_the_runs_files(ablation, tmp_path):
 
 
 def test_a_sweep_killed_in_the_middle_and_gone_on_with_is_one_left_alone(source, tmp_path):
-    """Its orphan saves its last step and ends; what goes on waits for it, and ends as the run that nothing disturbed."""
+    """Its orphan saves its last step and ends; what goes on waits for it, and ends as an undisturbed run does."""
     source.write_text(FILE + 'ablation = Ablation(base=base, arms={"base": {}}, seeds=(0,))\n')
     [run] = load_ablation(source).runs()
     alone, killed = tmp_path / "alone", tmp_path / "killed"
