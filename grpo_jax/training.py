@@ -85,7 +85,7 @@ def train(
     run_dir, overrides = Path(run_dir), list(overrides)
     with RunLog(run_dir, experiment, source=source, overrides=overrides, resume=resume, quiet=quiet) as log:
         start = starting_policy(experiment, log, resume=resume)
-        run = _Run(experiment, start, log)
+        run = Run(experiment, start, log)
         before, group_before = run.examine(0), run.show_group()
         run.go(resume=resume)
         after, group_after = run.examine(experiment.steps), run.show_group()
@@ -95,13 +95,13 @@ def train(
             with RunLog(
                 run_dir / "control", variant, resume=_begun(run_dir / "control"), quiet=quiet, title="control"
             ) as sub:
-                other = _Run(variant, start, sub)
+                other = Run(variant, start, sub)
                 other.go(resume=True)
                 control = other.examine(variant.steps)
         result = Result(
             run_dir, run.policy(), before, after, control, group_before, group_after, time.monotonic() - began
         )
-        log.summary(_summary(result, experiment))
+        log.summary(summarize(result, experiment))
     return result
 
 
@@ -110,11 +110,11 @@ def starting_policy(experiment: Experiment, log: RunLog, *, resume: bool = False
     if experiment.warm_start is None:
         if experiment.policy.source != "scratch":
             log.note(f"loading {experiment.policy.source}")
-        return _source_policy(experiment)
+        return source_policy(experiment)
     variant, warm_dir = variant_of(experiment, experiment.warm_start), log.run_dir / "warm_start"
     resume = resume and _begun(warm_dir)
     with RunLog(warm_dir, variant, resume=resume, quiet=log.display.quiet, title="warm start") as warm_log:
-        run = _Run(variant, starting_policy(variant, warm_log, resume=resume), warm_log)
+        run = Run(variant, starting_policy(variant, warm_log, resume=resume), warm_log)
         run.go(resume=resume)
     return run.policy()
 
@@ -128,7 +128,7 @@ def restore(run_dir: str | Path) -> tuple[Experiment, Policy]:
     run_dir, experiment = Path(run_dir), load_run(run_dir)
     if checkpoints.latest_step(run_dir / "checkpoints") is None:
         raise UserError(f"the run {str(run_dir)!r} has no checkpoint yet, so there is no tuned policy in it.")
-    policy = _source_policy(experiment)
+    policy = source_policy(experiment)
     trainable, frozen = split_params(policy.params, policy.lora)
     optimizer, _ = make_optimizer(experiment.optimizer, experiment.steps * experiment.num_iterations)
     like = _checkpoint(State(trainable, jax.eval_shape(optimizer.init, trainable), jnp.int32(0)), 0)
@@ -137,7 +137,7 @@ def restore(run_dir: str | Path) -> tuple[Experiment, Policy]:
     return experiment, replace(policy, params=model_of(policy).params(trained, frozen))
 
 
-def _source_policy(experiment: Experiment) -> Policy:
+def source_policy(experiment: Experiment) -> Policy:
     config = experiment.policy
     return load_policy(
         config.source, dtype=config.dtype, seed=experiment.seed, lora=config.lora, scratch=config.scratch
@@ -149,7 +149,7 @@ def _begun(run_dir: Path) -> bool:
     return run_dir.is_dir() and any(run_dir.iterdir())
 
 
-class _Run:
+class Run:
     """One training run under way: the state on the devices, and the functions that move it."""
 
     def __init__(self, experiment: Experiment, start: Policy, log: RunLog) -> None:
@@ -162,7 +162,8 @@ class _Run:
         optimizer, self.schedule = make_optimizer(config.optimizer, config.steps * config.num_iterations)
         self.state = State(
             self.actor.trainable,
-            devices.parallel(optimizer.init, self.num_devices)(self.actor.trainable),
+            # Not under pmap: every new optimizer would be compiled for a second to make zeros.
+            devices.replicate(optimizer.init(devices.unreplicate(self.actor.trainable)), self.num_devices),
             devices.replicate(jnp.int32(0), self.num_devices),
         )
         self.reference = jax.tree.map(jnp.copy, self.actor.trainable) if config.loss.beta else None
@@ -194,11 +195,11 @@ class _Run:
                     self.examine(done)
                 stopping = stop()  # asked once: what arrives after it waits for the next step
                 if done % config.checkpoint_every == 0 or done == config.steps or stopping:
-                    checkpoints.save(directory, done, _checkpoint(devices.unreplicate(self.state), self.tokens_seen))
+                    self.save(done)
                 if stopping:
                     raise KeyboardInterrupt
         if config.steps == 0:
-            checkpoints.save(directory, 0, _checkpoint(devices.unreplicate(self.state), self.tokens_seen))
+            self.save(0)
 
     def step(self, step: int) -> None:
         """Plays, scores, updates and logs one step."""
@@ -218,8 +219,8 @@ class _Run:
                 seed=config.seed, step=step,
             )  # fmt: skip
             scores = score_rollout(played, config)
-            self._check_failures(scores, step)
-        rewards, kept = _reward_arrays(scores, played.mask.shape[:2])
+            self.check_failures(scores, step)
+        rewards, kept = reward_arrays(scores, played.mask.shape[:2])
         batch = devices.shard(
             Batch(
                 played.prompts, played.lengths, played.tokens, played.valid, played.mask, played.logprobs, rewards, kept
@@ -227,6 +228,7 @@ class _Run:
             self.num_devices,
         )
         metrics: dict[str, Any] = {}
+        advantages = np.zeros_like(rewards)
         for iteration in range(config.num_iterations):
             self.state, updated = self.update(
                 self.state, self.actor.frozen, self.reference, batch, np.bool_(iteration == 0)
@@ -235,13 +237,26 @@ class _Run:
             metrics = {**jax.device_get(updated), **{k: v for k, v in metrics.items() if k.startswith("sampling/")}}
             if iteration == 0 and config.method != "sft":
                 advantages = metrics.pop("advantages").reshape(rewards.shape)
-                self._check_contract(metrics, played, step)
+                self.check_contract(metrics, played, step)
             metrics.pop("logprob_gaps"), metrics.pop("advantages", None)
         metrics = {name: float(value[0]) for name, value in metrics.items() if np.ndim(value) == 1}
-        seconds = time.monotonic() - began
+        self.record(step, played, scores, advantages, metrics, seconds=time.monotonic() - began)
+
+    def record(
+        self,
+        step: int,
+        played: Rollout,
+        scores: Scores | None,
+        advantages: np.ndarray,
+        metrics: dict[str, float],
+        *,
+        seconds: float,
+    ) -> None:
+        """Logs a step: what was played, how it was scored (None for SFT), and the metrics of its update."""
+        config = self.experiment
         new_tokens = int(played.mask.sum())
         self.tokens_seen += int(played.lengths.sum()) * config.group_size + int(played.valid.sum())
-        metrics |= {
+        metrics = metrics | {
             "learning_rate": float(self.schedule((step + 1) * config.num_iterations - 1)),
             "num_tokens": self.tokens_seen,
             "step_time": seconds,
@@ -250,14 +265,20 @@ class _Run:
         if scores is None:
             self.log.step(step, metrics)
             return
+        rewards, kept = reward_arrays(scores, played.mask.shape[:2])
         metrics = {**reward_metrics(scores, rewards, kept), **completion_metrics(played), **metrics}
-        metrics["success"] = float(np.mean(task.success(**played.reward_arguments())))
+        metrics["success"] = float(np.mean(config.task.success(**played.reward_arguments())))
         self.log.step(
             step,
             metrics,
             completion_rows(played, scores, advantages),
             {"rewards": rewards[kept], "advantages": advantages[kept], "completion_lengths": played.mask.sum(-1)},
         )
+
+    def save(self, step: int) -> None:
+        """Saves everything that step `step` depends on."""
+        state = _checkpoint(devices.unreplicate(self.state), self.tokens_seen)
+        checkpoints.save(self.log.run_dir / "checkpoints", step, state)
 
     def examine(self, step: int) -> dict[str, Evaluation]:
         """Evaluates the policy as it is now on every split."""
@@ -284,7 +305,7 @@ class _Run:
             range(config.group_size), config.sampling, seed=config.seed, step=NOISE_STEP,
         )  # fmt: skip
         scores = score_rollout(played, config)
-        rewards, kept = _reward_arrays(scores, played.mask.shape[:2])
+        rewards, kept = reward_arrays(scores, played.mask.shape[:2])
         options = config.advantages
         advantages = group_advantages(
             rewards[:1], scale=options.scale, baseline=options.baseline, ddof=options.ddof, mask=kept[:1]
@@ -296,7 +317,7 @@ class _Run:
         params = devices.unreplicate(self.actor.model.params(self.state.trainable, self.actor.frozen))
         return replace(self.start, params=params)
 
-    def _check_failures(self, scores: Scores, step: int) -> None:
+    def check_failures(self, scores: Scores, step: int) -> None:
         total, limit = len(scores.total), self.experiment.reward.max_failure_rate
         for name, failed in scores.failures.items():
             if failed > limit * total:
@@ -305,7 +326,7 @@ class _Run:
                     f"reward.max_failure_rate = {limit:g}."
                 )
 
-    def _check_contract(self, metrics: dict[str, Any], played: Rollout, step: int) -> None:
+    def check_contract(self, metrics: dict[str, Any], played: Rollout, step: int) -> None:
         """Raises `RunError` naming the first token whose log-probability the update did not find again."""
         gaps = metrics["logprob_gaps"].reshape(played.mask.shape)
         bound = self.experiment.sampling.logprob_bound(self.actor.model.dtype)
@@ -399,7 +420,8 @@ def completion_rows(played: Rollout, scores: Scores, advantages: np.ndarray) -> 
     return rows
 
 
-def _reward_arrays(scores: Scores | None, shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
+def reward_arrays(scores: Scores | None, shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
+    """The combined rewards [P, G] float32 (0 where dropped; all 0 without scores) and which of them are kept [P, G]."""
     if scores is None:
         return np.zeros(shape, np.float32), np.ones(shape, bool)
     kept = np.array(scores.kept, bool).reshape(shape)
@@ -410,7 +432,9 @@ def _mean(values: np.ndarray) -> float:
     return float(np.nanmean(values)) if np.isfinite(values).any() else float("nan")
 
 
-def _summary(result: Result, experiment: Experiment) -> dict[str, Any]:
+def summarize(result: Result, experiment: Experiment) -> dict[str, Any]:
+    """What summary.json says of a run."""
+
     def rows(evaluations: dict[str, Evaluation]) -> dict[str, Any]:
         return {split: evaluation.to_dict() for split, evaluation in evaluations.items()}
 

@@ -61,7 +61,8 @@ def three_standard_errors(percent: float, num_games: int) -> float:
 
 identities = [
     *(Cell("2402.14740 RLOO", f"advantage over Dr. GRPO's, G = {size}", "RLOO = G/(G-1) · Dr. GRPO's advantage",
-           size / (size - 1), "agrees", compute=partial(leave_one_out_ratio, size), tolerance=EXACT) for size in (2, 8)),
+           size / (size - 1), "agrees", compute=partial(leave_one_out_ratio, size), tolerance=EXACT)
+      for size in (2, 8)),
     Cell("2510.00977 2-GRPO", "|A| in a group of two different rewards", "A = ±1 or 0", 1.0, "agrees",
          compute=pair_advantage, tolerance=EXACT),
     Cell("2107.03374 pass@k", "n 16, c 4, k 4", "1 - C(n-c, k) / C(n, k)", 0.728, "agrees",

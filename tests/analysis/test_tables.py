@@ -143,8 +143,8 @@ def test_an_arm_without_a_finished_run_stays_in_the_table(tmp_path):
 
 
 def test_no_runs_and_no_such_metric_are_one_sentence(tmp_path):
-    with pytest.raises(UserError, match=f"none of the 9 runs .* is finished: run `{COMMAND}` first"):
+    with pytest.raises(UserError, match=rf"none of the 9 runs .* is finished: run `{COMMAND}` first"):
         collect(tmp_path)
     write_runs(tmp_path)
-    with pytest.raises(UserError, match="has no metric 'evaluation/sucess'; it has .*evaluation/success"):
+    with pytest.raises(UserError, match=r"has no metric 'evaluation/sucess'; it has .*evaluation/success"):
         collect(tmp_path, dataclasses.replace(ABLATION, metric="evaluation/sucess"))
