@@ -258,6 +258,22 @@ def rollout(
     return _collect(examples, named[0], ids, lengths, episodes, shortest=min(config.max_tokens, 16))
 
 
+def single_turn(
+    examples: Sequence[Example],
+    prompt_ids: np.ndarray,
+    prompts: np.ndarray,
+    lengths: np.ndarray,
+    turn: Turn,
+    tokenizer: Tokenizer,
+) -> Rollout:
+    """The episodes of P prompts whose only turn [P, G, T] was sampled elsewhere, as `rollout` returns them."""
+    num_prompts, num_samples, max_tokens = turn.tokens.shape
+    episodes = [[Episode() for _ in range(num_samples)] for _ in range(num_prompts)]
+    seats = Seats(np.arange(num_prompts), np.tile(np.arange(num_samples), (num_prompts, 1)))
+    _record(devices.shard(turn, 1), seats, np.ones((num_prompts, num_samples), bool), episodes, tokenizer)
+    return _collect(examples, prompt_ids, prompts, lengths, episodes, shortest=min(max_tokens, 16))
+
+
 def sample_text(
     policy: Policy,
     prompts: Sequence[str | Messages],

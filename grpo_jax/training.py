@@ -85,7 +85,7 @@ def train(
     run_dir, overrides = Path(run_dir), list(overrides)
     with RunLog(run_dir, experiment, source=source, overrides=overrides, resume=resume, quiet=quiet) as log:
         start = starting_policy(experiment, log, resume=resume)
-        run = _Run(experiment, start, log)
+        run = Run(experiment, start, log)
         before, group_before = run.examine(0), run.show_group()
         run.go(resume=resume)
         after, group_after = run.examine(experiment.steps), run.show_group()
@@ -95,13 +95,13 @@ def train(
             with RunLog(
                 run_dir / "control", variant, resume=_begun(run_dir / "control"), quiet=quiet, title="control"
             ) as sub:
-                other = _Run(variant, start, sub)
+                other = Run(variant, start, sub)
                 other.go(resume=True)
                 control = other.examine(variant.steps)
         result = Result(
             run_dir, run.policy(), before, after, control, group_before, group_after, time.monotonic() - began
         )
-        log.summary(_summary(result, experiment))
+        log.summary(summarize(result, experiment))
     return result
 
 
@@ -114,7 +114,7 @@ def starting_policy(experiment: Experiment, log: RunLog, *, resume: bool = False
     variant, warm_dir = variant_of(experiment, experiment.warm_start), log.run_dir / "warm_start"
     resume = resume and _begun(warm_dir)
     with RunLog(warm_dir, variant, resume=resume, quiet=log.display.quiet, title="warm start") as warm_log:
-        run = _Run(variant, starting_policy(variant, warm_log, resume=resume), warm_log)
+        run = Run(variant, starting_policy(variant, warm_log, resume=resume), warm_log)
         run.go(resume=resume)
     return run.policy()
 
@@ -151,7 +151,7 @@ def _begun(run_dir: Path) -> bool:
     return run_dir.is_dir() and any(run_dir.iterdir())
 
 
-class _Run:
+class Run:
     """One training run under way: the state on the devices, and the functions that move it."""
 
     def __init__(self, experiment: Experiment, start: Policy, log: RunLog) -> None:
@@ -164,7 +164,8 @@ class _Run:
         optimizer, self.schedule = make_optimizer(config.optimizer, config.steps * config.num_iterations)
         self.state = State(
             self.actor.trainable,
-            devices.parallel(optimizer.init, self.num_devices)(self.actor.trainable),
+            # Not under pmap: every new optimizer would be compiled for a second to make zeros.
+            devices.replicate(optimizer.init(devices.unreplicate(self.actor.trainable)), self.num_devices),
             devices.replicate(jnp.int32(0), self.num_devices),
         )
         self.reference = jax.tree.map(jnp.copy, self.actor.trainable) if config.loss.beta else None
@@ -196,25 +197,19 @@ class _Run:
                     self.examine(done)
                 stopping = stop()  # asked once: what arrives after it waits for the next step
                 if done % config.checkpoint_every == 0 or done == config.steps or stopping:
-                    checkpoints.save(directory, done, self._saved())
+                    self.save(done)
                 if stopping:
                     raise KeyboardInterrupt
         if config.steps == 0:
-            checkpoints.save(directory, 0, self._saved())
-
-    def _saved(self) -> dict[str, Any]:
-        """What a checkpoint holds now. A reference that is never synced is where training began, and not kept."""
-        reference = self.reference if self.experiment.loss.sync_ref_model else None
-        state, reference = devices.unreplicate((self.state, reference))
-        return _checkpoint(state, self.tokens_seen, reference)
+            self.save(0)
 
     def step(self, step: int) -> None:
         """Plays, scores, updates and logs one step."""
         began = time.monotonic()
-        config, task = self.experiment, self.experiment.task
+        config = self.experiment
         rounds = self._play(step)
         chosen = dynamic_sampling.combine(rounds)
-        played, scores, rewards, kept = chosen.played, chosen.scores, chosen.rewards, chosen.kept
+        played, rewards, kept = chosen.played, chosen.rewards, chosen.kept
         mask = played.mask
         if config.loss.mask_truncated_completions and config.method != "sft":
             mask = mask & played.ended[..., None]
@@ -226,6 +221,7 @@ class _Run:
         if config.loss.importance_sampling_mode is not None and config.method != "sft":
             batch, rescored = self.rescore(self.state.trainable, self.actor.frozen, batch)
         metrics: dict[str, Any] = {}
+        advantages = np.zeros_like(rewards)
         for iteration in range(config.num_iterations):
             self.state, updated = self.update(
                 self.state, self.actor.frozen, self.reference, batch, np.bool_(iteration == 0)
@@ -234,20 +230,32 @@ class _Run:
             metrics = {**jax.device_get(updated), **{k: v for k, v in metrics.items() if k.startswith("sampling/")}}
             if iteration == 0 and config.method != "sft":
                 advantages = metrics.pop("advantages").reshape(rewards.shape)
-                self._check_contract(metrics, played, step)
+                self.check_contract(metrics, played, step)
             metrics.pop("logprob_gaps"), metrics.pop("advantages", None)
         metrics |= jax.device_get(rescored)  # after an update's own gap, which is nothing once rescored
         metrics = {name: float(value[0]) for name, value in metrics.items() if np.ndim(value) == 1}
         self._sync_reference(step + 1)
-        seconds = time.monotonic() - began
-        new_tokens = int(played.mask.sum())
+        self.record(step, rounds, advantages, metrics, seconds=time.monotonic() - began)
+
+    def record(
+        self,
+        step: int,
+        rounds: Sequence[dynamic_sampling.Round],
+        advantages: np.ndarray,
+        metrics: dict[str, float],
+        *,
+        seconds: float,
+    ) -> None:
+        """Logs a step: what was played and how it was scored, in one round or several, and its update's metrics."""
+        config = self.experiment
+        chosen, first = dynamic_sampling.combine(rounds), rounds[0]
         for r in rounds:
             self.tokens_seen += int(r.played.lengths.sum()) * config.group_size + int(r.played.valid.sum())
-        metrics |= {
+        metrics = metrics | {
             "learning_rate": float(self.schedule((step + 1) * config.num_iterations - 1)),
             "num_tokens": self.tokens_seen,
             "step_time": seconds,
-            "tokens_per_second": new_tokens / seconds,
+            "tokens_per_second": int(chosen.played.mask.sum()) / seconds,
         }
         if config.method == "sft":
             self.log.step(step, metrics)
@@ -256,18 +264,18 @@ class _Run:
             metrics["dynamic_sampling/rounds"] = len(rounds) - 1
             metrics["dynamic_sampling/groups_with_signal"] = int(chosen.has_signal().sum())
         # How good the policy is, the first round says: the groups that are trained on were chosen by their rewards.
-        first = rounds[0]
         metrics = {
             **reward_metrics(first.scores, first.rewards, first.kept),
             **completion_metrics(first.played),
-            "success": float(np.mean(task.success(**first.played.reward_arguments()))),
+            "success": float(np.mean(config.task.success(**first.played.reward_arguments()))),
             **metrics,
         }
+        lengths, kept = chosen.played.mask.sum(-1), chosen.kept
         self.log.step(
             step,
             metrics,
-            completion_rows(played, scores, advantages),
-            {"rewards": rewards[kept], "advantages": advantages[kept], "completion_lengths": played.mask.sum(-1)},
+            completion_rows(chosen.played, chosen.scores, advantages),
+            {"rewards": chosen.rewards[kept], "advantages": advantages[kept], "completion_lengths": lengths},
         )
 
     def _play(self, step: int) -> list[dynamic_sampling.Round]:
@@ -295,8 +303,8 @@ class _Run:
                     actor, task, self.prompts, "train", *of_round, samples, config.sampling, seed=config.seed, step=step
                 )
                 scores = score_rollout(played, config)
-                self._check_failures(scores, step)
-            rounds.append(dynamic_sampling.Round(played, scores, *_reward_arrays(scores, played.mask.shape[:2])))
+                self.check_failures(scores, step)
+            rounds.append(dynamic_sampling.Round(played, scores, *reward_arrays(scores, played.mask.shape[:2])))
             if sum(int(r.has_signal().sum()) for r in rounds) >= size:
                 break
         return rounds
@@ -310,6 +318,16 @@ class _Run:
                 lambda old, new: jax.tree.map(lambda r, p: (1 - alpha) * r + alpha * p, old, new), self.num_devices
             )
             self.reference = mix(self.reference, self.state.trainable)
+
+    def save(self, step: int) -> None:
+        """Saves everything that step `step` depends on."""
+        checkpoints.save(self.log.run_dir / "checkpoints", step, self._saved())
+
+    def _saved(self) -> dict[str, Any]:
+        """What a checkpoint holds now. A reference that is never synced is where training began, and not kept."""
+        reference = self.reference if self.experiment.loss.sync_ref_model else None
+        state, reference = devices.unreplicate((self.state, reference))
+        return _checkpoint(state, self.tokens_seen, reference)
 
     def examine(self, step: int) -> dict[str, Evaluation]:
         """Evaluates the policy as it is now on every split."""
@@ -336,7 +354,7 @@ class _Run:
             range(config.group_size), config.sampling, seed=config.seed, step=NOISE_STEP,
         )  # fmt: skip
         scores = score_rollout(played, config)
-        rewards, kept = _reward_arrays(scores, played.mask.shape[:2])
+        rewards, kept = reward_arrays(scores, played.mask.shape[:2])
         options = config.advantages
         advantages = group_advantages(
             rewards[:1], scale=options.scale, baseline=options.baseline, ddof=options.ddof, mask=kept[:1]
@@ -348,7 +366,7 @@ class _Run:
         params = devices.unreplicate(self.actor.model.params(self.state.trainable, self.actor.frozen))
         return replace(self.start, params=params)
 
-    def _check_failures(self, scores: Scores, step: int) -> None:
+    def check_failures(self, scores: Scores, step: int) -> None:
         total, limit = len(scores.total), self.experiment.reward.max_failure_rate
         for name, failed in scores.failures.items():
             if failed > limit * total:
@@ -357,7 +375,7 @@ class _Run:
                     f"reward.max_failure_rate = {limit:g}."
                 )
 
-    def _check_contract(self, metrics: dict[str, Any], played: Rollout, step: int) -> None:
+    def check_contract(self, metrics: dict[str, Any], played: Rollout, step: int) -> None:
         """Raises `RunError` naming the first token whose log-probability the update did not find again."""
         gaps = metrics["logprob_gaps"].reshape(played.mask.shape)
         bound = self.experiment.sampling.logprob_bound(self.actor.model.dtype)
@@ -453,7 +471,8 @@ def completion_rows(played: Rollout, scores: Scores, advantages: np.ndarray) -> 
     return rows
 
 
-def _reward_arrays(scores: Scores, shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
+def reward_arrays(scores: Scores, shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
+    """The combined rewards [P, G] float32 (0 where dropped; all 0 without scores) and which of them are kept [P, G]."""
     if not scores.total:  # demonstrations have none
         return np.zeros(shape, np.float32), np.ones(shape, bool)
     kept = np.array(scores.kept, bool).reshape(shape)
@@ -464,7 +483,9 @@ def _mean(values: np.ndarray) -> float:
     return float(np.nanmean(values)) if np.isfinite(values).any() else float("nan")
 
 
-def _summary(result: Result, experiment: Experiment) -> dict[str, Any]:
+def summarize(result: Result, experiment: Experiment) -> dict[str, Any]:
+    """What summary.json says of a run."""
+
     def rows(evaluations: dict[str, Evaluation]) -> dict[str, Any]:
         return {split: evaluation.to_dict() for split, evaluation in evaluations.items()}
 

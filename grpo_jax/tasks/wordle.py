@@ -52,8 +52,8 @@ REFUSED = "-" * WORD_LENGTH
 _GREY = {letter: chr(ord("ⓐ") + i) for i, letter in enumerate(string.ascii_uppercase)}
 
 PLAIN_ALPHABET = string.ascii_uppercase + string.ascii_lowercase + "".join(_GREY.values()) + "-"
-"""The characters of the plain style: guesses in capitals; in replies a letter in its place is a capital, one that occurs
-elsewhere is small, and one that does not occur is circled. Dashes answer a refused guess."""
+"""The characters of the plain style: guesses in capitals; in replies a letter in its place is a capital, one that
+occurs elsewhere is small, and one that does not occur is circled. Dashes answer a refused guess."""
 
 RULES = (
     f"Let us play Wordle. Find my secret English word of {WORD_LENGTH} letters in at most {MAX_GUESSES} guesses. "
