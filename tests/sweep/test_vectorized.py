@@ -113,7 +113,7 @@ def test_a_form_that_pays_something_else_ends_the_run(monkeypatch, tmp_path):
         ({"policy.lora": LoRAConfig()}, "its policy is not from scratch"),
         ({"task": six_turns(2, 2)}, "its task has several turns"),
         ({"control": {"method": "sft"}}, "it has a control"),
-        ({"reward.combine": "normalize_then_sum"}, "reward.combine is not 'sum'"),
+        ({"reward.combine": "normalize_then_sum", "advantages.scale": "none"}, "reward.combine is not 'sum'"),
         ({"reward.weights": {}, "rewards": {"v": wordle.valid_word}}, "reward 'v' has no JAX form"),
         ({"policy.scratch.alphabet": ALPHABET.lower()}, "an alphabet of capital letters alone"),
     ],
