@@ -31,7 +31,7 @@ config = Experiment(
     # Unscaled advantages: (r - mean) / std would blow up the 0.1 of the format, where a group differs in nothing else.
     advantages=AdvantageConfig(scale="none"),
     # Without the bonus the policy is sure of its sums before it has ever carried a ten, and stays below 60 %.
-    loss=LossConfig(entropy_coefficient=0.03),
+    loss=LossConfig(entropy_coef=0.03),
     sampling=SamplingConfig(temperature=1.0, max_tokens=11),
     optimizer=OptimizerConfig(learning_rate=3e-4),
     evaluation=EvaluationConfig(num_prompts=128, batch_size=128),

@@ -2,7 +2,19 @@
 
     advantage = (reward - baseline) / scale
 
-(GRPO: Shao et al. 2024, https://arxiv.org/abs/2402.03300, section 4.1.2.) Everything is measured from the smallest
+(GRPO: Shao et al. 2024, https://arxiv.org/abs/2402.03300, section 4.1.2.) What the literature has under other names
+are choices of the two:
+
+    baseline        scale
+    mean            group    GRPO
+    mean            none     Dr. GRPO, https://arxiv.org/abs/2503.20783
+    mean            batch    Lite PPO, https://arxiv.org/abs/2508.08221 (TRL's scale_rewards="batch")
+    leave_one_out   none     RLOO, https://arxiv.org/abs/2402.14740 (TRL's normalize_advantages: with `whiten`)
+    none            whiten   REINFORCE++, https://arxiv.org/abs/2501.03262
+    mean            whiten   REINFORCE++-baseline; and, of rewards combined by `normalize_then_sum`, GDPO,
+                             https://arxiv.org/abs/2601.05242 (TRL's multi_objective_aggregation)
+
+Everything is measured from the smallest
 reward upwards. That makes equal rewards exactly equal to their mean, on every device and however XLA orders a sum, and
 keeps all digits of small differences between large rewards.
 """
@@ -22,7 +34,7 @@ Axis = int | None
 def group_advantages(
     rewards: chex.Array,
     *,
-    scale: Literal["group", "batch", "none"] = "group",
+    scale: Literal["group", "batch", "whiten", "none"] = "group",
     baseline: Literal["mean", "leave_one_out", "none"] = "mean",
     ddof: int = 0,
     mask: chex.Array | None = None,
@@ -33,19 +45,20 @@ def group_advantages(
     Where the scale is 0 the advantage is 0: a group of equal rewards says nothing about its members. Rewards count as
     equal when they differ by rounding alone, that is by less than two float32 epsilons (2.4e-7) of the largest.
     Nothing is added to the scale, so advantages do not depend on the rewards' unit; TRL adds 1e-4 to it and always
-    takes `ddof=1`. A NaN or infinite reward spreads through its group (with `scale="batch"`, through the batch): it is
-    an error upstream that must not pass for a 0. To leave a completion out, mask it.
+    takes `ddof=1`. A NaN or infinite reward spreads through its group (with `batch` and `whiten`, through the batch):
+    it is an error upstream that must not pass for a 0. To leave a completion out, mask it.
 
     Args:
       rewards: rewards, shape `[P, G]`; row p holds the G completions of one prompt.
-      scale: `group` divides by the standard deviation of the group; `batch` by that of all rewards of the batch (Liu
-        et al. 2025, https://arxiv.org/abs/2508.08221); `none` by 1 (Dr. GRPO, https://arxiv.org/abs/2503.20783).
-      baseline: `mean` subtracts the group's mean; `leave_one_out` the mean of the *other* members (RLOO, Ahmadian et
-        al. 2024, https://arxiv.org/abs/2402.14740), which leaves the gradient unbiased; `none` subtracts nothing.
+      scale: `group` divides by the standard deviation of the group's rewards; `batch` by that of all rewards of the
+        batch; `whiten` subtracts the batch's mean of r - baseline and divides by the batch's standard deviation of it;
+        `none` divides by 1.
+      baseline: `mean` subtracts the group's mean; `leave_one_out` the mean of the *other* members, which leaves the
+        gradient unbiased; `none` subtracts nothing.
       ddof: the standard deviation's divisor is n - ddof: 0 for the population's, 1 for the sample's.
       mask: True for the completions that count, shape `[P, G]`; None for all. A completion that does not count is in
         no mean and no standard deviation, its reward may be anything, and its advantage is 0.
-      axis_name: the mapped axis over which `scale="batch"` extends, when each device holds P whole groups.
+      axis_name: the mapped axis over which `batch` and `whiten` extend, when each device holds P whole groups.
 
     Returns:
       Advantages, float32, shape `[P, G]`.
@@ -72,10 +85,14 @@ def group_advantages(
         case "batch":
             rise = rise_above_lowest(rewards, mask, axis=None, axis_name=axis_name)
             advantages = divide_or_zero(advantages, masked_std(rise, mask, ddof=ddof, axis=None, axis_name=axis_name))
+        case "whiten":
+            rise = rise_above_lowest(advantages, mask, axis=None, axis_name=axis_name)
+            centred = rise - masked_mean(rise, mask, axis=None, axis_name=axis_name)
+            advantages = divide_or_zero(centred, masked_std(rise, mask, ddof=ddof, axis=None, axis_name=axis_name))
         case "none":
             pass
         case _:
-            raise UserError(f"scale = {scale!r} is unknown: it must be 'group', 'batch' or 'none'.")
+            raise UserError(f"scale = {scale!r} is unknown: it must be 'group', 'batch', 'whiten' or 'none'.")
     return jnp.where(mask, advantages, 0.0)
 
 

@@ -135,41 +135,122 @@ class SamplingConfig(_Checked):
 
 @dataclass(frozen=True)
 class AdvantageConfig(_Checked):
-    """Rewards to advantages: (r - baseline) / scale. See `grpo_jax.advantages.group_advantages`."""
+    """Rewards to advantages: (r - baseline) / scale. See `grpo_jax.advantages.group_advantages`, which says by which
+    choices GRPO, Dr. GRPO, RLOO, REINFORCE++, Lite PPO and GDPO go."""
 
-    scale: Literal["group", "batch", "none"] = "group"
+    scale: Literal["group", "batch", "whiten", "none"] = "group"
     baseline: Literal["mean", "leave_one_out", "none"] = "mean"
     ddof: Literal[0, 1] = 0
 
 
 @dataclass(frozen=True)
 class LossConfig(_Checked):
-    """The policy-gradient loss, in TRL's names. See `grpo_jax.losses.policy_gradient.loss`.
+    """The policy-gradient loss, in TRL's names. See `grpo_jax.losses.policy_gradient`.
 
-    `epsilon_high` None means `epsilon`. `beta` weighs the KL to the policy that training began from; at 0 the
-    reference is never computed. `entropy_coefficient` adds an entropy bonus. `max_completion_length` is the constant
-    denominator of `dr_grpo` and is read by no other loss.
+    What a loss does not read must be left at its default: it is an error, not ignored.
+
+    - `importance_sampling_level`: ratios per token, or per sequence (GSPO; LUSPO as published).
+    - `epsilon`, `epsilon_high` (None: `epsilon`), `delta`: the bounds of the ratio, around 1; `delta` (None: none) is
+      the largest ratio of a bad token. For `cispo`, `epsilon_high` is the largest weight itself: ScaleRL has 5.0, and
+      TRL's default, `epsilon`, is hardly what anyone wants.
+    - `beta` weighs the KL to the reference policy; at 0 the reference is never computed. `use_bias_correction_kl`
+      multiplies it by the importance ratio (TRL does by default; GRPO's paper does not).
+    - `sync_ref_model`: the reference, else frozen where training began, becomes alpha * policy + (1 - alpha) *
+      reference every `ref_model_sync_steps` steps (TR-DPO, 2404.09656), alpha being `ref_model_mixup_alpha`; 1 copies.
+    - `entropy_coef` adds an entropy bonus; `top_entropy_quantile` trains on the most uncertain tokens alone.
+    - `max_completion_length` is the constant denominator of `dr_grpo`.
+    - `mask_truncated_completions`: a completion that the token limit cut off is not trained on (DAPO), though its
+      reward still counts in its group's baseline.
+    - `importance_sampling_mode`, `importance_sampling_clip_min` and `_max`: weights for a sampler that differs from the
+      trainer (TRL's `vllm_importance_sampling_*`); None for no correction.
     """
 
-    loss_type: Literal["grpo", "bnpo", "dr_grpo", "dapo"] = "grpo"
+    loss_type: Literal["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo", "reinforce"] = "grpo"
     epsilon: float = 0.2
     epsilon_high: float | None = None
+    delta: float | None = None
+    importance_sampling_level: Literal["token", "sequence"] = "token"
     beta: float = 0.0
     kl_estimator: Literal["k1", "k2", "k3"] = "k3"
-    entropy_coefficient: float = 0.0
+    use_bias_correction_kl: bool = False
+    sync_ref_model: bool = False
+    ref_model_mixup_alpha: float = 0.6
+    ref_model_sync_steps: int = 512
+    entropy_coef: float = 0.0
+    top_entropy_quantile: float = 1.0
     max_completion_length: int | None = None
+    mask_truncated_completions: bool = False
+    sapo_temperature_pos: float = 1.0
+    sapo_temperature_neg: float = 1.05
+    vespo_k_pos: float = 2.0
+    vespo_lambda_pos: float = 3.0
+    vespo_k_neg: float = 3.0
+    vespo_lambda_neg: float = 2.0
+    importance_sampling_mode: Literal["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"] | None = (
+        None
+    )
+    importance_sampling_clip_max: float | None = 3.0
+    importance_sampling_clip_min: float | None = None
 
     def _ranges(self) -> Ranges:
-        return dict(
+        lowest, highest = self.importance_sampling_clip_min, self.importance_sampling_clip_max
+        ranges: Ranges = dict(
             epsilon=(0 <= self.epsilon <= 1, "between 0 and 1"),
             epsilon_high=((self.epsilon_high or 0) >= 0, "0 or above"),
+            delta=(self.delta is None or self.delta > 0, "positive, or None for no bound"),
             beta=(self.beta >= 0, "0 (no reference) or above"),
+            ref_model_mixup_alpha=(0 < self.ref_model_mixup_alpha <= 1, "above 0 and at most 1 (a copy)"),
+            ref_model_sync_steps=(self.ref_model_sync_steps > 0, "positive"),
+            top_entropy_quantile=(0 <= self.top_entropy_quantile <= 1, "between 0 and 1 (all tokens)"),
             max_completion_length=(
-                (self.max_completion_length is not None and self.max_completion_length > 0)
-                == (self.loss_type == "dr_grpo"),
-                "a positive number for loss_type 'dr_grpo' (usually sampling.max_tokens) and None for every other loss",
+                self.loss_type != "dr_grpo" or (self.max_completion_length or 0) > 0,
+                "a positive number for loss_type 'dr_grpo' (usually sampling.max_tokens)",
             ),
+            importance_sampling_mode=(
+                self.loss_type != "vespo" or not (self.importance_sampling_mode or "").startswith("sequence"),
+                "'token_truncate', 'token_mask' or None for loss_type 'vespo', which multiplies the tokens' weights",
+            ),
+            importance_sampling_clip_max=(highest is None or highest > 0, "positive, or None for no bound"),
+            importance_sampling_clip_min=(
+                lowest is None or 0 <= lowest <= (float("inf") if highest is None else highest),
+                "between 0 and importance_sampling_clip_max, or None for no bound",
+            ),
+            **{f.name: (getattr(self, f.name) > 0, "positive") for f in _fields(self, "sapo_", "vespo_")},
         )
+        return {**ranges, **{name: (False, why) for name, why in self._unread()}}
+
+    def _unread(self) -> Iterable[tuple[str, str]]:
+        """The fields that were set though nothing reads them, and what they must be instead."""
+        clipped = self.loss_type in ("grpo", "bnpo", "dr_grpo", "dapo", "luspo")
+        of_type = dict(
+            epsilon=clipped or (self.loss_type == "cispo" and self.epsilon_high is None),
+            epsilon_high=clipped or self.loss_type == "cispo",
+            delta=clipped,
+            importance_sampling_level=self.loss_type not in ("vespo", "reinforce"),
+            max_completion_length=self.loss_type == "dr_grpo",
+            **{f.name: f.name.startswith(self.loss_type) for f in _fields(self, "sapo_", "vespo_")},
+        )
+        needs_beta = ("kl_estimator", "use_bias_correction_kl", "sync_ref_model")
+        needs = {
+            **{name: (read, f"loss_type {self.loss_type!r} does not read it") for name, read in of_type.items()},
+            **{name: (self.beta > 0, "there is no reference policy without beta") for name in needs_beta},
+            **{
+                f.name: (self.sync_ref_model, "it is read with sync_ref_model alone")
+                for f in _fields(self, "ref_model_")
+            },
+            **{
+                f.name: (self.importance_sampling_mode is not None, "it is read with importance_sampling_mode alone")
+                for f in _fields(self, "importance_sampling_clip_")
+            },
+        }
+        defaults = {f.name: f.default for f in dataclasses.fields(self)}
+        for name, (read, why) in needs.items():
+            if not read and getattr(self, name) != defaults[name]:
+                yield name, f"left at {defaults[name]!r}, since {why}"
+
+
+def _fields(config: Any, *prefixes: str) -> list[dataclasses.Field]:
+    return [f for f in dataclasses.fields(config) if f.name.startswith(prefixes)]
 
 
 @dataclass(frozen=True)
@@ -201,7 +282,8 @@ class OptimizerConfig(_Checked):
 class RewardConfig(_Checked):
     """How several rewards become one, and what happens when one of them fails.
 
-    `combine`: the weighted `sum`, or `normalize_then_sum` (each reward standardised within its group first).
+    `combine`: the weighted `sum`, or `normalize_then_sum` (each reward standardised within its group first; GDPO, with
+    `advantages.scale="whiten"`).
     `on_failure` covers an exception, a time-out, a NaN and a wrong length: `raise` ends the run, `retry` tries
     `retries` times and then raises, `drop` masks the completions out of their groups; past the share
     `max_failure_rate` of a step's completions a dropping run stops. `time_limit` is in seconds, per call.
@@ -252,6 +334,9 @@ class EvaluationConfig(_Checked):
 class Experiment(_Checked):
     """One run: a task, its rewards, a policy, and how the one is trained on the other.
 
+    A step's groups whose rewards are all equal say nothing. `dynamic_sampling_rounds` is how many further rounds of
+    prompts a step may play to replace them by groups that do (DAPO, 2503.14476); 0 for none.
+
     `method` is `grpo`, or `sft` on `task.demonstrate` (`group_size` demonstrations for each prompt).
     `warm_start` and `control` are overrides of this experiment, as an ablation's arms are: the warm start is trained
     first and its policy is where this run begins; the control starts where this run started, is trained after it on
@@ -266,6 +351,7 @@ class Experiment(_Checked):
     prompts_per_step: int = 8
     group_size: int = 8
     num_iterations: int = 1
+    dynamic_sampling_rounds: int = 0
     gradient_accumulation_steps: int = 1
     gradient_checkpointing: bool = False
     seed: int = 0
@@ -289,7 +375,11 @@ class Experiment(_Checked):
                 self.group_size > 1 or (self.group_size == 1 and self.method == "sft"),
                 "at least 2 for method 'grpo', since a group of one has no relative advantage",
             ),
-            num_iterations=(self.num_iterations > 0, "positive"),
+            num_iterations=(
+                self.num_iterations == 1 or (self.num_iterations > 0 and self.loss.loss_type != "reinforce"),
+                "positive, and 1 for loss_type 'reinforce', which has no ratio to make up for a policy that has moved",
+            ),
+            dynamic_sampling_rounds=(self.dynamic_sampling_rounds >= 0, "0 (off) or above"),
             gradient_accumulation_steps=(
                 self.gradient_accumulation_steps > 0 and self.prompts_per_step % self.gradient_accumulation_steps == 0,
                 f"a number that divides prompts_per_step = {self.prompts_per_step}",
@@ -306,6 +396,22 @@ class Experiment(_Checked):
             raise UserError(
                 f"RewardConfig.weights names {strangers[0]!r}, which is no reward of this experiment: "
                 f"it has {sorted(self.rewards)}."
+            )
+        for name in ("warm_start", "control"):
+            if (variant := getattr(self, name)) is not None:
+                try:
+                    variant_of(self, variant)  # now, not when the run has come so far
+                except UserError as error:
+                    raise UserError(f"Experiment.{name}: {error}") from None
+        if self.policy.lora is not None and self.loss.sync_ref_model and self.loss.ref_model_mixup_alpha != 1:
+            raise UserError(
+                f"loss.ref_model_mixup_alpha = {self.loss.ref_model_mixup_alpha} mixes parameters, but a mixture of "
+                "LoRA factors is not the mixture of their products: with policy.lora it must be 1 (a copy)."
+            )
+        if self.method == "grpo" and self.reward.combine == "normalize_then_sum" and self.advantages.scale == "group":
+            raise UserError(
+                "reward.combine = 'normalize_then_sum' has each reward scaled by its group, so that advantages.scale = "
+                "'group' would undo it: it must be 'whiten' (GDPO), 'batch' or 'none'."
             )
         if self.method == "sft" and getattr(self.task, "demonstrate", None) is None:
             raise UserError(
@@ -404,24 +510,29 @@ def override(config: Experiment, overrides: Mapping[str, Any]) -> Experiment:
     A variant made this way inherits everything else, so a control follows whatever its experiment was overridden with.
     Raises `UserError` for an unknown field (suggesting the nearest) and for a value of the wrong type.
     """
-    for path, value in overrides.items():
-        config = _replace(config, path.split("."), value, path)
-    return config
+    return _replace(config, [(path.split("."), value, path) for path, value in overrides.items()])
 
 
-def _replace(config: Any, keys: Sequence[str], value: Any, path: str) -> Any:
-    key, *rest = keys
-    if isinstance(config, Mapping):
-        return {**config, key: _replace(config.get(key), rest, value, path) if rest else value}
+def _replace(config: Any, changes: Sequence[tuple[list[str], Any, str]]) -> Any:
+    """Sets (keys, value, dotted path) at once, so that fields whose ranges depend on each other come in any order."""
+    if isinstance(config, Mapping):  # reward weights, or the overrides of a variant: the last one that is named wins
+        named = {".".join(keys): value for keys, value, _ in changes}
+        return {k: v for k, v in config.items() if k not in named} | named
     if not dataclasses.is_dataclass(config):
-        raise UserError(f"{path!r} is not a field: {type(config).__name__} has no fields of its own.")
+        raise UserError(f"{changes[0][2]!r} is not a field: {type(config).__name__} has no fields of its own.")
     names = [f.name for f in dataclasses.fields(config)]
-    if key not in names:
-        raise UserError(f"{path!r} is not a field: {type(config).__name__} has no {key!r}{_nearest(key, names)}")
-    inner = getattr(config, key)
-    if rest and inner is None:
-        raise UserError(f"{path!r} cannot be set: {'.'.join(path.split('.')[: -len(rest)])} is None here.")
-    return dataclasses.replace(config, **{key: _replace(inner, rest, value, path) if rest else value})
+    for (key, *_), _, path in changes:
+        if key not in names:
+            raise UserError(f"{path!r} is not a field: {type(config).__name__} has no {key!r}{_nearest(key, names)}")
+    new = {key: value for (key, *rest), value, _ in changes if not rest}
+    for key in dict.fromkeys(keys[0] for keys, *_ in changes if len(keys) > 1):
+        further = [(keys[1:], value, path) for keys, value, path in changes if keys[0] == key and len(keys) > 1]
+        inner = new.get(key, getattr(config, key))
+        if inner is None:
+            rest, _, path = further[0]
+            raise UserError(f"{path!r} cannot be set: {path.removesuffix('.' + '.'.join(rest))} is None here.")
+        new[key] = _replace(inner, further)
+    return dataclasses.replace(config, **new)
 
 
 def parse_overrides(config: Experiment, assignments: Iterable[str]) -> dict[str, Any]:
@@ -440,14 +551,22 @@ def parse_overrides(config: Experiment, assignments: Iterable[str]) -> dict[str,
             literal = literal_eval(text)
         except (ValueError, SyntaxError):
             pass
-        try:
-            config, overrides[path] = override(config, {path: literal}), literal
-        except UserError as error:
-            try:
-                config, overrides[path] = override(config, {path: text}), text
-            except UserError:
-                raise error from None
+        overrides[path] = literal if _admits(config, path.split("."), literal) else text
+    override(config, overrides)
     return overrides
+
+
+def _admits(config: Any, keys: Sequence[str], value: Any) -> bool:
+    """Whether the annotation of the field that the keys lead to admits the value; True where there is none."""
+    *owners, name = keys
+    for owner in owners:
+        config = getattr(config, owner, None)
+    hint = get_type_hints(type(config)).get(name) if dataclasses.is_dataclass(config) else None
+    try:
+        typeguard.check_type(value, Any if hint is None else hint)
+    except typeguard.TypeCheckError:
+        return False
+    return True
 
 
 def load(path: str | Path, assignments: Iterable[str] = ()) -> Experiment:

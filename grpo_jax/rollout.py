@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from grpo_jax import devices
-from grpo_jax.errors import UserError
+from grpo_jax.errors import RunError, UserError
 from grpo_jax.experiment import Experiment, SamplingConfig
 from grpo_jax.policy import Policy
 from grpo_jax.policy.tokenizer import Messages, Tokenizer
@@ -199,6 +199,9 @@ def rollout(
       indices: which examples of `split`, P of them, a multiple of `actor.num_devices`.
       prompt_ids, samples: the names of the rows' noise: an id for each prompt, and an index for each of its G rows.
       seed, step: the rest of that name.
+
+    Raises:
+      RunError: if the environment's replies leave no room for the next turn in the policy's context.
     """
     n, tokenizer = actor.num_devices, actor.tokenizer
     examples = [getattr(task, split)[i] for i in indices]
@@ -236,6 +239,14 @@ def rollout(
             rows = _taking(n)(rows, *chosen)
             seats, active, replies = seats.take(active, replies, chosen)
         reply, reply_lengths = _hear(replies, seats, episodes, tokenizer)
+        playing = [(seats.prompt[p], seats.sample[p, g]) for p, g in np.argwhere(replies != None)]  # noqa: E711
+        longest = max(int(lengths[p]) + len(episodes[p][g].ids) for p, g in playing)
+        if longest + config.max_tokens > (context := actor.model.config.max_positions):
+            raise RunError(
+                f"an episode of {task.name} has {longest} tokens before its turn {task.max_turns - turns_left + 1}, "
+                f"which may take {config.max_tokens} more, but the policy's context is {context}: shorten the "
+                "environment's replies, or lower sampling.max_tokens."
+            )
         needed = reply.shape[-1] + config.max_tokens
         if used + needed > slots:
             rows, slots = _growing(used + turns_left * needed - slots, n)(rows), used + turns_left * needed
@@ -504,6 +515,20 @@ def _collect(
             mask[p, g, :size], logprobs[p, g, :size] = episode.trained, episode.logprobs
             ended[p, g] = episode.ended
     return Rollout(examples, prompt_ids, prompts, lengths, tokens, valid, mask, logprobs, ended, episodes)
+
+
+def take_groups(rollouts: Sequence[Rollout], chosen: Sequence[tuple[int, int]]) -> Rollout:
+    """One rollout of groups of several, given as (which rollout, which of its P prompts)."""
+    size = max(played.prompts.shape[1] for played in rollouts)
+    prompts = [np.pad(played.prompts, ((0, 0), (0, size - played.prompts.shape[1]))) for played in rollouts]
+    return _collect(
+        [rollouts[r].examples[p] for r, p in chosen],
+        np.array([rollouts[r].prompt_ids[p] for r, p in chosen], np.int32),
+        np.stack([prompts[r][p] for r, p in chosen]),
+        np.array([rollouts[r].lengths[p] for r, p in chosen], np.int32),
+        [rollouts[r].episodes[p] for r, p in chosen],
+        shortest=min(played.mask.shape[2] for played in rollouts),
+    )
 
 
 def score_rollout(played: Rollout, experiment: Experiment) -> Scores:

@@ -8,7 +8,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from grpo_jax import checkpoints, devices
+from grpo_jax import checkpoints, devices, dynamic_sampling
 from grpo_jax.advantages import group_advantages
 from grpo_jax.errors import RunError, UserError
 from grpo_jax.evaluation import NOISE_STEP, Evaluation, evaluate_actor
@@ -42,7 +42,7 @@ from grpo_jax.rollout import (
     rollout,
     score_rollout,
 )
-from grpo_jax.update import Batch, State, make_optimizer, make_update
+from grpo_jax.update import Batch, State, make_optimizer, make_rescore, make_update
 
 
 @dataclass(frozen=True)
@@ -131,13 +131,15 @@ def restore(run_dir: str | Path) -> tuple[Experiment, Policy]:
     policy = source_policy(experiment)
     trainable, frozen = split_params(policy.params, policy.lora)
     optimizer, _ = make_optimizer(experiment.optimizer, experiment.steps * experiment.num_iterations)
-    like = _checkpoint(State(trainable, jax.eval_shape(optimizer.init, trainable), jnp.int32(0)), 0)
+    reference = trainable if experiment.loss.sync_ref_model else None
+    like = _checkpoint(State(trainable, jax.eval_shape(optimizer.init, trainable), jnp.int32(0)), 0, reference)
     _, state = checkpoints.restore(run_dir / "checkpoints", like)
     trained = jax.tree.map(jnp.asarray, state["trainable"])
     return experiment, replace(policy, params=model_of(policy).params(trained, frozen))
 
 
 def source_policy(experiment: Experiment) -> Policy:
+    """The policy that the experiment's source names, untrained."""
     config = experiment.policy
     return load_policy(
         config.source, dtype=config.dtype, seed=experiment.seed, lora=config.lora, scratch=config.scratch
@@ -169,6 +171,8 @@ class Run:
         self.reference = jax.tree.map(jnp.copy, self.actor.trainable) if config.loss.beta else None
         update = make_update(self.actor.model, config, optimizer, common=self.prompts.common, axis_name=devices.AXIS)
         self.update = devices.parallel(update, self.num_devices, in_axes=(0, 0, 0, 0, None), donate=(0,))
+        rescore = make_rescore(self.actor.model, config, common=self.prompts.common, axis_name=devices.AXIS)
+        self.rescore = devices.parallel(rescore, self.num_devices)
         self.tokens_seen = 0
 
     def go(self, *, resume: bool) -> None:
@@ -176,14 +180,12 @@ class Run:
         config, directory = self.experiment, self.log.run_dir / "checkpoints"
         first = 0
         if resume and checkpoints.latest_step(directory) is not None:
-            first, saved = checkpoints.restore(
-                directory, _checkpoint(devices.unreplicate(self.state), self.tokens_seen)
-            )
-            self.state = self.state._replace(**{
-                name: devices.replicate(jax.tree.map(jnp.asarray, saved[name]), self.num_devices)
-                for name in ("trainable", "optimizer", "skipped")
-            })  # fmt: skip
-            self.tokens_seen = saved["tokens_seen"]
+            first, saved = checkpoints.restore(directory, self._saved())
+            self.tokens_seen = saved.pop("tokens_seen")
+            saved = devices.replicate(jax.tree.map(jnp.asarray, saved), self.num_devices)
+            reference = saved.pop("reference")
+            self.reference = self.reference if reference is None else reference
+            self.state = State(**saved)
         if first < config.steps:
             rows = f"{config.prompts_per_step} prompts × {config.group_size}"
             self.log.note(f"training: steps {first + 1} to {config.steps}, {rows} completions each; the first compiles")
@@ -201,32 +203,33 @@ class Run:
         if config.steps == 0:
             self.save(0)
 
+    def save(self, step: int) -> None:
+        """Saves everything that step `step` depends on."""
+        checkpoints.save(self.log.run_dir / "checkpoints", step, self._saved())
+
+    def _saved(self) -> dict[str, Any]:
+        """What a checkpoint holds now. A reference that is never synced is where training began, and not kept."""
+        reference = self.reference if self.experiment.loss.sync_ref_model else None
+        state, reference = devices.unreplicate((self.state, reference))
+        return _checkpoint(state, self.tokens_seen, reference)
+
     def step(self, step: int) -> None:
         """Plays, scores, updates and logs one step."""
         began = time.monotonic()
-        config, task = self.experiment, self.experiment.task
-        indices, prompt_ids = schedule(config.seed, step, config.prompts_per_step, len(task.train))
-        samples = range(config.group_size)
-        actor = self.actor._replace(trainable=self.state.trainable)
-        if config.method == "sft":
-            played = demonstrations(
-                task, self.prompts, "train", indices, prompt_ids, samples, actor.tokenizer, seed=config.seed, step=step
-            )
-            scores = None
-        else:
-            played = rollout(
-                actor, task, self.prompts, "train", indices, prompt_ids, samples, config.sampling,
-                seed=config.seed, step=step,
-            )  # fmt: skip
-            scores = score_rollout(played, config)
-            self.check_failures(scores, step)
-        rewards, kept = reward_arrays(scores, played.mask.shape[:2])
+        config = self.experiment
+        rounds = self._play(step)
+        chosen = dynamic_sampling.combine(rounds)
+        played, rewards, kept = chosen.played, chosen.rewards, chosen.kept
+        mask = played.mask
+        if config.loss.mask_truncated_completions and config.method != "sft":
+            mask = mask & played.ended[..., None]
         batch = devices.shard(
-            Batch(
-                played.prompts, played.lengths, played.tokens, played.valid, played.mask, played.logprobs, rewards, kept
-            ),
+            Batch(played.prompts, played.lengths, played.tokens, played.valid, mask, played.logprobs, rewards, kept),
             self.num_devices,
         )
+        rescored: dict[str, Any] = {}
+        if config.loss.importance_sampling_mode is not None and config.method != "sft":
+            batch, rescored = self.rescore(self.state.trainable, self.actor.frozen, batch)
         metrics: dict[str, Any] = {}
         advantages = np.zeros_like(rewards)
         for iteration in range(config.num_iterations):
@@ -239,35 +242,47 @@ class Run:
                 advantages = metrics.pop("advantages").reshape(rewards.shape)
                 self.check_contract(metrics, played, step)
             metrics.pop("logprob_gaps"), metrics.pop("advantages", None)
+        metrics |= jax.device_get(rescored)  # after an update's own gap, which is nothing once rescored
         metrics = {name: float(value[0]) for name, value in metrics.items() if np.ndim(value) == 1}
-        self.record(step, played, scores, advantages, metrics, seconds=time.monotonic() - began)
+        self._sync_reference(step + 1)
+        self.record(step, rounds, advantages, metrics, seconds=time.monotonic() - began)
 
     def record(
         self,
         step: int,
-        played: Rollout,
-        scores: Scores | None,
+        rounds: list[dynamic_sampling.Round],
         advantages: np.ndarray,
         metrics: dict[str, float],
         *,
         seconds: float,
     ) -> None:
-        """Logs a step: what was played, how it was scored (None for SFT), and the metrics of its update."""
-        config = self.experiment
+        """Logs a step: its rounds, the advantages [P, G] of the groups chosen, the metrics of its update."""
+        config, task = self.experiment, self.experiment.task
+        chosen = dynamic_sampling.combine(rounds)
+        played, scores, rewards, kept = chosen.played, chosen.scores, chosen.rewards, chosen.kept
         new_tokens = int(played.mask.sum())
-        self.tokens_seen += int(played.lengths.sum()) * config.group_size + int(played.valid.sum())
+        for r in rounds:
+            self.tokens_seen += int(r.played.lengths.sum()) * config.group_size + int(r.played.valid.sum())
         metrics = metrics | {
             "learning_rate": float(self.schedule((step + 1) * config.num_iterations - 1)),
             "num_tokens": self.tokens_seen,
             "step_time": seconds,
             "tokens_per_second": new_tokens / seconds,
         }
-        if scores is None:
+        if config.method == "sft":
             self.log.step(step, metrics)
             return
-        rewards, kept = reward_arrays(scores, played.mask.shape[:2])
-        metrics = {**reward_metrics(scores, rewards, kept), **completion_metrics(played), **metrics}
-        metrics["success"] = float(np.mean(config.task.success(**played.reward_arguments())))
+        if config.dynamic_sampling_rounds:
+            metrics["dynamic_sampling/rounds"] = len(rounds) - 1
+            metrics["dynamic_sampling/groups_with_signal"] = int(chosen.has_signal().sum())
+        # How good the policy is, the first round says: the groups that are trained on were chosen by their rewards.
+        first = rounds[0]
+        metrics = {
+            **reward_metrics(first.scores, first.rewards, first.kept),
+            **completion_metrics(first.played),
+            "success": float(np.mean(task.success(**first.played.reward_arguments()))),
+            **metrics,
+        }
         self.log.step(
             step,
             metrics,
@@ -275,10 +290,46 @@ class Run:
             {"rewards": rewards[kept], "advantages": advantages[kept], "completion_lengths": played.mask.sum(-1)},
         )
 
-    def save(self, step: int) -> None:
-        """Saves everything that step `step` depends on."""
-        state = _checkpoint(devices.unreplicate(self.state), self.tokens_seen)
-        checkpoints.save(self.log.run_dir / "checkpoints", step, state)
+    def _play(self, step: int) -> list[dynamic_sampling.Round]:
+        """Plays and scores a step's prompts, and further rounds while some groups have no signal and rounds are left.
+
+        A further round's prompts are those to which the schedule would come after the last step, so that the first
+        round of every step has the same prompts with and without dynamic sampling.
+        """
+        config, task = self.experiment, self.experiment.task
+        size, sft = config.prompts_per_step, config.method == "sft"
+        further = [] if sft else [step + r * config.steps for r in range(1, config.dynamic_sampling_rounds + 1)]
+        indices, prompt_ids = schedule(config.seed, step, size, len(task.train), further=further)
+        samples = range(config.group_size)
+        actor = self.actor._replace(trainable=self.state.trainable)
+        rounds: list[dynamic_sampling.Round] = []
+        for start in range(0, len(indices), size):
+            of_round = indices[start : start + size], prompt_ids[start : start + size]
+            if sft:
+                played = demonstrations(
+                    task, self.prompts, "train", *of_round, samples, actor.tokenizer, seed=config.seed, step=step
+                )
+                scores = Scores([], {}, [], {})
+            else:
+                played = rollout(
+                    actor, task, self.prompts, "train", *of_round, samples, config.sampling, seed=config.seed, step=step
+                )
+                scores = score_rollout(played, config)
+                self.check_failures(scores, step)
+            rounds.append(dynamic_sampling.Round(played, scores, *reward_arrays(scores, played.mask.shape[:2])))
+            if sum(int(r.has_signal().sum()) for r in rounds) >= size:
+                break
+        return rounds
+
+    def _sync_reference(self, done: int) -> None:
+        """Moves the reference towards the policy after every `ref_model_sync_steps` steps."""
+        config = self.experiment.loss
+        if config.sync_ref_model and done % config.ref_model_sync_steps == 0:
+            alpha = config.ref_model_mixup_alpha
+            mix = devices.parallel(
+                lambda old, new: jax.tree.map(lambda r, p: (1 - alpha) * r + alpha * p, old, new), self.num_devices
+            )
+            self.reference = mix(self.reference, self.state.trainable)
 
     def examine(self, step: int) -> dict[str, Evaluation]:
         """Evaluates the policy as it is now on every split."""
@@ -342,19 +393,21 @@ class Run:
             )
 
 
-def _checkpoint(state: State, tokens_seen: int) -> dict[str, Any]:
+def _checkpoint(state: State, tokens_seen: int, reference: Any | None) -> dict[str, Any]:
     """Everything that a step depends on, as the pytree that is saved and restored."""
-    return {**state._asdict(), "tokens_seen": tokens_seen}
+    return {**state._asdict(), "tokens_seen": tokens_seen, "reference": reference}
 
 
-def schedule(seed: int, step: int, num_prompts: int, num_examples: int) -> tuple[list[int], list[int]]:
-    """Which examples a step trains on, and the ids that name their noise.
+def schedule(
+    seed: int, step: int, num_prompts: int, num_examples: int, *, further: Sequence[int] = ()
+) -> tuple[list[int], list[int]]:
+    """Which examples a step trains on, and the ids that name their noise; those of `further` steps are appended.
 
     Examples come in shuffled epochs, each a permutation named by (seed, epoch). An example that occurs again within
     the step gets another id, so that its completions differ.
     """
     indices = []
-    for position in range(step * num_prompts, (step + 1) * num_prompts):
+    for position in (s * num_prompts + i for s in (step, *further) for i in range(num_prompts)):
         epoch, place = divmod(position, num_examples)
         indices.append(int(_epoch(seed, epoch, num_examples)[place]))
     ids = [index + num_examples * indices[:i].count(index) for i, index in enumerate(indices)]
@@ -420,9 +473,9 @@ def completion_rows(played: Rollout, scores: Scores, advantages: np.ndarray) -> 
     return rows
 
 
-def reward_arrays(scores: Scores | None, shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
-    """The combined rewards [P, G] float32 (0 where dropped; all 0 without scores) and which of them are kept [P, G]."""
-    if scores is None:
+def reward_arrays(scores: Scores, shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
+    """The combined rewards [P, G] float32, 0 where dropped, and which of them are kept [P, G] bool."""
+    if not scores.total:  # demonstrations have none
         return np.zeros(shape, np.float32), np.ones(shape, bool)
     kept = np.array(scores.kept, bool).reshape(shape)
     return np.where(kept, np.array(scores.total, np.float32).reshape(shape), 0), kept

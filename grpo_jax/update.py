@@ -16,6 +16,7 @@ from grpo_jax.advantages import group_advantages
 from grpo_jax.experiment import Experiment, OptimizerConfig
 from grpo_jax.logprobs import completion_logprobs
 from grpo_jax.losses import policy_gradient, supervised
+from grpo_jax.losses.surrogates import sampler_correction
 from grpo_jax.policy.trainable import Model
 from grpo_jax.policy.transformer import Params
 
@@ -23,7 +24,11 @@ Array = jax.Array
 
 
 class Batch(NamedTuple):
-    """One step's data: see `grpo_jax.rollout.Rollout`. kept [P, G] bool is False where a reward was dropped."""
+    """One step's data: see `grpo_jax.rollout.Rollout`. kept [P, G] bool is False where a reward was dropped.
+
+    `correction` [P, G, T] weighs tokens for a sampler that differs from the trainer (`make_rescore`); `high_entropy`
+    [P, G, T] says which tokens are in the whole batch's top quantile, where that had to be found beforehand.
+    """
 
     prompts: Array
     lengths: Array
@@ -33,6 +38,8 @@ class Batch(NamedTuple):
     logprobs: Array
     rewards: Array
     kept: Array
+    correction: Array | None = None
+    high_entropy: Array | None = None
 
 
 class State(NamedTuple):
@@ -70,6 +77,67 @@ def decays(params: Params) -> dict[str, bool]:
     return {k: not k.endswith((".bias", ".scale")) for k in params}
 
 
+def _make_logprobs(
+    model: Model, experiment: Experiment, common: int
+) -> Callable[[Params, Params, Batch], tuple[Array, Array]]:
+    """Builds the function of (trainable, frozen, batch) that finds log-probabilities and entropies [P, G, T]."""
+    temperature = experiment.sampling.temperature if experiment.method == "grpo" else 1.0
+
+    def logprobs_of(trainable: Params, frozen: Params, batch: Batch) -> tuple[Array, Array]:
+        return completion_logprobs(
+            model.bind(trainable, frozen),
+            batch.prompts,
+            batch.lengths,
+            batch.tokens,
+            batch.valid,
+            temperature=temperature,
+            common=common,
+            remat=experiment.gradient_checkpointing,
+        )
+
+    return logprobs_of
+
+
+def _micro_batches(tree: Any, count: int) -> Any:
+    return jax.tree.map(lambda x: x.reshape(count, -1, *x.shape[1:]), tree)
+
+
+def make_rescore(
+    model: Model, experiment: Experiment, *, common: int, axis_name: str | None
+) -> Callable[[Params, Params, Batch], tuple[Batch, dict[str, Array]]]:
+    """Builds `rescore(trainable, frozen, batch) -> (batch, metrics)`, for a sampler that differs from the trainer.
+
+    The old log-probabilities become those that the trainer finds itself, under the policy that sampled, so that the
+    ratio of the first update is 1; what the sampler reported goes into `correction` instead. The metrics are those of
+    the whole batch: the gap between the two, and `sampling/importance_sampling_ratio/{min,mean,max}`.
+    """
+    logprobs_of = _make_logprobs(model, experiment, common)
+
+    def rescore(trainable: Params, frozen: Params, batch: Batch) -> tuple[Batch, dict[str, Array]]:
+        pieces = _micro_batches(batch, experiment.gradient_accumulation_steps)
+        logprobs = jax.lax.map(lambda piece: logprobs_of(trainable, frozen, piece)[0], pieces)
+        logprobs = logprobs.reshape(batch.mask.shape)
+        mask = batch.mask & batch.kept[..., None]
+        weights = sampler_correction(logprobs, batch.logprobs, mask, experiment.loss)
+        gaps = jnp.where(mask, jnp.abs(logprobs - batch.logprobs), 0.0)
+
+        def across(collective: Callable[[Array, str], Array], x: Array) -> Array:
+            return x if axis_name is None else collective(x, axis_name)
+
+        tokens = jnp.maximum(across(jax.lax.psum, mask.sum()), 1)
+        ratio = "sampling/importance_sampling_ratio"
+        metrics = {
+            "sampling/logprob_difference/mean": across(jax.lax.psum, gaps.sum()) / tokens,
+            "sampling/logprob_difference/max": across(jax.lax.pmax, gaps.max()),
+            f"{ratio}/mean": across(jax.lax.psum, jnp.where(mask, weights, 0.0).sum()) / tokens,
+            f"{ratio}/min": across(jax.lax.pmin, jnp.min(weights, where=mask, initial=jnp.inf)),
+            f"{ratio}/max": across(jax.lax.pmax, jnp.max(weights, where=mask, initial=0.0)),
+        }
+        return batch._replace(logprobs=logprobs, correction=weights), metrics
+
+    return rescore
+
+
 def make_update(
     model: Model, experiment: Experiment, optimizer: optax.GradientTransformation, *, common: int, axis_name: str | None
 ) -> Callable[[State, Params, Params | None, Batch, Array], tuple[State, dict[str, Array]]]:
@@ -81,6 +149,8 @@ def make_update(
     """
     config = experiment.loss
     bound = experiment.sampling.logprob_bound(model.dtype)
+    micro = experiment.gradient_accumulation_steps
+    logprobs_of = _make_logprobs(model, experiment, common)
 
     def total(x: Array) -> Array:
         return x if axis_name is None else jax.lax.psum(x, axis_name)
@@ -88,24 +158,11 @@ def make_update(
     def loss_of(
         trainable: Params, frozen: Params, reference: Params | None, batch: Batch, advantages: Array, totals: tuple
     ) -> tuple[Array, tuple[dict[str, Array], Array]]:
-        def logprobs_of(trainable: Params) -> tuple[Array, Array]:
-            policy = model.bind(trainable, frozen)
-            return completion_logprobs(
-                policy,
-                batch.prompts,
-                batch.lengths,
-                batch.tokens,
-                batch.valid,
-                temperature=experiment.sampling.temperature if experiment.method == "grpo" else 1.0,
-                common=common,
-                remat=experiment.gradient_checkpointing,
-            )
+        def rows(x: Array | None) -> Array | None:
+            return None if x is None else x.reshape(-1, x.shape[-1])
 
-        def rows(x: Array) -> Array:
-            return x.reshape(-1, x.shape[-1])
-
-        logprobs, entropy = logprobs_of(trainable)
-        num_tokens, num_sequences = totals
+        logprobs, entropy = logprobs_of(trainable, frozen, batch)
+        num_tokens, num_sequences, num_high_entropy = totals
         if experiment.method == "sft":
             loss, metrics = supervised.loss(rows(logprobs), rows(batch.mask), num_tokens=num_tokens)
         else:
@@ -115,10 +172,14 @@ def make_update(
                 advantages.reshape(-1),
                 rows(batch.mask),
                 config,
-                ref_logprobs=None if reference is None else rows(logprobs_of(reference)[0]),
+                ref_logprobs=None if reference is None else rows(logprobs_of(reference, frozen, batch)[0]),
                 entropy=rows(entropy),
+                axis_name=axis_name,
+                correction=rows(batch.correction),
+                high_entropy=rows(batch.high_entropy),
                 num_tokens=num_tokens,
                 num_sequences=num_sequences,
+                num_high_entropy=num_high_entropy,
             )
         return loss, (metrics, jnp.where(batch.mask, jnp.abs(logprobs - batch.logprobs), 0.0))
 
@@ -134,10 +195,18 @@ def make_update(
             axis_name=axis_name,
         )
         batch = batch._replace(mask=batch.mask & batch.kept[..., None])
-        totals = (total(batch.mask.sum()), total(batch.mask.any(-1).sum()))
-
-        micro = experiment.gradient_accumulation_steps
-        slices = jax.tree.map(lambda x: x.reshape(micro, -1, *x.shape[1:]), (batch, advantages))
+        num_high_entropy = None
+        if config.top_entropy_quantile < 1 and micro > 1 and experiment.method != "sft":
+            # The quantile is the whole batch's, so its entropies must be known before the first micro-batch is
+            # differentiated, which costs another forward pass.
+            pieces = _micro_batches(batch, micro)
+            entropy = jax.lax.map(lambda piece: logprobs_of(state.trainable, frozen, piece)[1], pieces)
+            chosen = policy_gradient.highest_entropy_tokens(
+                entropy.reshape(batch.mask.shape), batch.mask, config.top_entropy_quantile, axis_name=axis_name
+            )
+            batch, num_high_entropy = batch._replace(high_entropy=chosen), total(chosen.sum())
+        totals = (total(batch.mask.sum()), total(batch.mask.any(-1).sum()), num_high_entropy)
+        slices = _micro_batches((batch, advantages), micro)
 
         def contribution(piece: tuple[Batch, Array]) -> tuple[tuple[Params, dict[str, Array]], Array]:
             gradient = jax.value_and_grad(loss_of, has_aux=True)

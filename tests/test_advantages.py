@@ -13,9 +13,10 @@ from hypothesis.extra import numpy as hnp
 
 from grpo_jax.advantages import group_advantages
 from grpo_jax.errors import UserError
+from grpo_jax.rewards.scoring import score
 
 GOLDEN = np.load(Path(__file__).parent / "golden" / "losses.npz")
-SCALES, BASELINES = ("group", "batch", "none"), ("mean", "leave_one_out", "none")
+SCALES, BASELINES = ("group", "batch", "whiten", "none"), ("mean", "leave_one_out", "none")
 OPTIONS = ("scale", "baseline", "ddof", "axis_name")
 jitted = jax.jit(group_advantages, static_argnames=OPTIONS)
 eager_or_jit = pytest.mark.parametrize("advantages", [group_advantages, jitted], ids=["eager", "jit"])
@@ -34,8 +35,11 @@ def in_float64(rewards, mask=None, *, scale="group", baseline="mean", ddof=0):
         others = [r[p, j] for j in range(r.shape[1]) if mask[p, j] and j != g]
         group = r[p][mask[p]]
         base = dict(mean=group.mean(), leave_one_out=np.mean(others) if others else r[p, g], none=0.0)[baseline]
-        divisor = dict(group=std(group), batch=std(r[mask]), none=1.0)[scale]
+        divisor = dict(group=std(group), batch=std(r[mask]), none=1.0, whiten=1.0)[scale]
         result[p, g] = (r[p, g] - base) / divisor if divisor > 0 else 0.0
+    if scale == "whiten" and mask.any():
+        divisor = std(result[mask])
+        result[mask] = (result[mask] - result[mask].mean()) / divisor if divisor > 1e-12 else 0.0
     return result
 
 
@@ -96,7 +100,7 @@ def test_equal_rewards_have_exactly_no_advantage(advantages, scale, baseline):
 @eager_or_jit
 def test_a_group_of_equal_rewards_has_none_beside_one_with_a_signal(advantages):
     rewards = np.array([[0.8] * 7, [0.8] * 6 + [0.3]])
-    for scale in SCALES:
+    for scale in ("group", "batch", "none"):
         for baseline in ("mean", "leave_one_out"):
             result = np.asarray(advantages(rewards, scale=scale, baseline=baseline))
             np.testing.assert_array_equal(result[0], 0.0)
@@ -194,7 +198,7 @@ def test_a_reward_that_is_no_number_shows(advantages, bad):
         assert not np.isfinite(unscaled[0]).any() and np.isfinite(unscaled[1]).all()
 
 
-@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize("scale", ["group", "batch", "none"])
 def test_agrees_with_trl_but_for_its_epsilon(scale):
     # TRL divides by std + 1e-4 where we divide by std. Its own epsilon is taken out here; nothing else differs.
     rewards, golden = GOLDEN["rewards"], GOLDEN[f"advantages_by_scale/{scale}"]
@@ -203,6 +207,36 @@ def test_agrees_with_trl_but_for_its_epsilon(scale):
     result = group_advantages(np.nan_to_num(rewards), scale=scale, ddof=1, mask=~np.isnan(rewards))
     np.testing.assert_allclose(result, golden * epsilon, rtol=1e-5, atol=2e-7)
     np.testing.assert_array_equal(result[1], 0.0)  # eight times 0.8
+
+
+def test_gdpo_agrees_with_trl_but_for_its_epsilon():
+    # Each reward standardised in its group, their weighted sum whitened over the batch. TRL's 1e-4 beside the spread of
+    # the rewards (10^4) is nothing, and beside that of the sum it is taken out by scaling both to the same spread.
+    rewards, golden, weights = GOLDEN["several_rewards"], GOLDEN["normalize_then_sum"], GOLDEN["reward_weights"]
+    functions = {str(i): lambda i=i, **_: [None if np.isnan(r) else r for r in rewards[..., i].flat] for i in range(3)}
+    nothing = [""] * 32
+    scores = score(
+        functions,
+        {str(i): w for i, w in enumerate(weights)},
+        prompts=nothing, completions=nothing, completion_ids=nothing, columns={}, combine="normalize_then_sum",
+        group_size=8,
+    )  # fmt: skip
+    for ddof in (0, 1):
+        result = np.asarray(group_advantages(np.reshape(scores.total, (4, 8)), scale="whiten", ddof=ddof))
+        np.testing.assert_allclose(result.std(ddof=ddof), 1, rtol=1e-6)
+    np.testing.assert_allclose(result, golden / golden.std(ddof=1), rtol=1e-5, atol=1e-6)
+
+
+def test_reinforce_plus_plus_by_hand():
+    # Rewards 1, 3 and 0, 8: mean 3, squares 4 + 0 + 9 + 25 = 38. Less the groups' means: -1, 1, -4, 4, squares 34.
+    rewards = np.array([[1.0, 3.0], [0.0, 8.0]])
+    deviations = np.array([[-2, 0], [-3, 5]]) / (38 / 4) ** 0.5
+    np.testing.assert_allclose(group_advantages(rewards, baseline="none", scale="whiten"), deviations, rtol=1e-6)
+    centred = np.array([[-1, 1], [-4, 4]]) / (34 / 4) ** 0.5
+    np.testing.assert_allclose(group_advantages(rewards, scale="whiten"), centred, rtol=1e-6)
+    # Lite PPO divides by the spread of the rewards instead, in which the difference between the groups counts.
+    lite = np.array([[-1, 1], [-4, 4]]) / (38 / 4) ** 0.5
+    np.testing.assert_allclose(group_advantages(rewards, scale="batch"), lite, rtol=1e-6)
 
 
 @pytest.mark.parametrize("scale", SCALES)
@@ -219,7 +253,7 @@ def test_eight_devices_agree_with_one(scale, baseline):
         devices=jax.devices("cpu")[:8],
     )
     sharded = shard(rewards.reshape(8, 2, 5), mask.reshape(8, 2, 5)).reshape(16, 5)
-    np.testing.assert_allclose(sharded, jitted(rewards, mask=mask, **options), rtol=1e-6, atol=1e-7)
+    np.testing.assert_allclose(sharded, jitted(rewards, mask=mask, **options), rtol=1e-6, atol=1e-6)
 
 
 def test_a_wrong_shape_or_option_is_said_clearly():

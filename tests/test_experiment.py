@@ -136,6 +136,18 @@ def test_a_mapping_takes_new_keys_from_the_command_line():
     assert experiment.override(toy(), overrides).reward.weights == {"length": 2.0}
 
 
+def test_a_variant_takes_overrides_of_fields_that_it_does_not_name_yet():
+    config = toy(warm_start={"optimizer.learning_rate": 0.5})
+    config = experiment.override(config, {"warm_start.optimizer.schedule": "linear"})
+    warm = experiment.variant_of(config, config.warm_start)
+    assert (warm.optimizer.learning_rate, warm.optimizer.schedule) == (0.5, "linear")
+
+
+def test_a_mistake_in_a_variant_is_found_before_anything_runs():
+    assert "Experiment.control: 'optimiser'" in message(lambda: toy(control={"optimiser": None}))
+    assert "Experiment.warm_start: OptimizerConfig.b1" in message(lambda: toy(warm_start={"optimizer.b1": 2.0}))
+
+
 @given(st.floats(0, 10), st.integers(0, 2**31 - 1), st.booleans())
 def test_any_number_survives_the_way_through_the_command_line(beta, seed, clip):
     assignments = [f"loss.beta={beta!r}", f"seed={seed}", f"optimizer.max_grad_norm={1.0 if clip else None}"]
@@ -145,11 +157,11 @@ def test_any_number_survives_the_way_through_the_command_line(beta, seed, clip):
 
 
 def test_a_config_becomes_json_that_tells_data_apart():
-    config = toy(policy=PolicyConfig(lora=LoRAConfig(rank=4)), warm_start={"method": "sft"})
+    config = toy(policy=PolicyConfig(lora=LoRAConfig(rank=4)), warm_start={"steps": 5})
     described = json.loads(json.dumps(experiment.to_dict(config)))
     assert described["policy"]["lora"]["rank"] == 4
     assert described["rewards"] == {"length": "builtins.len"}
-    assert described["warm_start"] == {"method": "sft"}
+    assert described["warm_start"] == {"steps": 5}
     assert (described["task"]["name"], described["task"]["train"]) == ("toy", 1)
     other = toy(task=SimpleNamespace(name="toy", train=[{"prompt": "z"}], held_out=[]))
     assert experiment.to_dict(other)["task"]["sha256"] != described["task"]["sha256"]
@@ -160,6 +172,47 @@ def test_loading_an_experiment_imports_no_jax(write):
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "grpo_jax.experiment" in done.stdout
     assert not {"jax", "flax", "optax", "transformers", "torch"} & set(done.stdout.split())
+
+
+@pytest.mark.parametrize(
+    "fields, why",
+    [
+        (dict(loss_type="sapo", epsilon_high=0.3), "loss_type 'sapo' does not read it"),
+        (dict(loss_type="vespo", importance_sampling_level="sequence"), "loss_type 'vespo' does not read it"),
+        (dict(loss_type="cispo", epsilon=0.1, epsilon_high=5.0), "loss_type 'cispo' does not read it"),
+        (dict(loss_type="grpo", sapo_temperature_neg=2.0), "loss_type 'grpo' does not read it"),
+        (dict(loss_type="reinforce", delta=3.0), "loss_type 'reinforce' does not read it"),
+        (dict(loss_type="dapo", max_completion_length=8), "loss_type 'dapo' does not read it"),
+        (dict(kl_estimator="k1"), "there is no reference policy without beta"),
+        (dict(sync_ref_model=True), "there is no reference policy without beta"),
+        (dict(beta=0.1, ref_model_sync_steps=4), "it is read with sync_ref_model alone"),
+        (dict(importance_sampling_clip_max=2.0), "it is read with importance_sampling_mode alone"),
+    ],
+)
+def test_what_a_loss_does_not_read_is_an_error(fields, why):
+    *_, name = fields
+    name = "epsilon" if "epsilon" in fields and fields["loss_type"] == "cispo" else name
+    with pytest.raises(UserError, match=f"LossConfig.{name} = .* must be left at .*, since {why}"):
+        LossConfig(**fields)
+
+
+def test_every_loss_has_a_config_and_dr_grpo_its_length():
+    for loss_type in ("grpo", "bnpo", "dapo", "cispo", "sapo", "luspo", "vespo", "reinforce"):
+        assert LossConfig(loss_type).loss_type == loss_type
+    with pytest.raises(UserError, match=r"max_completion_length = None .* a positive number for loss_type 'dr_grpo'"):
+        LossConfig("dr_grpo")
+
+
+def test_fields_that_depend_on_each_other_are_set_in_any_order():
+    base = dict(task=None, rewards={"one": len})
+    changes = {"loss.loss_type": "dr_grpo", "loss.max_completion_length": 8, "steps": 3}
+    for order in (list(changes), list(changes)[::-1]):
+        changed = experiment.override(Experiment(**base), {name: changes[name] for name in order})
+        assert (changed.loss, changed.steps) == (LossConfig("dr_grpo", max_completion_length=8), 3)
+        assignments = [f"{name}={changes[name]}" for name in order]
+        assert experiment.parse_overrides(Experiment(**base), assignments) == changes
+    back = experiment.override(changed, {"loss": LossConfig("sapo"), "loss.sapo_temperature_pos": 2.0})
+    assert back.loss == LossConfig("sapo", sapo_temperature_pos=2.0)
 
 
 # Ablations -----------------------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ FLOORS = [
     {"policy", "advantages", "losses", "rewards"},
     {"sampler", "logprobs", "tasks"},
     {"rollout", "update"},
-    {"evaluation", "checkpoints", "logs"},
+    {"evaluation", "checkpoints", "logs", "dynamic_sampling"},
     {"training"},
     {"sweep", "analysis"},
     {"cli"},

@@ -180,6 +180,83 @@ def test_a_reference_and_several_updates_per_step_are_trained_with(experiment, t
     assert second["learning_rate"] == 1e-2
 
 
+def metric(run_dir: Path, name: str) -> list[float]:
+    return [row[name] for row in rows(run_dir / "metrics.jsonl") if name in row]
+
+
+def test_a_reference_is_frozen_copied_or_mixed(experiment, tmp_path):
+    # After a step whose reference was synced the policy has left it by one update only.
+    changes = {"loss.beta": 0.1, "num_iterations": 2}
+    copied = {**changes, "loss.sync_ref_model": True, "loss.ref_model_sync_steps": 1}
+    kl = {}
+    for name, more in (("frozen", changes), ("copied", copied), ("mixed", copied)):
+        config = override(experiment, more)
+        if name == "copied":
+            config = override(config, {"loss.ref_model_mixup_alpha": 1.0})
+        train(config, tmp_path / name, quiet=True)
+        kl[name] = metric(tmp_path / name, "kl")
+    assert kl["frozen"][0] == kl["copied"][0] == kl["mixed"][0] > 0
+    assert kl["copied"][-1] < kl["mixed"][-1] < kl["frozen"][-1]
+
+
+def test_a_run_with_a_moving_reference_and_dynamic_sampling_resumes_exactly(source, tmp_path):
+    overrides = [
+        "loss.beta=0.1", "loss.sync_ref_model=True", "loss.ref_model_sync_steps=1", "num_iterations=2",
+        "dynamic_sampling_rounds=2",
+    ]  # fmt: skip
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    train(load(source, overrides), whole, source=source, overrides=overrides, quiet=True)
+    interrupted = at_step(2, lambda: signal.raise_signal(signal.SIGINT), load(source, overrides))
+    with pytest.raises(KeyboardInterrupt):
+        train(interrupted, broken, source=source, overrides=overrides, quiet=True)
+    train(load(source, overrides), broken, source=source, overrides=overrides, resume=True, quiet=True)
+    assert_same_run(broken, whole)
+
+
+def test_groups_without_a_signal_are_refilled_from_further_prompts(experiment, tmp_path):
+    # Two tokens at most and rewards of 0 or 1 for "a": of groups of two, most have equal rewards.
+    def has_a(*, completions: list[str], **columns: Any) -> list[float]:
+        return [float("a" in completion) for completion in completions]
+
+    changes = {"group_size": 2, "sampling.max_tokens": 2, "steps": 3}
+    few = override(replace(experiment, rewards={"has_a": has_a}), changes)
+    train(few, tmp_path / "without", quiet=True)
+    train(override(few, {"dynamic_sampling_rounds": 6}), tmp_path / "with", quiet=True)
+    # The first round is the one that is played without it, as long as the policies are the same.
+    assert metric(tmp_path / "with", "reward")[0] == metric(tmp_path / "without", "reward")[0]
+    assert metric(tmp_path / "with", "frac_reward_zero_std")[0] > 0
+    assert metric(tmp_path / "with", "dynamic_sampling/rounds")[0] > 0
+    assert metric(tmp_path / "with", "dynamic_sampling/groups_with_signal")[0] == 4
+    trained = [c for c in rows(tmp_path / "with/completions.jsonl") if c["step"] == 0]
+    assert len(trained) == 8 and all(abs(c["advantage"]) == 1 for c in trained)
+    assert len({c["prompt_id"] for c in trained}) == 4
+
+
+def test_completions_that_were_cut_off_are_not_trained_on(experiment, tmp_path):
+    train(override(experiment, {"steps": 1}), tmp_path / "all", quiet=True)
+    train(override(experiment, {"steps": 1, "loss.mask_truncated_completions": True}), tmp_path / "some", quiet=True)
+    cut = metric(tmp_path / "all", "completions/clipped_ratio")[0]
+    assert 0 < cut < 1
+    assert metric(tmp_path / "all", "reward") == metric(tmp_path / "some", "reward")  # they still count in the rewards
+    assert metric(tmp_path / "all", "grad_norm") != metric(tmp_path / "some", "grad_norm")
+
+
+def test_a_sampler_that_differs_from_the_trainer_is_corrected_and_does_not_stop_the_run(
+    experiment, tmp_path, monkeypatch
+):
+    genuine = training.rollout
+
+    def crooked(*arguments: Any, **options: Any) -> Any:
+        played = genuine(*arguments, **options)
+        return replace(played, logprobs=np.where(played.mask, played.logprobs - 0.25, 0).astype(np.float32))
+
+    monkeypatch.setattr(training, "rollout", crooked)
+    changes = {"steps": 1, "num_iterations": 2, "loss.importance_sampling_mode": "token_truncate"}
+    train(override(experiment, changes), tmp_path / "run", quiet=True)
+    assert metric(tmp_path / "run", "sampling/logprob_difference/max")[0] == pytest.approx(0.25, abs=1e-4)
+    assert metric(tmp_path / "run", "sampling/importance_sampling_ratio/mean")[0] == pytest.approx(np.exp(0.25), 1e-4)
+
+
 # Stopping and going on -----------------------------------------------------------------------------------------------
 
 

@@ -12,6 +12,7 @@ and 4 collapse onto a non-word that the partial credit pays 0.8 to 0.9, which an
 from grpo_jax.experiment import (
     EvaluationConfig,
     Experiment,
+    LossConfig,
     OptimizerConfig,
     PolicyConfig,
     SamplingConfig,
@@ -24,11 +25,14 @@ config = Experiment(
     task=single_guess("POUND"),
     rewards={"partial_credit": partial_credit},
     policy=PolicyConfig(scratch=ScratchConfig(alphabet="ABCDEFGHIJKLMNOPQRSTUVWXYZ", hidden_size=96, num_layers=2)),
-    steps=150,
+    steps=120,
     prompts_per_step=1,
-    group_size=64,
+    group_size=128,
     sampling=SamplingConfig(temperature=1.0, max_tokens=6),
+    # The bonus keeps every letter in play until the right one has been sampled. Advantages are in units of the group's
+    # own standard deviation, so that the bonus weighs less and less as the group agrees.
+    loss=LossConfig(entropy_coef=0.1),
     optimizer=OptimizerConfig(learning_rate=1e-3),
     evaluation=EvaluationConfig(num_samples=512, batch_size=512, temperature=1.0),
-    warm_start={"method": "sft", "steps": 100, "optimizer.learning_rate": 3e-3},
+    warm_start={"method": "sft", "steps": 300, "optimizer.learning_rate": 3e-3, "optimizer.schedule": "linear"},
 )

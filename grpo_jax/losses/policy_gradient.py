@@ -1,12 +1,30 @@
-"""The GRPO loss and its relatives: clipped policy gradients with per-token importance ratios.
+"""The policy-gradient losses, in TRL's names: GRPO and its descendants, and REINFORCE.
 
-On one batch in one piece every loss agrees with TRL's of the same name. They depart from it in what happens when the
-batch is cut into micro-batches or over devices: here every denominator counts the whole batch, so that cutting changes
-nothing. TRL's `bnpo`, its entropy bonus and its metrics weigh each micro-batch alike, however few tokens it holds. Here
-`bnpo` and `dapo` are therefore one loss under two names.
+    loss = mean over tokens of (-objective + beta * KL) - entropy_coef * entropy
+
+A `loss_type` is an objective per token (see `grpo_jax.losses.surrogates`) and a way to average (`reduce_tokens`):
+
+    grpo        clipped surrogate       mean over sequences of token means       https://arxiv.org/abs/2402.03300
+    dapo, bnpo  clipped surrogate       mean over tokens                         https://arxiv.org/abs/2503.14476
+    dr_grpo     clipped surrogate       sum over tokens / constant length        https://arxiv.org/abs/2503.20783
+    luspo       clipped surrogate       sum over tokens, mean over sequences     https://arxiv.org/abs/2602.05261
+    cispo       clipped weight * log p  mean over tokens                         https://arxiv.org/abs/2506.13585
+    sapo        soft gate               mean over sequences of token means       https://arxiv.org/abs/2511.20347
+    vespo       gamma weight * log p    mean over tokens                         https://arxiv.org/abs/2602.10693
+    reinforce   A * log p               sum over tokens, mean over sequences     Williams 1992
+
+GSPO (https://arxiv.org/abs/2507.18071) is `grpo`, and LUSPO as published is `luspo`, with
+`importance_sampling_level="sequence"`. RLOO is `reinforce` with the leave-one-out baseline of `AdvantageConfig`.
+
+On one batch in one piece every loss agrees with TRL's (1.16) of the same name, which has no `reinforce`. Departures:
+
+- Cutting the batch into micro-batches or over devices changes nothing here, since every denominator counts the whole
+  batch. TRL's `bnpo`, its entropy bonus and its metrics weigh each micro-batch alike, however few tokens it holds, and
+  its threshold of `top_entropy_quantile` is each micro-batch's own. Here `bnpo` and `dapo` are one loss.
+- The KL is GRPO's own (eq. 4 of its paper). TRL multiplies it by the importance ratio (DeepSeek-V3.2,
+  https://arxiv.org/abs/2512.02556), which changes its gradient even on policy: `use_bias_correction_kl=True`.
+- Metrics are means over tokens, also of ratios per sequence, which TRL averages over sequences.
 """
-
-from typing import Literal
 
 import chex
 import jax
@@ -14,6 +32,15 @@ import jax.numpy as jnp
 
 from grpo_jax.errors import UserError
 from grpo_jax.experiment import LossConfig
+from grpo_jax.losses.surrogates import (
+    clipped_regions,
+    clipped_surrogate,
+    clipped_weight_objective,
+    gamma_weight,
+    importance_ratio,
+    kl_estimate,
+    soft_gate_objective,
+)
 
 
 def loss(
@@ -26,16 +53,19 @@ def loss(
     ref_logprobs: chex.Array | None = None,
     entropy: chex.Array | None = None,
     axis_name: str | None = None,
+    correction: chex.Array | None = None,
+    high_entropy: chex.Array | None = None,
     num_tokens: chex.Numeric | None = None,
     num_sequences: chex.Numeric | None = None,
+    num_high_entropy: chex.Numeric | None = None,
 ) -> tuple[chex.Array, dict[str, chex.Array]]:
     """Calculates these sequences' contribution to the policy-gradient loss of the whole batch.
 
-    Per token -min(ratio * A, clip(ratio) * A) + beta * KL, reduced as `config.loss_type` says (see `reduce_tokens`),
-    less `entropy_coefficient` times the batch's mean entropy per token (as in TRL, whatever the loss type).
-
     A token where `mask` is False touches neither the value nor the gradient, whatever its inputs hold, NaN and infinity
     included. A sequence without a single True token contributes 0 and, as in TRL, still counts as a sequence.
+
+    With `config.top_entropy_quantile` below 1 the objective (not the KL) is that of the most uncertain tokens alone,
+    still divided by the count of all (https://arxiv.org/abs/2506.01939), and the entropy bonus is their mean.
 
     Args:
       logprobs: log-probabilities of the sampled tokens under the policy that is trained, shape `[B, T]`. Gradients flow
@@ -45,30 +75,34 @@ def loss(
       mask: True for the tokens that are trained on, shape `[B, T]`.
       config: which loss, and its coefficients.
       ref_logprobs: log-probabilities under the reference policy, shape `[B, T]`; needed if `config.beta` is not 0.
-      entropy: entropy of the policy at each token in nats, shape `[B, T]`; needed if `config.entropy_coefficient` is
-        not 0.
+      entropy: entropy of the policy at each token in nats, shape `[B, T]`; needed if `config.entropy_coef` is not 0 or
+        `config.top_entropy_quantile` is below 1.
       axis_name: the mapped axis over which the batch extends.
+      correction: weights of the objective for a sampler that was not the old policy, shape `[B, T]`, from
+        `grpo_jax.losses.surrogates.sampler_correction`.
+      high_entropy: which tokens are in the top quantile of the whole batch, shape `[B, T]`, from
+        `highest_entropy_tokens`. None to find them here, and over `axis_name`; a batch in micro-batches needs it given.
       num_tokens: how many tokens the whole batch trains on, over micro-batches and devices. None to count them here,
         and over `axis_name`.
       num_sequences: how many sequences the whole batch holds, likewise.
+      num_high_entropy: how many of the whole batch's tokens are in the top quantile, likewise.
 
     Returns:
       The loss, a scalar to be *summed* over micro-batches and devices; and the metrics, which sum likewise to means
-      over the batch's active tokens: `loss`, `importance_ratio`, the shares of clipped tokens `clip_ratio/low_mean`,
-      `clip_ratio/high_mean` and `clip_ratio/region_mean`, and, where their inputs are given, `kl` and `entropy`.
+      over the batch's active tokens: `loss`, `importance_ratio`, the shares of tokens whose ratio is bounded
+      (`clip_ratio/*_mean`, `cispo_clip_ratio`), `vespo/phi_seq_mean`, and, where their inputs are given, `kl` and
+      `entropy`.
 
     Raises:
       UserError: `config` asks for a KL or an entropy whose input is missing.
     """
-    given = [x for x in (logprobs, old_logprobs, mask, ref_logprobs, entropy) if x is not None]
+    optional = (ref_logprobs, entropy, correction, high_entropy)
+    given = [logprobs, old_logprobs, mask, *(x for x in optional if x is not None)]
     chex.assert_rank(given, 2, custom_message="log-probabilities, mask and entropy must have shape [batch, tokens]")
     chex.assert_equal_shape(given)
     chex.assert_rank(advantages, {1, 2}, custom_message="advantages must have shape [batch] or [batch, tokens]")
     chex.assert_equal_shape_prefix([logprobs, advantages], jnp.ndim(advantages))
-    if config.beta and ref_logprobs is None:
-        raise UserError(f"LossConfig.beta = {config.beta} needs ref_logprobs: the KL is to a reference policy.")
-    if config.entropy_coefficient and entropy is None:
-        raise UserError(f"LossConfig.entropy_coefficient = {config.entropy_coefficient} needs the tokens' entropy.")
+    _require_inputs(config, ref_logprobs, entropy)
 
     # Masked inputs are replaced before anything is calculated from them, not after: the gradient of
     # where(mask, f(x), 0) is still NaN where f is infinite.
@@ -76,6 +110,8 @@ def loss(
     logprobs = _select(mask, logprobs)
     old_logprobs = _select(mask, old_logprobs)
     advantages = jax.lax.stop_gradient(_select(mask, advantages if jnp.ndim(advantages) == 2 else advantages[:, None]))
+    entropy = None if entropy is None else _select(mask, entropy)
+    correction = None if correction is None else jax.lax.stop_gradient(jnp.where(mask, correction, 1.0))
 
     if num_tokens is None:
         num_tokens = _count(mask.sum(), axis_name)
@@ -85,88 +121,68 @@ def loss(
     def token_mean(x: chex.Array) -> chex.Array:
         return jnp.where(mask, x, 0.0).sum() / jnp.maximum(num_tokens, 1)
 
-    epsilon_high = config.epsilon if config.epsilon_high is None else config.epsilon_high
-    ratio = importance_ratio(logprobs, old_logprobs)
-    low, high = clipped_regions(ratio, advantages, config.epsilon, epsilon_high)
-    per_token = -clipped_surrogate(ratio, advantages, config.epsilon, epsilon_high)
-    metrics = {
-        "importance_ratio": token_mean(ratio),
-        "clip_ratio/low_mean": token_mean(low),
-        "clip_ratio/high_mean": token_mean(high),
-        "clip_ratio/region_mean": token_mean(low | high),
-    }
+    ratio = importance_ratio(logprobs, old_logprobs, mask, config.importance_sampling_level)
+    objective, shares = _objective(logprobs, old_logprobs, ratio, advantages, mask, config, correction)
+    metrics = {name: token_mean(share) for name, share in {"importance_ratio": ratio, **shares}.items()}
+
+    if config.top_entropy_quantile == 1:
+        high_entropy, num_high_entropy = mask, num_tokens
+    elif high_entropy is None:
+        high_entropy = highest_entropy_tokens(entropy, mask, config.top_entropy_quantile, axis_name=axis_name)
+    if num_high_entropy is None:
+        num_high_entropy = _count((mask & high_entropy).sum(), axis_name)
+    per_token = -jnp.where(high_entropy, objective, 0.0)
+
     if ref_logprobs is not None:
         kl = kl_estimate(logprobs, _select(mask, ref_logprobs), config.kl_estimator)
+        if config.use_bias_correction_kl:
+            kl *= ratio
         per_token += config.beta * kl
         metrics["kl"] = token_mean(kl)
     value = reduce_tokens(per_token, mask, config, num_tokens, num_sequences)
     if entropy is not None:
-        metrics["entropy"] = token_mean(_select(mask, entropy))
-        value -= config.entropy_coefficient * metrics["entropy"]
+        metrics["entropy"] = token_mean(entropy)
+        bonus = jnp.where(mask & high_entropy, entropy, 0.0).sum() / jnp.maximum(num_high_entropy, 1)
+        value -= config.entropy_coef * bonus
     metrics["loss"] = value
     return value, jax.lax.stop_gradient(metrics)
 
 
-def importance_ratio(logprobs: chex.Array, old_logprobs: chex.Array) -> chex.Array:
-    """How much likelier each token is under the policy than under the one that sampled it, a constant."""
-    return jnp.exp(logprobs - jax.lax.stop_gradient(old_logprobs))
-
-
-def clipped_regions(
-    ratio: chex.Array, advantages: chex.Array, epsilon_low: float, epsilon_high: float
-) -> tuple[chex.Array, chex.Array]:
-    """Where clipping acts: a bad token already made unlikelier by enough, and a good one already made likelier."""
-    low = (ratio < 1 - epsilon_low) & (advantages < 0)
-    high = (ratio > 1 + epsilon_high) & (advantages > 0)
-    return low, high
-
-
-def clipped_surrogate(ratio: chex.Array, advantages: chex.Array, epsilon_low: float, epsilon_high: float) -> chex.Array:
-    """PPO's min(ratio * A, clip(ratio, 1 - epsilon_low, 1 + epsilon_high) * A), to be maximised.
-
-    Schulman et al. 2017, https://arxiv.org/abs/1707.06347, eq. 7; two epsilons as in DAPO,
-    https://arxiv.org/abs/2503.14476, eq. 10. Written as a choice, so that on the very edge of the region, where
-    `jnp.minimum` and `jnp.clip` would each pass on half a gradient, all of it flows, as in PyTorch.
-
-    Args:
-      ratio: importance ratios, any shape.
-      advantages: constants of the same shape.
-      epsilon_low: how far below 1 the ratio of a token with A < 0 still matters.
-      epsilon_high: how far above 1 the ratio of a token with A > 0 still matters.
-
-    Returns:
-      The surrogate of each token, of the same shape; its gradient is 0 in the clipped regions.
-    """
-    low, high = clipped_regions(ratio, advantages, epsilon_low, epsilon_high)
-    return advantages * jnp.where(low, 1 - epsilon_low, jnp.where(high, 1 + epsilon_high, ratio))
-
-
-def kl_estimate(logprobs: chex.Array, ref_logprobs: chex.Array, kind: Literal["k1", "k2", "k3"]) -> chex.Array:
-    """Estimates KL(policy || reference) at each token, from the token that the policy sampled.
-
-    With d = log reference - log policy: k1 = -d, unbiased and noisy; k2 = d^2 / 2, never negative, biased; k3 =
-    exp(d) - d - 1, never negative and unbiased (Schulman 2020, http://joschu.net/blog/kl-approx.html; GRPO's choice).
-    That is about their values. In a loss their gradients count: on average k1's is 0, so that it only adds noise, k2's
-    is that of this KL, and k3's that of KL(reference || policy) (Tang & Munos 2025, https://arxiv.org/abs/2506.09477).
-
-    Args:
-      logprobs: log-probabilities under the policy, any shape.
-      ref_logprobs: log-probabilities under the reference policy, the same shape; a constant.
-      kind: the estimator.
-
-    Returns:
-      The estimate in nats, of the same shape.
-    """
-    difference = jax.lax.stop_gradient(ref_logprobs) - logprobs
-    match kind:
-        case "k1":
-            return -difference
-        case "k2":
-            return difference**2 / 2
-        case "k3":
-            return jnp.expm1(difference) - difference
+def _objective(
+    logprobs: chex.Array,
+    old_logprobs: chex.Array,
+    ratio: chex.Array,
+    advantages: chex.Array,
+    mask: chex.Array,
+    config: LossConfig,
+    correction: chex.Array | None,
+) -> tuple[chex.Array, dict[str, chex.Array]]:
+    """What is maximised at each token `[B, T]`, and, by the name of their metric, where and how much it is bounded."""
+    epsilon_high = config.epsilon if config.epsilon_high is None else config.epsilon_high
+    weight = 1.0 if correction is None else correction
+    match config.loss_type:
+        case "cispo":
+            shares = {"cispo_clip_ratio": (ratio > epsilon_high) & (advantages > 0)}
+            return weight * clipped_weight_objective(logprobs, ratio, advantages, epsilon_high), shares
+        case "sapo":
+            return weight * soft_gate_objective(
+                ratio, advantages, config.sapo_temperature_pos, config.sapo_temperature_neg
+            ), {}
+        case "vespo":  # the correction is a factor of w, and so within phi
+            phi = gamma_weight(logprobs - old_logprobs, advantages, mask, config, correction)
+            return phi * advantages * logprobs, {"vespo/phi_seq_mean": phi}
+        case "reinforce":
+            return weight * advantages * logprobs, {}
         case _:
-            raise UserError(f"kl_estimator = {kind!r} is unknown: it must be 'k1', 'k2' or 'k3'.")
+            low, high = clipped_regions(ratio, advantages, config.epsilon, epsilon_high)
+            shares = {
+                "clip_ratio/low_mean": low,
+                "clip_ratio/high_mean": high,
+                "clip_ratio/region_mean": low | high,
+            }
+            if config.delta is not None:
+                shares["clip_ratio/delta_mean"] = (ratio > config.delta) & (advantages < 0)
+            return weight * clipped_surrogate(ratio, advantages, config.epsilon, epsilon_high, config.delta), shares
 
 
 def reduce_tokens(
@@ -178,9 +194,10 @@ def reduce_tokens(
 ) -> chex.Array:
     """Reduces a loss per token to these sequences' contribution to the whole batch's.
 
-    `grpo`: the mean over sequences of their token means (https://arxiv.org/abs/2402.03300), which weighs a token of a
-    short completion more; `dapo` (https://arxiv.org/abs/2503.14476) and `bnpo`: the mean over all tokens; `dr_grpo`
-    (https://arxiv.org/abs/2503.20783): the sum over a constant, so that every token weighs the same.
+    The mean over sequences of their token means (`grpo`, `sapo`) weighs a token of a short completion more; the mean
+    over all tokens (`dapo`, `bnpo`, `cispo`, `vespo`) weighs tokens alike within a batch, and batches of long
+    completions less. The sum over tokens is the gradient of the expected reward without either: over a constant in
+    `dr_grpo`, as the mean over sequences in `luspo` and `reinforce`.
 
     Args:
       per_token: loss of each token, shape `[B, T]`.
@@ -194,12 +211,45 @@ def reduce_tokens(
     """
     sums = jnp.where(mask, per_token, 0.0).sum(axis=1)
     match config.loss_type:
-        case "grpo":
+        case "grpo" | "sapo":
             return (sums / jnp.maximum(mask.sum(axis=1), 1)).sum() / num_sequences
         case "dr_grpo":
             return sums.sum() / (num_sequences * config.max_completion_length)
-        case _:  # dapo and bnpo
+        case "luspo" | "reinforce":
+            return sums.sum() / num_sequences
+        case _:  # dapo, bnpo, cispo, vespo
             return sums.sum() / jnp.maximum(num_tokens, 1)
+
+
+def highest_entropy_tokens(
+    entropy: chex.Array, mask: chex.Array, quantile: float, *, axis_name: str | None = None
+) -> chex.Array:
+    """Finds the tokens whose entropy is in the top `quantile` of the batch's active tokens.
+
+    That is at or above the (1 - quantile)-quantile, interpolated linearly (Wang et al. 2025, "Beyond the 80/20 rule",
+    https://arxiv.org/abs/2506.01939). A quantile belongs to the whole batch: micro-batches need it found beforehand.
+
+    Args:
+      entropy: entropy of the policy at each token in nats; a constant. Any shape.
+      mask: True for the tokens that count, of the same shape.
+      quantile: the share to keep, in [0, 1]; at 0 the highest alone.
+      axis_name: the mapped axis over which the batch extends.
+
+    Returns:
+      Booleans of the same shape, False where `mask` is False.
+    """
+    entropy = jnp.where(mask, jax.lax.stop_gradient(jnp.asarray(entropy, jnp.float32)), jnp.nan)
+    everything = entropy if axis_name is None else jax.lax.all_gather(entropy, axis_name)
+    return mask & (entropy >= jnp.nanquantile(everything, 1 - quantile))
+
+
+def _require_inputs(config: LossConfig, ref_logprobs: chex.Array | None, entropy: chex.Array | None) -> None:
+    if config.beta and ref_logprobs is None:
+        raise UserError(f"LossConfig.beta = {config.beta} needs ref_logprobs: the KL is to a reference policy.")
+    if config.entropy_coef and entropy is None:
+        raise UserError(f"LossConfig.entropy_coef = {config.entropy_coef} needs the tokens' entropy.")
+    if config.top_entropy_quantile < 1 and entropy is None:
+        raise UserError(f"LossConfig.top_entropy_quantile = {config.top_entropy_quantile} needs the tokens' entropy.")
 
 
 def _select(mask: chex.Array, x: chex.Array) -> chex.Array:

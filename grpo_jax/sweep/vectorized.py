@@ -22,16 +22,19 @@ import jax.numpy as jnp
 import numpy as np
 
 from grpo_jax import devices
+from grpo_jax.dynamic_sampling import Round
 from grpo_jax.errors import RunError, UserError
 from grpo_jax.experiment import Experiment, variant_of
 from grpo_jax.logs import RunLog
 from grpo_jax.policy import Policy
+from grpo_jax.rewards.scoring import Scores
 from grpo_jax.rollout import Rollout, demonstrations, score_rollout, single_turn
 from grpo_jax.sampler import Noise, Settings, Turn, first_turn
 from grpo_jax.sweep import array_rewards
 from grpo_jax.training import Result, Run, reward_arrays, schedule, source_policy, summarize
 from grpo_jax.update import Batch, State, make_optimizer, make_update
 
+NO_SCORES = Scores([], {}, [], {})  # of demonstrations
 CHUNK = 50  # steps in one call: between two calls files are written and Ctrl-C is heard
 
 
@@ -56,6 +59,10 @@ def require_vectorizable(config: Experiment) -> None:
         "its task has several turns": config.task.max_turns > 1,
         "it has a control": config.control is not None,
         "reward.combine is not 'sum'": config.reward.combine != "sum",
+        "dynamic_sampling_rounds is not 0": config.dynamic_sampling_rounds > 0,
+        "loss.sync_ref_model is on": config.loss.sync_ref_model,
+        "loss.mask_truncated_completions is on": config.loss.mask_truncated_completions,
+        "loss.importance_sampling_mode is not None": config.loss.importance_sampling_mode is not None,
     }
     for obstacle, stands in obstacles.items():
         if stands:
@@ -209,7 +216,7 @@ def _inputs(lane: Run, step: int) -> tuple[Inputs, Rollout | None]:
     samples = range(config.group_size)
     played = demonstrations(task, lane.prompts, "train", indices, ids, samples, tokenizer, seed=config.seed, step=step)
     arrays = played.prompts, played.lengths, played.tokens, played.valid, played.mask, played.logprobs
-    return Inputs(*named, None, Batch(*arrays, *reward_arrays(None, played.mask.shape[:2]))), played
+    return Inputs(*named, None, Batch(*arrays, *reward_arrays(NO_SCORES, played.mask.shape[:2]))), played
 
 
 def _record(
@@ -228,21 +235,22 @@ def _record(
     scalars = {name: float(value) for name, value in metrics.items() if np.ndim(value) == 0}
     if turn is None:
         assert demonstrated is not None
-        lane.record(step, demonstrated, None, metrics["advantages"], scalars, seconds=seconds)
+        rounds = [Round(demonstrated, NO_SCORES, *reward_arrays(NO_SCORES, demonstrated.mask.shape[:2]))]
+        lane.record(step, rounds, metrics["advantages"], scalars, seconds=seconds)
         return
     indices, _ = schedule(config.seed, step, config.prompts_per_step, len(config.task.train))
     examples = [config.task.train[i] for i in indices]
     played = single_turn(examples, given.prompt_ids, given.prompts, given.lengths, turn, lane.actor.tokenizer)
     lane.check_contract(metrics, played, step)
     scores = score_rollout(played, config)
-    paid, _ = reward_arrays(scores, rewards.shape)
+    paid, kept = reward_arrays(scores, rewards.shape)
     if not np.allclose(paid, rewards, rtol=0, atol=1e-6):
         p, g = np.argwhere(~np.isclose(paid, rewards, rtol=0, atol=1e-6))[0]
         raise RunError(
             f"step {step}: {played.episodes[p][g].turns[0]!r} was trained on with a reward of {rewards[p, g]:g}, but "
             f"the experiment's rewards pay {paid[p, g]:g}: their JAX form is wrong."
         )
-    lane.record(step, played, scores, metrics["advantages"], scalars, seconds=seconds)
+    lane.record(step, [Round(played, scores, paid, kept)], metrics["advantages"], scalars, seconds=seconds)
 
 
 def _stack(trees: Sequence[Any]) -> Any:

@@ -90,10 +90,10 @@ def six_turns(
     """Returns the full game, with disjoint secrets (the column `secret`) for training and evaluation.
 
     The secrets are drawn from the 2,315 answers by `seed`. Style `plain` is for a policy from scratch over
-    `PLAIN_ALPHABET`: an empty prompt, turns like `CRANE`, replies like `xygxx`. Style `chat` is for a language model:
-    rules, tags and replies in words. A demonstration is a game of the random consistent player over the training
-    secrets: the only words it knows, so on a held-out secret it loses. The references are what the blind and the
-    random consistent player, who know the training secrets and no other word, win on those secrets.
+    `PLAIN_ALPHABET`: an empty prompt, turns like `CRANE`, replies like `CxRyAgNxEx`. Style `chat` is for a language
+    model: rules, tags and replies in words. A demonstration is a game of the random consistent player over the
+    training secrets: the only words it knows, so on a held-out secret it loses. The references are what the blind and
+    the random consistent player, who know the training secrets and no other word, win on those secrets.
     """
     if num_secrets < 1 or num_held_out < 1 or num_secrets + num_held_out > len(answers()):
         raise UserError(
@@ -172,7 +172,8 @@ def _reply(turns: Sequence[str], secret: str, say: Callable[[str, str | None, in
 
 
 def _say_plain(guess: str, marks: str | None, guesses_left: int) -> str:
-    return marks.lower() if marks else REFUSED
+    # Each letter beside its mark: a small policy need not learn to align two strings before it can learn to play.
+    return "".join(letter + mark.lower() for letter, mark in zip(guess, marks, strict=True)) if marks else REFUSED
 
 
 def _say_chat(guess: str, marks: str | None, guesses_left: int) -> str:

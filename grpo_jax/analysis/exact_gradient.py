@@ -1,0 +1,230 @@
+"""Gradient estimators against the true gradient, in games so small that every completion can be listed.
+
+The policy is a table of logits, one row for every prompt and prefix; token 0 ends a completion, and so does the
+horizon. The gradient of the expected reward is then a finite sum, and so are the mean and the covariance of any
+estimator: over every batch that could have been sampled, with its probability. The estimators are the framework's own
+`group_advantages` and `policy_gradient.loss`; nothing is written down a second time.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import combinations_with_replacement, product
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from grpo_jax.advantages import group_advantages
+from grpo_jax.errors import UserError
+from grpo_jax.experiment import AdvantageConfig, LossConfig
+from grpo_jax.losses import policy_gradient
+
+MAX_BATCHES = 2_000_000  # beyond which a listing of every batch is refused
+
+
+@dataclass(frozen=True)
+class Game:
+    """P prompts with N possible completions each, of up to T tokens out of V, after K possible prefixes.
+
+    Attributes:
+      tokens, prefixes, mask: [N, T] a completion's tokens, which prefix each follows, and where it has a token.
+      logits: [P, K, V] of the policy whose gradient is sought.
+      behaviour: [P, K, V] of the policy that samples; the same array if the game is on-policy.
+      rewards: [P, N].
+    """
+
+    tokens: np.ndarray
+    prefixes: np.ndarray
+    mask: np.ndarray
+    logits: np.ndarray
+    behaviour: np.ndarray
+    rewards: np.ndarray
+
+
+@dataclass(frozen=True)
+class Estimator:
+    """A way from rewards to advantages, and one from advantages to a loss."""
+
+    advantages: AdvantageConfig
+    loss: LossConfig
+
+
+@dataclass(frozen=True)
+class Moments:
+    """An estimate's mean [P, K, V] and its standard error (0 where all batches were listed), and its total variance."""
+
+    mean: np.ndarray
+    error: np.ndarray
+    variance: float
+
+
+def completions(vocabulary: int, horizon: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Every completion of up to `horizon` tokens: tokens, prefixes and mask [N, T], as in `Game`."""
+    strings: list[tuple[int, ...]] = [()]
+    for length in range(horizon):
+        strings += [(*s, t) for s in strings if len(s) == length and 0 not in s for t in range(vocabulary)]
+    prefix = {s: i for i, s in enumerate(s for s in strings if len(s) < horizon and 0 not in s)}
+    ended = [s for s in strings if s not in prefix]
+    tokens, prefixes, mask = (np.zeros((len(ended), horizon), int) for _ in range(3))
+    for row, s in enumerate(ended):
+        tokens[row, : len(s)], prefixes[row, : len(s)] = s, [prefix[s[:t]] for t in range(len(s))]
+        mask[row, : len(s)] = 1
+    return tokens, prefixes, mask.astype(bool)
+
+
+def make_game(vocabulary: int, horizon: int, num_prompts: int, *, drift: float = 0.0, seed: int = 0) -> Game:
+    """A random policy with, for each prompt, a random half of the completions right (reward 1, otherwise 0).
+
+    The prompts' difficulty differs: the right completions of prompt p are those half as likely as those of the one
+    before. `drift` is the standard deviation, in nats, by which the behaviour's logits differ from the policy's.
+    """
+    rng = np.random.default_rng(seed)
+    tokens, prefixes, mask = completions(vocabulary, horizon)
+    logits = rng.normal(0, 0.7, (num_prompts, prefixes.max() + 1, vocabulary)).astype(np.float32)
+    behaviour = (logits + drift * rng.normal(size=logits.shape)).astype(np.float32)
+    game = Game(tokens, prefixes, mask, logits, behaviour, np.zeros((num_prompts, len(tokens)), np.float32))
+    likely = np.exp(np.asarray(jnp.where(mask, token_logprobs(game, logits), 0).sum(-1)))
+    rewards = game.rewards.copy()
+    for p in range(num_prompts):
+        chosen = np.zeros(len(tokens), bool)
+        for n in rng.permutation(len(tokens)):
+            chosen[n] = likely[p] @ chosen + likely[p, n] <= 0.5 ** (p + 1) + 0.05 or chosen[n]
+        rewards[p, chosen] = 1.0
+    return Game(tokens, prefixes, mask, logits, behaviour, rewards)
+
+
+def token_logprobs(game: Game, logits: np.ndarray | jax.Array) -> jax.Array:
+    """Log-probabilities [P, N, T] of every completion's tokens."""
+    return jax.nn.log_softmax(logits)[:, game.prefixes, game.tokens]
+
+
+def probabilities(game: Game, logits: np.ndarray | jax.Array) -> jax.Array:
+    """The probability of every completion, [P, N]."""
+    return jnp.exp(jnp.where(game.mask, token_logprobs(game, logits), 0.0).sum(-1))
+
+
+def true_gradient(game: Game, values: np.ndarray | None = None) -> np.ndarray:
+    """The gradient [P, K, V] of the expected reward (or of other `values` [P, N]), averaged over the prompts."""
+    values = game.rewards if values is None else values
+    return np.asarray(jax.grad(lambda x: (probabilities(game, x) * values).sum(-1).mean())(jnp.asarray(game.logits)))
+
+
+def estimates(game: Game, estimator: Estimator, chosen: np.ndarray) -> np.ndarray:
+    """The estimator's gradients [M, P, K, V] on M batches of the completions `chosen` [M, P, G]."""
+    rows = np.arange(len(game.rewards))[:, None]
+    config, old = estimator.advantages, token_logprobs(game, game.behaviour)
+
+    def objective(logits: jax.Array, batch: jax.Array) -> jax.Array:
+        advantages = group_advantages(
+            jnp.asarray(game.rewards)[rows, batch], scale=config.scale, baseline=config.baseline, ddof=config.ddof
+        )
+
+        def flat(x: jax.Array) -> jax.Array:
+            return x.reshape(-1, x.shape[-1])
+
+        loss, _ = policy_gradient.loss(
+            flat(token_logprobs(game, logits)[rows, batch]),
+            flat(old[rows, batch]),
+            advantages.reshape(-1),
+            flat(jnp.asarray(game.mask)[batch]),
+            estimator.loss,
+        )
+        return -loss
+
+    gradient = jax.jit(
+        lambda batches: jax.lax.map(
+            lambda batch: jax.grad(objective)(jnp.asarray(game.logits), batch), batches, batch_size=2048
+        )
+    )
+    return np.asarray(gradient(jnp.asarray(chosen)))
+
+
+def every_batch(game: Game, group_size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Every batch of P groups, [M, P, G], without regard to order within a group; and their probabilities [M].
+
+    Raises:
+      UserError: if there are more than `MAX_BATCHES`.
+    """
+    num_prompts, size = game.rewards.shape
+    count = math.comb(size + group_size - 1, group_size) ** num_prompts
+    if count > MAX_BATCHES:
+        raise UserError(f"there are {count:,} batches to list, more than {MAX_BATCHES:,}: sample them instead.")
+    groups = np.array(list(combinations_with_replacement(range(size), group_size)))
+    orders = np.array(
+        [math.factorial(group_size) / np.prod([math.factorial(n) for n in np.bincount(g)]) for g in groups]
+    )
+    sampled = np.asarray(probabilities(game, game.behaviour), np.float64)
+    weights = [orders * np.prod(p[groups], axis=1) for p in sampled]  # [P] arrays over groups
+    places = np.array(list(product(range(len(groups)), repeat=num_prompts)))
+    return groups[places], np.prod([w[places[:, p]] for p, w in enumerate(weights)], axis=0)
+
+
+def exact_moments(game: Game, estimator: Estimator, group_size: int) -> Moments:
+    """The mean and variance over every batch that could be sampled, without any sampling."""
+    chosen, weights = every_batch(game, group_size)
+    values = estimates(game, estimator, chosen).astype(np.float64)
+    mean = np.tensordot(weights, values, 1)
+    return Moments(mean, np.zeros_like(mean), float(weights @ ((values - mean) ** 2).reshape(len(values), -1).sum(-1)))
+
+
+def sampled_moments(game: Game, estimator: Estimator, group_size: int, *, samples: int, seed: int = 0) -> Moments:
+    """The same from `samples` random batches."""
+    rng = np.random.default_rng(seed)
+    sampled = np.asarray(probabilities(game, game.behaviour), np.float64)
+    chosen = np.stack(
+        [rng.choice(len(p), size=(samples, group_size), p=p / p.sum()) for p in sampled], axis=1
+    )  # [M, P, G]
+    values = estimates(game, estimator, chosen).astype(np.float64)
+    spread = values.var(axis=0, ddof=1)
+    return Moments(values.mean(axis=0), np.sqrt(spread / samples), float(spread.sum()))
+
+
+def compare(game: Game, moments: Moments) -> dict[str, float]:
+    """An estimator beside the true gradient.
+
+    `scale` is the factor c that brings c * truth nearest to the mean estimate: a step size, and no bias. `bias` is what
+    remains, |mean / c - truth| / |truth|. `noise` is the standard deviation of an estimate over the length of its mean.
+    `length` is how much faster mean / c lengthens completions than the truth does, as a share of |truth| |gradient of
+    the expected length|. `weight p` is prompt p's own factor over c.
+    """
+    truth, mean = true_gradient(game).astype(np.float64), moments.mean
+    lengths = true_gradient(game, np.broadcast_to(game.mask.sum(-1), game.rewards.shape)).astype(np.float64)
+    size = np.linalg.norm
+    scale = float((mean * truth).sum() / (truth**2).sum())
+    excess = mean / scale - truth
+    return {
+        "scale": scale,
+        "scale error": 1.96 * float(size(moments.error * truth) / (truth**2).sum()),
+        "bias": float(size(excess) / size(truth)),
+        "bias error": 1.96 * float(size(moments.error) / abs(scale) / size(truth)),
+        "noise": math.sqrt(moments.variance) / float(size(mean)),
+        "length": float((excess * lengths).sum() / (size(truth) * size(lengths))),
+        **{f"weight {p}": float((mean[p] * truth[p]).sum() / (truth[p] ** 2).sum() / scale) for p in range(len(truth))},
+    }
+
+
+def family(horizon: int) -> Mapping[str, Estimator]:
+    """The estimators of the literature, by name. `bnpo` is `dapo`, and GDPO is REINFORCE++-baseline for one reward."""
+
+    def of(scale: str, baseline: str, loss_type: str, **fields: object) -> Estimator:
+        return Estimator(AdvantageConfig(scale=scale, baseline=baseline), LossConfig(loss_type=loss_type, **fields))
+
+    sequence = dict(importance_sampling_level="sequence")
+    return {
+        "REINFORCE, no baseline": of("none", "none", "reinforce"),
+        "REINFORCE, group mean": of("none", "mean", "reinforce"),
+        "RLOO": of("none", "leave_one_out", "reinforce"),
+        "REINFORCE++": of("whiten", "none", "reinforce"),
+        "REINFORCE++-baseline": of("whiten", "mean", "reinforce"),
+        "Dr. GRPO": of("none", "mean", "dr_grpo", max_completion_length=horizon),
+        "GRPO": of("group", "mean", "grpo"),
+        "GRPO, delta 1.3": of("group", "mean", "grpo", delta=1.3),
+        "DAPO": of("group", "mean", "dapo", epsilon_high=0.28),
+        "Lite PPO": of("batch", "mean", "dapo"),
+        "GSPO": of("group", "mean", "grpo", **sequence),
+        "LUSPO": of("group", "mean", "luspo", **sequence),
+        "CISPO": of("group", "mean", "cispo", epsilon_high=5.0),
+        "SAPO": of("group", "mean", "sapo"),
+        "VESPO": of("group", "mean", "vespo"),
+    }
