@@ -34,7 +34,7 @@ from grpo_jax.sweep import array_rewards
 from grpo_jax.training import Result, Run, reward_arrays, schedule, source_policy, summarize
 from grpo_jax.update import Batch, State, make_optimizer, make_update
 
-_UNSCORED = Scores([], {}, [], {})  # demonstrations have no rewards
+NO_SCORES = Scores([], {}, [], {})  # of demonstrations
 CHUNK = 50  # steps in one call: between two calls files are written and Ctrl-C is heard
 
 
@@ -59,10 +59,10 @@ def require_vectorizable(config: Experiment) -> None:
         "its task has several turns": config.task.max_turns > 1,
         "it has a control": config.control is not None,
         "reward.combine is not 'sum'": config.reward.combine != "sum",
-        "loss.sync_ref_model moves its reference": config.loss.sync_ref_model,
-        "loss.mask_truncated_completions leaves out what Python decides": config.loss.mask_truncated_completions,
-        "loss.importance_sampling_mode corrects its sampler": config.loss.importance_sampling_mode is not None,
-        "dynamic_sampling_rounds plays further rounds": config.dynamic_sampling_rounds > 0,
+        "dynamic_sampling_rounds is not 0": config.dynamic_sampling_rounds > 0,
+        "loss.sync_ref_model is on": config.loss.sync_ref_model,
+        "loss.mask_truncated_completions is on": config.loss.mask_truncated_completions,
+        "loss.importance_sampling_mode is not None": config.loss.importance_sampling_mode is not None,
     }
     for obstacle, stands in obstacles.items():
         if stands:
@@ -216,7 +216,7 @@ def _inputs(lane: Run, step: int) -> tuple[Inputs, Rollout | None]:
     samples = range(config.group_size)
     played = demonstrations(task, lane.prompts, "train", indices, ids, samples, tokenizer, seed=config.seed, step=step)
     arrays = played.prompts, played.lengths, played.tokens, played.valid, played.mask, played.logprobs
-    return Inputs(*named, None, Batch(*arrays, *reward_arrays(_UNSCORED, played.mask.shape[:2]))), played
+    return Inputs(*named, None, Batch(*arrays, *reward_arrays(NO_SCORES, played.mask.shape[:2]))), played
 
 
 def _record(
@@ -235,8 +235,7 @@ def _record(
     scalars = {name: float(value) for name, value in metrics.items() if np.ndim(value) == 0}
     if turn is None:
         assert demonstrated is not None
-        shape = demonstrated.mask.shape[:2]
-        rounds = [Round(demonstrated, _UNSCORED, *reward_arrays(_UNSCORED, shape))]
+        rounds = [Round(demonstrated, NO_SCORES, *reward_arrays(NO_SCORES, demonstrated.mask.shape[:2]))]
         lane.record(step, rounds, metrics["advantages"], scalars, seconds=seconds)
         return
     indices, _ = schedule(config.seed, step, config.prompts_per_step, len(config.task.train))

@@ -1,5 +1,6 @@
 """All seeds in one program: the rewards in JAX, the same numbers as runs of their own, and what is refused."""
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -50,9 +51,8 @@ CONFIG = Experiment(
 @given(data=st.data())
 def test_a_reward_in_jax_pays_what_the_python_reward_pays(reward, secret, data):
     """Any tokens, special ones and what comes after the end among them, as the sampler may give them."""
-    task = single_guess("POUND")
-    task = type(task)(task.name, [{"prompt": "", "secret": secret}], [], success=task.success)
-    config = override(CONFIG, {"reward.weights": {}, "task": task, "rewards": {"r": reward}, "warm_start": None})
+    task = dataclasses.replace(single_guess("POUND"), train=[{"prompt": "", "secret": secret}])
+    config = override(CONFIG, {"reward.weights": {}, "task": task, "rewards": {"r": reward}})
     tokens = np.array(data.draw(st.lists(st.lists(st.integers(0, 9), min_size=7, max_size=7), min_size=8, max_size=8)))
     counts = np.arange(7) < np.array(data.draw(st.lists(st.integers(0, 7), min_size=8, max_size=8)))[:, None]
     secrets = np.array(array_rewards.secrets_of(task.train, TOKENIZER), np.int32)
@@ -113,6 +113,7 @@ def test_a_form_that_pays_something_else_ends_the_run(monkeypatch, tmp_path):
         ({"policy.lora": LoRAConfig()}, "its policy is not from scratch"),
         ({"task": six_turns(2, 2)}, "its task has several turns"),
         ({"control": {"method": "sft"}}, "it has a control"),
+        ({"dynamic_sampling_rounds": 1}, "dynamic_sampling_rounds is not 0"),
         ({"reward.combine": "normalize_then_sum", "advantages.scale": "none"}, "reward.combine is not 'sum'"),
         ({"reward.weights": {}, "rewards": {"v": wordle.valid_word}}, "reward 'v' has no JAX form"),
         ({"policy.scratch.alphabet": ALPHABET.lower()}, "an alphabet of capital letters alone"),
