@@ -2,8 +2,9 @@
 
 A policy of under 1M parameters with one token per capital letter first learns (SFT) what legal words look like, the
 secret excluded. GRPO then samples a group at temperature 1 and scores it with the article's partial credit.
-Measured in 14 s on 2 CPU cores, 30 s before anything was compiled: seeds 0, 2 and 3 end at 99 to 100 % POUND; seeds 1
-and 4 collapse onto a non-word that the partial credit pays 0.8 to 0.9, which an entropy bonus of 0.03 did not prevent.
+Seeds 0 to 4 end at 98.4 to 100 % POUND, in 25 to 31 s of CPU time (46 s with compilation, on two cores). Without the
+entropy bonus (groups of 64, a warm start of 100 or 300 steps) five of thirteen runs collapsed onto a non-word that the
+partial credit pays 0.8 to 0.9 for its repeated letters, such as PODOD or POUUU.
 
     grpo-jax train experiments/wordle/pound.py
     grpo-jax train experiments/wordle/pound.py --set sampling.temperature=0.7   # can collapse onto a non-word
