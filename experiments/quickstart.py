@@ -2,8 +2,8 @@
 
 The policy sees three worked sums and is asked for a fourth. The exact integer in the tags earns 1.0, the format alone
 0.1. Expected: from 26 % (greedy; 7 % when sampled) to about 66 % of held-out sums, no pair of which occurs in training
-in either order, in about 5 minutes on 2 CPU cores, most of a minute more with the control. The control is trained on the
-answers to the same prompts for as many steps, so that elicitation and learning can be told apart; it reached 68 and
+in either order, in about 5 minutes on 2 CPU cores, most of a minute more with the control. The control is trained on
+the answers to the same prompts for as many steps, so that elicitation and learning can be told apart; it reached 68 and
 74 % (seeds 0 and 1).
 
     grpo-jax train experiments/quickstart.py
