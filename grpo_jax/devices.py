@@ -5,6 +5,7 @@ Each device owns whole groups. Batches carry their prompts on the leading axis [
 """
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import jax
@@ -45,7 +46,12 @@ def parallel(
 
 def replicate(tree: Any, n: int) -> Any:
     """Copies every leaf to the first n local devices: leaves gain a leading axis of n."""
-    return parallel(lambda _, x: x, n, in_axes=(0, None))(jnp.arange(n), tree)
+    return _replicating(n)(jnp.arange(n), tree)
+
+
+@cache
+def _replicating(n: int) -> Callable[..., Any]:
+    return parallel(lambda _, x: x, n, in_axes=(0, None))  # kept, since a new function is compiled anew
 
 
 def unreplicate(tree: Any) -> Any:

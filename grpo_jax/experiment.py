@@ -7,7 +7,6 @@ loads is a config whose fields have the types and ranges that they claim.
 
 import dataclasses
 import difflib
-import functools
 import hashlib
 import importlib.util
 import json
@@ -23,6 +22,7 @@ from typing import Any, Literal, get_type_hints
 import typeguard
 
 from grpo_jax.errors import UserError
+from grpo_jax.fingerprint import fingerprint
 
 Ranges = dict[str, tuple[bool, str]]  # field -> (whether its value is in range, what it must be)
 
@@ -565,6 +565,12 @@ class Experiment(_Checked):
                 f"RewardConfig.weights names {strangers[0]!r}, which is no reward of this experiment: "
                 f"it has {sorted(self.rewards)}."
             )
+        for name in ("warm_start", "control"):
+            if (variant := getattr(self, name)) is not None:
+                try:
+                    variant_of(self, variant)  # now, not when the run has come so far
+                except UserError as error:
+                    raise UserError(f"Experiment.{name}: {error}") from None
         if self.policy.lora is not None and self.loss.sync_ref_model and self.loss.ref_model_mixup_alpha != 1:
             raise UserError(
                 f"loss.ref_model_mixup_alpha = {self.loss.ref_model_mixup_alpha} mixes parameters, but a mixture of "
@@ -606,6 +612,90 @@ def _unread_fields(method: str) -> list[dataclasses.Field]:
     return [f for f in dataclasses.fields(Experiment) if f.name in unread]
 
 
+Budget = Literal["steps", "tokens"]
+
+
+@dataclass(frozen=True)
+class PlannedRun:
+    """One run of an ablation: the arms that it stands for, its seed, its resolved config, and the config's hash."""
+
+    arms: tuple[str, ...]
+    seed: int
+    config: Experiment
+    key: str
+
+
+@dataclass(frozen=True)
+class Ablation(_Checked):
+    """One experiment under several variations, at several seeds.
+
+    Arms are overrides of `base`, as in `{"article": {}, "strict": {"rewards": {"strict": partial_credit_strict}}}`. At
+    equal seeds they share their prompts and the names of their sampling noise (DESIGN §3), so they are compared seed by
+    seed, each with `baseline` (None: the first arm).
+
+    `metric` is a name in `metrics.jsonl`; its last value is what a run came to. `budget` is what the arms have in
+    common: `steps` as many updates as the base; `tokens` as many sampled tokens as the base has room for, that is
+    steps × prompts × group size × turns × `max_tokens`, from which each arm's steps follow.
+    """
+
+    base: Experiment
+    arms: Mapping[str, Mapping[str, Any]]
+    seeds: Sequence[int] = range(5)
+    metric: str = "evaluation/success"
+    baseline: str | None = None
+    budget: Budget = "steps"
+
+    def _ranges(self) -> Ranges:
+        return dict(
+            arms=(bool(self.arms), "at least one arm, {name: overrides}"),
+            seeds=(0 < len(self.seeds) == len(set(self.seeds)), "at least one seed, each once"),
+            baseline=(self.baseline is None or self.baseline in self.arms, f"None or one of {sorted(self.arms)}"),
+        )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for arm, overrides in self.arms.items():
+            for field_of_sweep, instead in (
+                ("seed", "`seeds`"),
+                ("steps", "`budget`, which gives every arm its steps"),
+            ):
+                if field_of_sweep in overrides:
+                    raise UserError(f"arm {arm!r} sets {field_of_sweep!r}: that is for the ablation's {instead}.")
+            try:
+                self.experiment(arm, self.seeds[0])
+            except UserError as error:
+                raise UserError(f"arm {arm!r}: {error}") from None
+
+    @property
+    def baseline_arm(self) -> str:
+        """The arm that the others are compared with."""
+        return next(iter(self.arms)) if self.baseline is None else self.baseline
+
+    def experiment(self, arm: str, seed: int) -> Experiment:
+        """The resolved config of an arm at a seed."""
+        config = override(self.base, {**self.arms[arm], "seed": seed})
+        if self.budget == "steps":
+            return config
+        return override(config, {"steps": round(self.base.steps * _room(self.base) / _room(config)) or 1})
+
+    def runs(self) -> list[PlannedRun]:
+        """Every run, seed by seed so that what is finished first can be compared; arms that are alike share one."""
+        planned: dict[str, PlannedRun] = {}
+        for seed in self.seeds:
+            for arm in self.arms:
+                config = self.experiment(arm, seed)
+                key = fingerprint(config)
+                earlier = planned[key].arms if key in planned else ()
+                planned[key] = PlannedRun((*earlier, arm), seed, config, key)
+        return list(planned.values())
+
+
+def _room(config: Experiment) -> int:
+    """The most tokens that one step may sample."""
+    turns = getattr(config.task, "max_turns", 1)
+    return config.prompts_per_step * config.group_size * turns * config.sampling.max_tokens
+
+
 def override(config: Experiment, overrides: Mapping[str, Any]) -> Experiment:
     """Returns `config` with dotted fields replaced, e.g. `{"loss.beta": 0.04, "method": "sft"}`.
 
@@ -624,27 +714,24 @@ def override(config: Experiment, overrides: Mapping[str, Any]) -> Experiment:
 
 def _replace(config: Any, changes: Sequence[tuple[list[str], Any, str]]) -> Any:
     """Sets (keys, value, dotted path) at once, so that fields whose ranges depend on each other come in any order."""
-    if isinstance(config, Mapping):
-        inner_of = config.get
-    elif dataclasses.is_dataclass(config):
-        names = [f.name for f in dataclasses.fields(config)]
-        for (key, *_), _, path in changes:
-            if key not in names:
-                raise UserError(
-                    f"{path!r} is not a field: {type(config).__name__} has no {key!r}{_nearest(key, names)}"
-                )
-        inner_of = functools.partial(getattr, config)
-    else:
+    if isinstance(config, Mapping):  # reward weights, or the overrides of a variant: the last one that is named wins
+        named = {".".join(keys): value for keys, value, _ in changes}
+        return {k: v for k, v in config.items() if k not in named} | named
+    if not dataclasses.is_dataclass(config):
         raise UserError(f"{changes[0][2]!r} is not a field: {type(config).__name__} has no fields of its own.")
+    names = [f.name for f in dataclasses.fields(config)]
+    for (key, *_), _, path in changes:
+        if key not in names:
+            raise UserError(f"{path!r} is not a field: {type(config).__name__} has no {key!r}{_nearest(key, names)}")
     new = {key: value for (key, *rest), value, _ in changes if not rest}
     for key in dict.fromkeys(keys[0] for keys, *_ in changes if len(keys) > 1):
         further = [(keys[1:], value, path) for keys, value, path in changes if keys[0] == key and len(keys) > 1]
-        inner = new.get(key, inner_of(key))
+        inner = new.get(key, getattr(config, key))
         if inner is None:
             rest, _, path = further[0]
             raise UserError(f"{path!r} cannot be set: {path.removesuffix('.' + '.'.join(rest))} is None here.")
         new[key] = _replace(inner, further)
-    return {**config, **new} if isinstance(config, Mapping) else dataclasses.replace(config, **new)
+    return dataclasses.replace(config, **new)
 
 
 def parse_overrides(config: Experiment, assignments: Iterable[str]) -> dict[str, Any]:
@@ -684,12 +771,36 @@ def _admits(config: Any, keys: Sequence[str], value: Any) -> bool:
 def load(path: str | Path, assignments: Iterable[str] = ()) -> Experiment:
     """Runs the Python file at `path` and returns its `config`, overridden by `field=value` assignments.
 
+    Of a file that exports an `ablation`, one arm is meant: `arm=NAME` among the assignments (and `budget=…`, where
+    another one than the file's is wanted).
     Raises `UserError` if the file is missing, fails, or exports no `Experiment` named `config`.
     """
-    config = getattr(run_file(path), "config", None)
+    module, assignments = run_file(path), list(assignments)
+    config, ablation = getattr(module, "config", None), getattr(module, "ablation", None)
+    if isinstance(ablation, Ablation):
+        given = dict(a.split("=", 1) for a in assignments if a.startswith(("arm=", "budget=")))
+        if given.get("arm") not in ablation.arms:
+            raise UserError(f"{path} holds an ablation; choose one of its arms: --set arm={'|'.join(ablation.arms)}.")
+        if "budget" in given:
+            ablation = dataclasses.replace(ablation, budget=given["budget"])
+        config = ablation.experiment(given["arm"], ablation.base.seed)
+        assignments = [a for a in assignments if not a.startswith(("arm=", "budget="))]
     if not isinstance(config, Experiment):
         raise UserError(f"{path} exports no experiment: it must define `config = grpo_jax.experiment.Experiment(...)`.")
     return override(config, parse_overrides(config, assignments))
+
+
+def load_ablation(path: str | Path, budget: Budget | None = None) -> Ablation:
+    """Runs the Python file at `path` and returns its `ablation`, with another budget where one is given.
+
+    Raises `UserError` if the file is missing, fails, or exports no `Ablation` named `ablation`.
+    """
+    ablation = getattr(run_file(path), "ablation", None)
+    if not isinstance(ablation, Ablation):
+        raise UserError(
+            f"{path} exports no ablation: it must define `ablation = grpo_jax.experiment.Ablation(base=…, arms=…)`."
+        )
+    return ablation if budget is None else dataclasses.replace(ablation, budget=budget)
 
 
 def load_run(run_dir: str | Path, assignments: Iterable[str] = ()) -> Experiment:

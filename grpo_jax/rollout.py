@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from grpo_jax import devices
-from grpo_jax.errors import UserError
+from grpo_jax.errors import RunError, UserError
 from grpo_jax.experiment import Experiment, SamplingConfig
 from grpo_jax.policy import Policy
 from grpo_jax.policy.tokenizer import Messages, Tokenizer
@@ -203,6 +203,9 @@ def rollout(
       indices: which examples of `split`, P of them, a multiple of `actor.num_devices`.
       prompt_ids, samples: the names of the rows' noise: an id for each prompt, and an index for each of its G rows.
       seed, step: the rest of that name.
+
+    Raises:
+      RunError: if the environment's replies leave no room for the next turn in the policy's context.
     """
     n, tokenizer = actor.num_devices, actor.tokenizer
     examples = [getattr(task, split)[i] for i in indices]
@@ -240,6 +243,14 @@ def rollout(
             rows = _taking(n)(rows, *chosen)
             seats, active, replies = seats.take(active, replies, chosen)
         reply, reply_lengths = _hear(replies, seats, episodes, tokenizer)
+        playing = [(seats.prompt[p], seats.sample[p, g]) for p, g in np.argwhere(replies != None)]  # noqa: E711
+        longest = max(int(lengths[p]) + len(episodes[p][g].ids) for p, g in playing)
+        if longest + config.max_tokens > (context := actor.model.config.max_positions):
+            raise RunError(
+                f"an episode of {task.name} has {longest} tokens before its turn {task.max_turns - turns_left + 1}, "
+                f"which may take {config.max_tokens} more, but the policy's context is {context}: shorten the "
+                "environment's replies, or lower sampling.max_tokens."
+            )
         needed = reply.shape[-1] + config.max_tokens
         if used + needed > slots:
             rows, slots = _growing(used + turns_left * needed - slots, n)(rows), used + turns_left * needed
@@ -249,6 +260,22 @@ def rollout(
             actor.trainable, actor.frozen, rows, *arguments, *noise(seats)
         )
     return _collect(examples, named[0], ids, lengths, episodes, shortest=min(config.max_tokens, 16))
+
+
+def single_turn(
+    examples: Sequence[Example],
+    prompt_ids: np.ndarray,
+    prompts: np.ndarray,
+    lengths: np.ndarray,
+    turn: Turn,
+    tokenizer: Tokenizer,
+) -> Rollout:
+    """The episodes of P prompts whose only turn [P, G, T] was sampled elsewhere, as `rollout` returns them."""
+    num_prompts, num_samples, max_tokens = turn.tokens.shape
+    episodes = [[Episode() for _ in range(num_samples)] for _ in range(num_prompts)]
+    seats = Seats(np.arange(num_prompts), np.tile(np.arange(num_samples), (num_prompts, 1)))
+    _record(devices.shard(turn, 1), seats, np.ones((num_prompts, num_samples), bool), episodes, tokenizer)
+    return _collect(examples, prompt_ids, prompts, lengths, episodes, shortest=min(max_tokens, 16))
 
 
 def sample_text(

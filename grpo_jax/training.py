@@ -77,7 +77,7 @@ def train(
     run_dir, overrides = Path(run_dir), list(overrides)
     with RunLog(run_dir, experiment, source=source, overrides=overrides, resume=resume, quiet=quiet) as log:
         start = starting_policy(experiment, log, resume=resume)
-        run = _Run(experiment, start, log)
+        run = Run(experiment, start, log)
         before, group_before = run.examine(0), run.show_group()
         run.go(resume=resume)
         after, group_after = run.examine(experiment.steps), run.show_group()
@@ -87,13 +87,13 @@ def train(
             with RunLog(
                 run_dir / "control", variant, resume=_begun(run_dir / "control"), quiet=quiet, title="control"
             ) as sub:
-                other = _Run(variant, start, sub)
+                other = Run(variant, start, sub)
                 other.go(resume=True)
                 control = other.examine(variant.steps)
         result = Result(
             run_dir, run.policy(), before, after, control, group_before, group_after, time.monotonic() - began
         )
-        log.summary(_summary(result, experiment))
+        log.summary(summarize(result, experiment))
     return result
 
 
@@ -102,11 +102,11 @@ def starting_policy(experiment: Experiment, log: RunLog, *, resume: bool = False
     if experiment.warm_start is None:
         if experiment.policy.source != "scratch":
             log.note(f"loading {experiment.policy.source}")
-        return _source_policy(experiment)
+        return source_policy(experiment)
     variant, warm_dir = variant_of(experiment, experiment.warm_start), log.run_dir / "warm_start"
     resume = resume and _begun(warm_dir)
     with RunLog(warm_dir, variant, resume=resume, quiet=log.display.quiet, title="warm start") as warm_log:
-        run = _Run(variant, starting_policy(variant, warm_log, resume=resume), warm_log)
+        run = Run(variant, starting_policy(variant, warm_log, resume=resume), warm_log)
         run.go(resume=resume)
     return run.policy()
 
@@ -126,7 +126,7 @@ def restore_with_head(run_dir: str | Path) -> tuple[Experiment, Policy, Params]:
     run_dir, experiment = Path(run_dir), load_run(run_dir)
     if checkpoints.latest_step(run_dir / "checkpoints") is None:
         raise UserError(f"the run {str(run_dir)!r} has no checkpoint yet, so there is no tuned policy in it.")
-    policy = _source_policy(experiment)
+    policy = source_policy(experiment)
     trainable, frozen = split_params(policy.params, policy.lora)
     if has_head(experiment):
         trainable |= new_head(policy.config.hidden_size)
@@ -139,7 +139,7 @@ def restore_with_head(run_dir: str | Path) -> tuple[Experiment, Policy, Params]:
     return experiment, replace(policy, params=model_of(policy).params(trained, frozen)), head
 
 
-def _source_policy(experiment: Experiment) -> Policy:
+def source_policy(experiment: Experiment) -> Policy:
     """The policy that `experiment.policy` names: that of another run, or what `grpo_jax.policy.load` knows."""
     config = experiment.policy
     if not (Path(config.source) / "run.json").is_file():
@@ -154,10 +154,11 @@ def _source_policy(experiment: Experiment) -> Policy:
 
 
 def _begun(run_dir: Path) -> bool:
-    return (run_dir / "run.json").is_file()
+    """Whether anything of a run is there: one killed at its very start has left no run.json yet."""
+    return run_dir.is_dir() and any(run_dir.iterdir())
 
 
-class _Run:
+class Run:
     """One training run under way: the state on the devices, and the functions that move it."""
 
     def __init__(self, experiment: Experiment, start: Policy, log: RunLog) -> None:
@@ -174,7 +175,8 @@ class _Run:
         optimizer, self.schedule = make_optimizer(config.optimizer, config.steps * config.num_iterations)
         self.state = State(
             actor.trainable,
-            devices.parallel(optimizer.init, self.num_devices)(actor.trainable),
+            # Not under pmap: every new optimizer would be compiled for a second to make zeros.
+            devices.replicate(optimizer.init(devices.unreplicate(actor.trainable)), self.num_devices),
             devices.replicate(jnp.int32(0), self.num_devices),
         )
         self.reference = jax.tree.map(jnp.copy, actor.trainable) if needs_start(config) else None
@@ -207,17 +209,11 @@ class _Run:
                     self.examine(done)
                 stopping = stop()  # asked once: what arrives after it waits for the next step
                 if done % config.checkpoint_every == 0 or done == config.steps or stopping:
-                    checkpoints.save(directory, done, self._saved())
+                    self.save(done)
                 if stopping:
                     raise KeyboardInterrupt
         if config.steps == 0:
-            checkpoints.save(directory, 0, self._saved())
-
-    def _saved(self) -> dict[str, Any]:
-        """What a checkpoint holds now. A reference that is never synced is where training began, and not kept."""
-        reference = self.reference if self.experiment.loss.sync_ref_model else None
-        state, reference = devices.unreplicate((self.state, reference))
-        return _checkpoint(state, self.tokens_seen, reference)
+            self.save(0)
 
     def step(self, step: int) -> None:
         """Makes a step's lesson, updates on it and logs it."""
@@ -233,18 +229,22 @@ class _Run:
             updated = jax.device_get(updated)
             gaps, advantages = updated.pop("logprob_gaps", None), updated.pop("advantages", None)
             if iteration == 0 and gaps is not None:
-                self._check_contract(gaps, lesson.played, step)
-                lesson = _with_advantages(lesson, advantages)
+                self.check_contract(gaps, lesson.played, step)
+                lesson = lesson.with_advantages(advantages)
             # The first iteration measures the sampler's gap; the others, how far the policy has moved since.
             metrics = {**updated, **{k: v for k, v in metrics.items() if k.startswith("sampling/")}}
         metrics |= jax.device_get(prepared)  # after an update's own gap, which is nothing once rescored
         self._sync_reference(step + 1)
-        seconds = time.monotonic() - began
+        metrics = {name: float(value[0]) for name, value in metrics.items()}
+        self.record(step, lesson, metrics, seconds=time.monotonic() - began)
+
+    def record(self, step: int, lesson: Lesson, metrics: dict[str, float], *, seconds: float) -> None:
+        """Logs a step: its lesson, with the advantages that the update found, and its update's metrics."""
         self.tokens_seen += lesson.tokens
         metrics = {
             **lesson.metrics,
-            **{name: float(value[0]) for name, value in metrics.items()},
-            "learning_rate": float(self.schedule((step + 1) * config.num_iterations - 1)),
+            **metrics,
+            "learning_rate": float(self.schedule((step + 1) * self.experiment.num_iterations - 1)),
             "num_tokens": self.tokens_seen,
             "step_time": seconds,
             "tokens_per_second": lesson.new_tokens / seconds,
@@ -274,6 +274,16 @@ class _Run:
                 lambda old, new: jax.tree.map(lambda r, p: (1 - alpha) * r + alpha * p, old, new), self.num_devices
             )
             self.reference = mix(self.reference, self.state.trainable)
+
+    def save(self, step: int) -> None:
+        """Saves everything that step `step` depends on."""
+        checkpoints.save(self.log.run_dir / "checkpoints", step, self._saved())
+
+    def _saved(self) -> dict[str, Any]:
+        """What a checkpoint holds now. A reference that is never synced is where training began, and not kept."""
+        reference = self.reference if self.experiment.loss.sync_ref_model else None
+        state, reference = devices.unreplicate((self.state, reference))
+        return _checkpoint(state, self.tokens_seen, reference)
 
     def examine(self, step: int) -> dict[str, Evaluation]:
         """Evaluates the policy as it is now on every split."""
@@ -313,7 +323,7 @@ class _Run:
         params = devices.unreplicate(self.actor.model.params(trainable, self.actor.frozen))
         return replace(self.start, params=params)
 
-    def _check_contract(self, gaps: np.ndarray, played: Rollout, step: int) -> None:
+    def check_contract(self, gaps: np.ndarray, played: Rollout, step: int) -> None:
         """Raises `RunError` naming the first token whose log-probability the update did not find again."""
         gaps = gaps.reshape(played.mask.shape)
         bound = self.experiment.sampling.logprob_bound(self.actor.model.dtype)
@@ -334,18 +344,9 @@ def _checkpoint(state: State, tokens_seen: int, reference: Any | None) -> dict[s
     return {**state._asdict(), "tokens_seen": tokens_seen, "reference": reference}
 
 
-def _with_advantages(lesson: Lesson, advantages: np.ndarray) -> Lesson:
-    """The lesson with the advantages that the update found: one for each completion, PPO's the mean of its tokens'."""
-    batch = lesson.batch
-    if advantages.ndim > 3:  # [devices, P, G, T]
-        mask = batch.mask & batch.kept[..., None]
-        advantages = np.where(mask, advantages.reshape(mask.shape), 0).sum(-1) / np.maximum(mask.sum(-1), 1)
-    advantages = advantages.reshape(batch.kept.shape)
-    rows = [{**row, "advantage": float(a)} for row, a in zip(lesson.rows, advantages.reshape(-1), strict=True)]
-    return replace(lesson, rows=rows, histograms={**lesson.histograms, "advantages": advantages[batch.kept]})
+def summarize(result: Result, experiment: Experiment) -> dict[str, Any]:
+    """What summary.json says of a run."""
 
-
-def _summary(result: Result, experiment: Experiment) -> dict[str, Any]:
     def rows(evaluations: dict[str, Evaluation]) -> dict[str, Any]:
         return {split: evaluation.to_dict() for split, evaluation in evaluations.items()}
 

@@ -7,5 +7,5 @@ install test
 status=0
 .venv/bin/ruff check . || status=1
 .venv/bin/ruff format --check . || status=1
-.venv/bin/python -m pytest --durations=10 "$@" || status=1 # after the linter, so that its count is the last line
+.venv/bin/python -m pytest -n 2 --durations=10 "$@" || status=1 # after the linter, so that its count is the last line
 exit $status

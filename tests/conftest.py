@@ -5,8 +5,12 @@ Both are set in the environment, so that tests which start a process of their ow
 
 import getpass
 import os
+import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
+
+import pytest
 
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
 
@@ -14,3 +18,11 @@ _cache = Path(tempfile.gettempdir()) / f"grpo_jax-tests-{getpass.getuser()}"
 _cache.mkdir(mode=0o700, exist_ok=True)
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_cache))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _forget_what_was_compiled() -> Iterator[None]:
+    """Frees a module's executables: of a whole suite's, XLA's CPU backend runs out of memory mappings and aborts."""
+    yield
+    if "jax" in sys.modules:
+        sys.modules["jax"].clear_caches()

@@ -215,7 +215,9 @@ def test_a_run_has_a_directory_of_its_own_by_default(experiment, house):
 
 
 def test_train_ends_with_the_group_the_scores_the_picture_and_what_to_do_next(experiment, house, capsys):
-    experiment.write_text(FILE + '\nconfig = override(config, {"control": {"method": "sft"}})\n')
+    experiment.write_text(
+        FILE + '\ntask.demonstrate = len\nconfig = override(config, {"control": {"method": "sft"}})\n'
+    )
     assert cli.main(["train", str(experiment), "--run-dir", "a run"]) == 0
     out = capsys.readouterr().out
     for part in (

@@ -136,6 +136,18 @@ def test_a_mapping_takes_new_keys_from_the_command_line():
     assert experiment.override(toy(), overrides).reward.weights == {"length": 2.0}
 
 
+def test_a_variant_takes_overrides_of_fields_that_it_does_not_name_yet():
+    config = toy(warm_start={"optimizer.learning_rate": 0.5})
+    config = experiment.override(config, {"warm_start.optimizer.schedule": "linear"})
+    warm = experiment.variant_of(config, config.warm_start)
+    assert (warm.optimizer.learning_rate, warm.optimizer.schedule) == (0.5, "linear")
+
+
+def test_a_mistake_in_a_variant_is_found_before_anything_runs():
+    assert "Experiment.control: 'optimiser'" in message(lambda: toy(control={"optimiser": None}))
+    assert "Experiment.warm_start: OptimizerConfig.b1" in message(lambda: toy(warm_start={"optimizer.b1": 2.0}))
+
+
 @given(st.floats(0, 10), st.integers(0, 2**31 - 1), st.booleans())
 def test_any_number_survives_the_way_through_the_command_line(beta, seed, clip):
     assignments = [f"loss.beta={beta!r}", f"seed={seed}", f"optimizer.max_grad_norm={1.0 if clip else None}"]
@@ -145,11 +157,11 @@ def test_any_number_survives_the_way_through_the_command_line(beta, seed, clip):
 
 
 def test_a_config_becomes_json_that_tells_data_apart():
-    config = toy(policy=PolicyConfig(lora=LoRAConfig(rank=4)), warm_start={"method": "sft"})
+    config = toy(policy=PolicyConfig(lora=LoRAConfig(rank=4)), warm_start={"steps": 5})
     described = json.loads(json.dumps(experiment.to_dict(config)))
     assert described["policy"]["lora"]["rank"] == 4
     assert described["rewards"] == {"length": "builtins.len"}
-    assert described["warm_start"] == {"method": "sft"}
+    assert described["warm_start"] == {"steps": 5}
     assert (described["task"]["name"], described["task"]["train"]) == ("toy", 1)
     other = toy(task=SimpleNamespace(name="toy", train=[{"prompt": "z"}], held_out=[]))
     assert experiment.to_dict(other)["task"]["sha256"] != described["task"]["sha256"]
@@ -201,3 +213,69 @@ def test_fields_that_depend_on_each_other_are_set_in_any_order():
         assert experiment.parse_overrides(Experiment(**base), assignments) == changes
     back = experiment.override(changed, {"loss": LossConfig("sapo"), "loss.sapo_temperature_pos": 2.0})
     assert back.loss == LossConfig("sapo", sapo_temperature_pos=2.0)
+
+
+# Ablations -----------------------------------------------------------------------------------------------------------
+
+ABLATION = (
+    FILE
+    + """
+    arms = {"base": {}, "same": {"loss.beta": 0.0}, "small": {"group_size": 2}}
+    ablation = Ablation(base=config, arms=arms, seeds=(3, 4))
+"""
+)
+
+
+def test_an_ablation_plans_every_arm_at_every_seed_seed_by_seed_and_nothing_twice(write):
+    runs = experiment.load_ablation(write(ABLATION)).runs()
+    assert [(run.arms, run.seed) for run in runs] == [
+        (("base", "same"), 3),
+        (("small",), 3),
+        (("base", "same"), 4),
+        (("small",), 4),
+    ]
+    assert [(run.config.group_size, run.config.seed) for run in runs] == [(8, 3), (2, 3), (8, 4), (2, 4)]
+    assert len({run.key for run in runs}) == 4
+
+
+def test_an_arm_with_another_reward_of_the_same_name_is_another_run():
+    rewards = {"less": {"rewards": {"r": lambda **_: 0}}, "more": {"rewards": {"r": lambda **_: 1}}}
+    assert len(experiment.Ablation(base=toy(), arms=rewards, seeds=[0]).runs()) == 2
+
+
+def test_a_budget_of_tokens_gives_arms_the_steps_that_sample_as_many(write):
+    path = write(ABLATION)
+    steps = {run.arms[-1]: run.config.steps for run in experiment.load_ablation(path).runs()}
+    assert steps == {"same": 7, "small": 7}
+    steps = {run.arms[-1]: run.config.steps for run in experiment.load_ablation(path, "tokens").runs()}
+    assert steps == {"same": 7, "small": 28}  # groups of 2 in the place of 8
+
+
+def test_one_arm_of_an_ablation_loads_as_an_experiment(write):
+    path = write(ABLATION)
+    config = experiment.load(path, ["arm=small", "seed=4", "budget=tokens"])
+    assert (config.group_size, config.seed, config.steps) == (2, 4, 28)
+    planned = {(run.arms[-1], run.seed): run.config for run in experiment.load_ablation(path, "tokens").runs()}
+    assert experiment.to_dict(config) == experiment.to_dict(planned["small", 4])
+    assert "choose one of its arms: --set arm=base|same|small" in message(lambda: experiment.load(path))
+
+
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        ({"arms": {}}, "at least one arm"),
+        ({"seeds": ()}, "at least one seed"),
+        ({"seeds": (1, 1)}, "each once"),
+        ({"baseline": "bse"}, "one of ['base']"),
+        ({"arms": {"base": {}, "typo": {"loss.betta": 1.0}}}, "arm 'typo': 'loss.betta' is not a field"),
+        ({"arms": {"base": {"seed": 1}}}, "arm 'base' sets 'seed': that is for the ablation's `seeds`"),
+        ({"arms": {"base": {"steps": 1}}}, "arm 'base' sets 'steps': that is for the ablation's `budget`"),
+        ({"budget": "time"}, "wrong type"),
+    ],
+)
+def test_a_wrong_ablation_is_one_sentence(fields, says):
+    assert says in message(lambda: experiment.Ablation(**{"base": toy(), "arms": {"base": {}}, **fields}))
+
+
+def test_a_file_without_an_ablation_says_what_it_lacks(write):
+    assert "exports no ablation" in message(lambda: experiment.load_ablation(write(FILE)))

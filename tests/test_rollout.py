@@ -1,7 +1,7 @@
 """Episodes: what is in the context, what is trained on, and that how rows are batched changes nothing."""
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from grpo_jax import devices, rollout
-from grpo_jax.errors import UserError
+from grpo_jax.errors import RunError, UserError
 from grpo_jax.experiment import SamplingConfig, ScratchConfig
 from grpo_jax.logprobs import completion_logprobs
 from grpo_jax.policy import Policy, load
@@ -216,6 +216,13 @@ def test_a_prompt_that_leaves_no_room_is_one_sentence():
         encode_prompts(task, TOKENIZER, 64, 9)
     with pytest.raises(UserError, match="with up to 24 new ones"):  # every turn needs room
         encode_prompts(make_task(["b" * 55], reply=answer, max_turns=3), TOKENIZER, 64, 8)
+
+
+def test_replies_that_leave_no_room_for_the_next_turn_are_one_sentence(policy):
+    # A prompt of up to 3 tokens and three turns of 4 fit in 16, but not with a reply of up to 5 after each turn.
+    small = replace(policy, config=replace(policy.config, max_positions=16))
+    with pytest.raises(RunError, match=r"an episode of talk has \d+ tokens before its turn [23], .* context is 16"):
+        play(small, TALK)
 
 
 def test_rewards_get_text_for_a_text_and_messages_for_a_chat(policy):

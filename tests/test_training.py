@@ -164,7 +164,7 @@ def test_a_warm_start_and_a_control_are_runs_of_their_own(source, tmp_path):
     _, warm = training.restore(tmp_path / "warm_start")
     before = evaluation.evaluate(warm, experiment)
     assert before == result.before["held_out"]  # the training began where the warm start ended
-    assert before.success > evaluation.evaluate(training._source_policy(experiment), experiment).success + 0.2
+    assert before.success > evaluation.evaluate(training.source_policy(experiment), experiment).success + 0.2
     variant, control = training.restore(tmp_path / "control")
     assert (variant.method, variant.steps, variant.control) == ("sft", 2, None)
     assert evaluation.evaluate(control, variant) == result.control["held_out"]

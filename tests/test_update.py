@@ -22,11 +22,12 @@ from grpo_jax.experiment import (
     override,
 )
 from grpo_jax.logprobs import completion_logprobs
+from grpo_jax.objectives import Batch
 from grpo_jax.policy import load
 from grpo_jax.policy.trainable import Model, split
 from grpo_jax.rollout import encode_prompts, make_actor, rollout
 from grpo_jax.tasks import Task
-from grpo_jax.update import Batch, State, decays, make_optimizer, make_rescore, make_update
+from grpo_jax.update import State, decays, make_optimizer, make_rescore, make_update
 
 P, G, T = 32, 3, 4
 SCRATCH = ScratchConfig(hidden_size=16, num_layers=2, num_heads=2)

@@ -2,8 +2,9 @@
 
 A policy of under 1M parameters with one token per capital letter first learns (SFT) what legal words look like, the
 secret excluded. GRPO then samples a group at temperature 1 and scores it with the article's partial credit.
-Measured in 14 s on 2 CPU cores, 30 s before anything was compiled: seeds 0, 2 and 3 end at 99 to 100 % POUND; seeds 1
-and 4 collapse onto a non-word that the partial credit pays 0.8 to 0.9, which an entropy bonus of 0.03 did not prevent.
+Seeds 0 to 4 end at 98.4 to 100 % POUND, in 25 to 31 s of CPU time (46 s with compilation, on two cores). Without the
+entropy bonus (groups of 64, a warm start of 100 or 300 steps) five of thirteen runs collapsed onto a non-word that the
+partial credit pays 0.8 to 0.9 for its repeated letters, such as PODOD or POUUU.
 
     grpo-jax train experiments/wordle/pound.py
     grpo-jax train experiments/wordle/pound.py --set sampling.temperature=0.7   # can collapse onto a non-word
@@ -12,6 +13,7 @@ and 4 collapse onto a non-word that the partial credit pays 0.8 to 0.9, which an
 from grpo_jax.experiment import (
     EvaluationConfig,
     Experiment,
+    LossConfig,
     OptimizerConfig,
     PolicyConfig,
     SamplingConfig,
@@ -24,11 +26,14 @@ config = Experiment(
     task=single_guess("POUND"),
     rewards={"partial_credit": partial_credit},
     policy=PolicyConfig(scratch=ScratchConfig(alphabet="ABCDEFGHIJKLMNOPQRSTUVWXYZ", hidden_size=96, num_layers=2)),
-    steps=150,
+    steps=120,
     prompts_per_step=1,
-    group_size=64,
+    group_size=128,
     sampling=SamplingConfig(temperature=1.0, max_tokens=6),
+    # The bonus keeps every letter in play until the right one has been sampled. Advantages are in units of the group's
+    # own standard deviation, so that the bonus weighs less and less as the group agrees.
+    loss=LossConfig(entropy_coef=0.1),
     optimizer=OptimizerConfig(learning_rate=1e-3),
     evaluation=EvaluationConfig(num_samples=512, batch_size=512, temperature=1.0),
-    warm_start={"method": "sft", "steps": 100, "optimizer.learning_rate": 3e-3},
+    warm_start={"method": "sft", "steps": 300, "optimizer.learning_rate": 3e-3, "optimizer.schedule": "linear"},
 )

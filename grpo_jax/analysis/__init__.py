@@ -1,1 +1,1 @@
-"""What a run's files say: plots."""
+"""What runs' files say: statistics, tables, plots."""

@@ -86,11 +86,11 @@ def learning_curve(run_dir: str | Path) -> Path:
         else:
             axes["success"].set_title("Held-out success")
             axes["reward"].set_title("Training reward")
-            _label_right(axes["reward"], _draw_reward(axes["reward"], reward))
-        _label_right(axes["success"], top)
+            label_right(axes["reward"], _draw_reward(axes["reward"], reward))
+        label_right(axes["success"], top)
         if collapse:
             axes["collapse"].set_title("Signs of collapse")
-            _label_right(axes["collapse"], _draw_collapse(axes["collapse"], collapse))
+            label_right(axes["collapse"], _draw_collapse(axes["collapse"], collapse))
         axes[panels[-1]].set_xlabel("updates")
         axes[panels[-1]].xaxis.set_major_locator(MaxNLocator(integer=True))
         path = run_dir / "learning_curve.png"
@@ -183,7 +183,7 @@ def _draw_collapse(axes: Axes, collapse: Mapping[str, Series]) -> Labels:
     return labels
 
 
-def _label_right(axes: Axes, labels: Labels) -> None:
+def label_right(axes: Axes, labels: Labels) -> None:
     """Writes each label right of the axes at its height, moved apart where two would overlap."""
     low, high = axes.get_ylim()
     inches = axes.get_position().height * axes.figure.get_figheight()

@@ -1,7 +1,7 @@
 """What a step's lesson is made from and what it holds, and what methods have in common in making it."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any
 
@@ -80,6 +80,20 @@ class Lesson:
     metrics: Mapping[str, float] = field(default_factory=dict)
     rows: list[dict[str, Any]] = field(default_factory=list)
     histograms: Mapping[str, np.ndarray] = field(default_factory=dict)
+
+    def with_advantages(self, advantages: np.ndarray) -> "Lesson":
+        """The lesson with what its update found: one for each completion, or (PPO) for each token, whose mean it is.
+
+        Args:
+          advantages: [..., P, G] or, by token, [..., P, G, T], with the devices in front.
+        """
+        batch = self.batch
+        if advantages.size == batch.mask.size > batch.kept.size:
+            mask = batch.mask & batch.kept[..., None]
+            advantages = np.where(mask, advantages.reshape(mask.shape), 0).sum(-1) / np.maximum(mask.sum(-1), 1)
+        advantages = advantages.reshape(batch.kept.shape)
+        rows = [{**row, "advantage": float(a)} for row, a in zip(self.rows, advantages.reshape(-1), strict=True)]
+        return replace(self, rows=rows, histograms={**self.histograms, "advantages": advantages[batch.kept]})
 
 
 def batch_of(played: Rollout, rewards: np.ndarray | None = None, kept: np.ndarray | None = None) -> Batch:

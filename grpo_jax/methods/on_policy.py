@@ -1,7 +1,10 @@
 """GRPO's and PPO's lessons: completions of the policy as it is, with their rewards."""
 
+from collections.abc import Sequence
+
 from grpo_jax import dynamic_sampling
 from grpo_jax.dynamic_sampling import Round
+from grpo_jax.experiment import Experiment
 from grpo_jax.methods.lesson import (
     Classroom,
     Lesson,
@@ -16,8 +19,11 @@ from grpo_jax.methods.lesson import (
 
 def lesson(room: Classroom, step: int) -> Lesson:
     """Plays and scores a step's prompts, and further ones where dynamic sampling asks for them."""
-    config = room.experiment
-    rounds = _rounds(room, step)
+    return lesson_of(_rounds(room, step), room.experiment)
+
+
+def lesson_of(rounds: Sequence[Round], config: Experiment) -> Lesson:
+    """The lesson of a step whose prompts were played and scored in these rounds."""
     chosen = dynamic_sampling.combine(rounds)
     played = chosen.played
     batch = batch_of(played, chosen.rewards, chosen.kept)

@@ -58,7 +58,7 @@ def _example(prefix: Sequence[Mapping[str, str]], a: int, b: int) -> Example:
 
 
 def _question(a: int, b: int) -> str:
-    return f"{a} + {b}"
+    return f"Calculate {a} + {b}."
 
 
 def _tagged(answer: int) -> str:

@@ -49,8 +49,11 @@ __all__ = [
 REFUSED = "-" * WORD_LENGTH
 """The plain style's reply to a refused guess."""
 
-PLAIN_ALPHABET = string.ascii_uppercase + "gyx-"
-"""The characters of the plain style: guesses in capitals, marks in small letters, dashes for a refused guess."""
+_GREY = {letter: chr(ord("ⓐ") + i) for i, letter in enumerate(string.ascii_uppercase)}
+
+PLAIN_ALPHABET = string.ascii_uppercase + string.ascii_lowercase + "".join(_GREY.values()) + "-"
+"""The characters of the plain style: guesses in capitals; in replies a letter in its place is a capital, one that
+occurs elsewhere is small, and one that does not occur is circled. Dashes answer a refused guess."""
 
 RULES = (
     f"Let us play Wordle. Find my secret English word of {WORD_LENGTH} letters in at most {MAX_GUESSES} guesses. "
@@ -90,10 +93,10 @@ def six_turns(
     """Returns the full game, with disjoint secrets (the column `secret`) for training and evaluation.
 
     The secrets are drawn from the 2,315 answers by `seed`. Style `plain` is for a policy from scratch over
-    `PLAIN_ALPHABET`: an empty prompt, turns like `CRANE`, replies like `xygxx`. Style `chat` is for a language model:
-    rules, tags and replies in words. A demonstration is a game of the random consistent player over the training
-    secrets: the only words it knows, so on a held-out secret it loses. The references are what the blind and the
-    random consistent player, who know the training secrets and no other word, win on those secrets.
+    `PLAIN_ALPHABET`: an empty prompt, turns like `CRANE`, replies like `ⓒrANⓔ`. Style `chat` is for a language
+    model: rules, tags and replies in words. A demonstration is a game of the random consistent player over the
+    training secrets: the only words it knows, so on a held-out secret it loses. The references are what the blind and
+    the random consistent player, who know the training secrets and no other word, win on those secrets.
     """
     if num_secrets < 1 or num_held_out < 1 or num_secrets + num_held_out > len(answers()):
         raise UserError(
@@ -172,7 +175,12 @@ def _reply(turns: Sequence[str], secret: str, say: Callable[[str, str | None, in
 
 
 def _say_plain(guess: str, marks: str | None, guesses_left: int) -> str:
-    return marks.lower() if marks else REFUSED
+    # One character says both letter and mark, always as far behind the letter that it bears upon: what a policy of two
+    # layers has to learn is then to copy and to suppress, where strings of marks alone took it thousands of updates.
+    if marks is None:
+        return REFUSED
+    written = {"G": str, "Y": str.lower, "X": _GREY.__getitem__}
+    return "".join(written[mark](letter) for letter, mark in zip(guess, marks, strict=True))
 
 
 def _say_chat(guess: str, marks: str | None, guesses_left: int) -> str:

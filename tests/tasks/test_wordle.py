@@ -145,7 +145,7 @@ class TestSixTurns:
         example = {"prompt": "", "secret": "POUND"}
         guesses = ["CRANE", "WORD", "NOUDI", "DONUT", "POUND"]
         replies = [reply(example, guesses[: turn + 1]) for turn in range(5)]
-        assert replies == ["xxxgx", "-----", "-----", "ygyyx", None]  # no word of five letters, no word, won
+        assert replies == ["ⓒⓡⓐNⓔ", "-----", "-----", "dOnuⓣ", None]  # no word of five letters, no word, won
         assert set("".join(guesses + replies[:4])) <= set(PLAIN_ALPHABET)
 
     def test_a_chat_game(self) -> None:

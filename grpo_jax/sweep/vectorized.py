@@ -1,0 +1,267 @@
+"""All seeds of a from-scratch arm in one compiled program: sampling, reward and update, vmapped over seeds.
+
+A whole step runs on the device and `CHUNK` of them per call (Lu et al. 2022, purejaxrl, is the model). Noise, prompts
+and initial parameters are named by the seed as in a run of its own, so a lane samples what that run samples, until the
+rounding of batched matrix products turns a draw. Everything around the steps (evaluations, metrics, checkpoints, files)
+is that of `grpo_jax.training`, lane by lane, so `grpo-jax table` and `grpo-jax evaluate` find ordinary runs.
+
+A program under way cannot be resumed: runs that are not finished begin anew.
+"""
+
+import math
+import shutil
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from grpo_jax import devices
+from grpo_jax.dynamic_sampling import Round
+from grpo_jax.errors import RunError, UserError
+from grpo_jax.experiment import Experiment, variant_of
+from grpo_jax.logs import RunLog
+from grpo_jax.methods import LESSONS, Lesson, on_policy
+from grpo_jax.methods.lesson import reward_arrays, schedule
+from grpo_jax.objectives import Batch
+from grpo_jax.policy import Policy
+from grpo_jax.rollout import single_turn
+from grpo_jax.sampler import Noise, Settings, Turn, first_turn
+from grpo_jax.sweep import array_rewards
+from grpo_jax.training import Result, Run, source_policy, summarize
+from grpo_jax.update import State, make_optimizer, make_update
+
+CHUNK = 50  # steps in one call: between two calls files are written and Ctrl-C is heard
+
+
+class Inputs(NamedTuple):
+    """What a step of one lane is given: prompts [P, S], lengths [P], prompt_ids [P], and either the secrets [P, L] that
+    its completions are rewarded by, or (for SFT) the demonstrations that it trains on.
+    """
+
+    step: Any
+    prompts: Any
+    lengths: Any
+    prompt_ids: Any
+    secrets: Any
+    demonstrated: Any
+
+
+def require_vectorizable(config: Experiment) -> None:
+    """Raises `UserError` for an experiment that cannot be trained in one program, and says why."""
+    scratch = config.policy.source == "scratch" and config.policy.lora is None
+    obstacles = {
+        f"its method is {config.method}, neither grpo nor sft": config.method not in ("grpo", "sft"),
+        "its demonstrations are packed (sft.packing)": config.method == "sft" and config.sft.packing,
+        "its policy is not from scratch (policy.source = 'scratch' without adapters)": not scratch,
+        "its task has several turns": config.task.max_turns > 1,
+        "it has a control": config.control is not None,
+        "reward.combine is not 'sum'": config.reward.combine != "sum",
+        "dynamic_sampling_rounds is not 0": config.dynamic_sampling_rounds > 0,
+        "loss.sync_ref_model is on": config.loss.sync_ref_model,
+        "loss.mask_truncated_completions is on": config.loss.mask_truncated_completions,
+        "loss.importance_sampling_mode is not None": config.loss.importance_sampling_mode is not None,
+    }
+    for obstacle, stands in obstacles.items():
+        if stands:
+            raise UserError(f"this experiment cannot be vectorised: {obstacle}. Run it without --vectorize.")
+    if config.method == "grpo":
+        array_rewards.require_form(config)
+    if config.warm_start is not None:
+        require_vectorizable(variant_of(config, config.warm_start))
+
+
+def train_seeds(runs: Mapping[Path, tuple[Experiment, list[str]]], *, source: Path | None = None) -> None:
+    """Trains experiments that differ in their seed alone, each with a run directory as `training.train` leaves one.
+
+    Args:
+      runs: for each run directory the experiment, and the overrides of the file that it came from, for the record.
+
+    Raises as `training.train` does; what one seed fails by ends them all.
+    """
+    configs = [config for config, _ in runs.values()]
+    for config in configs:
+        require_vectorizable(config)
+    began = time.monotonic()
+    with ExitStack() as stack:
+        logs = []
+        for run_dir, (config, overrides) in runs.items():
+            if run_dir.exists():
+                shutil.rmtree(run_dir)
+            logs.append(stack.enter_context(RunLog(run_dir, config, source=source, overrides=overrides, quiet=True)))
+        lanes = _lanes(configs, logs)
+        before = [(lane.examine(0), lane.show_group()) for lane in lanes]
+        _go(lanes)
+        for lane, (evaluation, group) in zip(lanes, before, strict=True):
+            after, run_dir = lane.examine(lane.experiment.steps), lane.log.run_dir
+            seconds = time.monotonic() - began
+            result = Result(run_dir, lane.policy(), evaluation, after, {}, group, lane.show_group(), seconds)
+            lane.log.summary(summarize(result, lane.experiment))
+
+
+def _lanes(configs: Sequence[Experiment], logs: Sequence[RunLog]) -> list[Run]:
+    """A `Run` for each seed, which begins where its warm start, trained in one program too, has ended."""
+    starts: list[Policy] = []
+    if configs[0].warm_start is None:
+        starts = [source_policy(config) for config in configs]
+    else:
+        variants = [variant_of(config, config.warm_start or {}) for config in configs]
+        with ExitStack() as stack:
+            warm_logs = [
+                stack.enter_context(RunLog(log.run_dir / "warm_start", variant, quiet=True))
+                for variant, log in zip(variants, logs, strict=True)
+            ]
+            warm = _lanes(variants, warm_logs)
+            _go(warm)
+            starts = [lane.policy() for lane in warm]
+    return [Run(*parts) for parts in zip(configs, starts, logs, strict=True)]
+
+
+def _go(lanes: Sequence[Run]) -> None:
+    """Trains all lanes from the first step to the last, as `Run.go` trains one."""
+    config = lanes[0].experiment
+    program, size = _program(lanes[0]), _chunk(config)
+    states, frozen = (_stack([devices.unreplicate(x) for x in xs]) for xs in (
+        [lane.state for lane in lanes], [lane.actor.frozen for lane in lanes]))  # fmt: skip
+    reference = _stack([devices.unreplicate(lane.reference) for lane in lanes]) if config.loss.beta else None
+    seeds = jnp.array([lane.experiment.seed for lane in lanes], jnp.int32)
+    for first in range(0, config.steps, size):
+        steps = range(first, first + size)
+        began = time.monotonic()
+        data = [[_inputs(lane, step) for lane in lanes] for step in steps]
+        inputs = _stack([_stack([given for given, _ in row]) for row in data])
+        states, outputs = jax.device_get(program(states, frozen, reference, seeds, inputs))
+        seconds = (time.monotonic() - began) / size
+        for i, lane in enumerate(lanes):
+            for k, step in enumerate(steps):
+                at = jax.tree.map(lambda x, k=k, i=i: x[k, i], outputs)
+                _record(lane, step, *data[k][i], *at, seconds=seconds)
+            done = first + size
+            evaluates = bool(config.evaluation.every) and done % config.evaluation.every == 0
+            if evaluates or done == config.steps:
+                lane.state = State(*devices.replicate(tuple(_lane(states, i)), lane.num_devices))
+            if evaluates and done < config.steps:
+                lane.examine(done)
+    for lane in lanes:
+        lane.save(config.steps)
+
+
+def _chunk(config: Experiment) -> int:
+    """The largest number of steps up to `CHUNK` that divides the steps between two evaluations."""
+    span = math.gcd(config.steps, config.evaluation.every)
+    return max((n for n in range(1, min(span, CHUNK) + 1) if span % n == 0), default=1)
+
+
+def _program(lane: Run) -> Any:
+    """Builds `program(states, frozen, reference, seeds, inputs) -> (states, outputs)`: K steps [K, N, …] of N lanes."""
+    config, actor = lane.experiment, lane.actor
+    optimizer, _ = make_optimizer(config.optimizer, config.steps * config.num_iterations)
+    update = make_update(actor.model, config, optimizer, common=lane.prompts.common, axis_name=None)
+    sampling, tokenizer = config.sampling, actor.tokenizer
+    truncate = sampling.top_k > 0 or sampling.top_p < 1
+    settings = Settings(sampling.max_tokens, tokenizer.stop_ids, tokenizer.pad_id, sampling.top_k, truncate=truncate)
+    samples = jnp.tile(jnp.arange(config.group_size, dtype=jnp.int32), (config.prompts_per_step, 1))
+    sample = partial(first_turn, settings=settings, slots=sampling.max_tokens - 1, common=lane.prompts.common)
+
+    def play(state: State, frozen: Any, seed: jax.Array, given: Inputs) -> tuple[Turn | None, Batch]:
+        if config.method == "sft":
+            return None, given.demonstrated
+        noise = Noise(seed, given.step, given.prompt_ids, samples)
+        policy = actor.model.bind(state.trainable, frozen)
+        scales = jnp.float32(sampling.temperature), jnp.float32(sampling.top_p)
+        turn, _ = sample(policy, given.prompts, given.lengths, noise, *scales)
+        rewards = array_rewards.reward(config, turn.tokens, turn.mask, given.secrets)
+        tokens, kept = jnp.where(turn.mask, turn.tokens, 0), jnp.ones(rewards.shape, bool)
+        return turn, Batch(given.prompts, given.lengths, tokens, turn.mask, turn.mask, turn.logprobs, rewards, kept)
+
+    def step(state: State, frozen: Any, reference: Any, seed: jax.Array, given: Inputs) -> tuple[State, Any]:
+        turn, batch = play(state, frozen, seed, given)
+        state, metrics = update(state, frozen, reference, batch, jnp.bool_(True))
+        for _ in range(config.num_iterations - 1):
+            first = metrics
+            state, metrics = update(state, frozen, reference, batch, jnp.bool_(False))
+            # As in `Run.step`: the first iteration measures the sampler's gap, the last how far the policy has moved.
+            of_first = ("sampling/logprob_difference/mean", "sampling/logprob_difference/max", "logprob_gaps")
+            metrics |= {name: first[name] for name in of_first if name in first}
+        return state, (turn, batch.rewards, metrics)
+
+    def program(states: State, frozen: Any, reference: Any, seeds: jax.Array, inputs: Inputs) -> tuple[State, Any]:
+        def all_lanes(states: State, given: Inputs) -> tuple[State, Any]:
+            return _over_lanes(lambda lane: step(*lane), (states, frozen, reference, seeds, given))
+
+        return jax.lax.scan(all_lanes, states, inputs)
+
+    return jax.jit(program)
+
+
+def _over_lanes(function: Callable[[Any], Any], lanes: Any) -> Any:
+    """`function` of every lane, the leading axis of the tree `lanes`.
+
+    An accelerator takes all lanes at once. A CPU gains little by that, and loses that a lane has the shapes, and so the
+    rounding, of a run of its own.
+    """
+    return jax.lax.map(function, lanes) if jax.default_backend() == "cpu" else jax.vmap(function)(lanes)
+
+
+def _inputs(lane: Run, step: int) -> tuple[Inputs, Lesson | None]:
+    """What the program is given for one step of one lane, and for SFT the lesson that it is."""
+    config, task, tokenizer = lane.experiment, lane.experiment.task, lane.actor.tokenizer
+    indices, ids = schedule(config.seed, step, config.prompts_per_step, len(task.train))
+    named = np.int32(step), *lane.prompts.batch("train", indices), np.asarray(ids, np.int32)
+    if config.method == "sft":
+        lesson = LESSONS["sft"](lane.classroom(), step)
+        return Inputs(*named, None, lesson.batch), lesson
+    secrets = array_rewards.secrets_of([task.train[i] for i in indices], tokenizer)
+    return Inputs(*named, np.asarray(secrets, np.int32), None), None
+
+
+def _record(
+    lane: Run,
+    step: int,
+    given: Inputs,
+    lesson: Lesson | None,
+    turn: Turn | None,
+    rewards: np.ndarray,
+    metrics: dict[str, np.ndarray],
+    *,
+    seconds: float,
+) -> None:
+    """Logs one step of one lane, once its Python rewards have paid what the program was trained on."""
+    if lesson is None:
+        assert turn is not None
+        lesson = _played(lane, step, given, turn, rewards)
+        assert lesson.played is not None
+        lane.check_contract(metrics["logprob_gaps"], lesson.played, step)
+        lesson = lesson.with_advantages(metrics["advantages"])
+    scalars = {name: float(value) for name, value in metrics.items() if np.ndim(value) == 0}
+    lane.record(step, lesson, scalars, seconds=seconds)
+
+
+def _played(lane: Run, step: int, given: Inputs, turn: Turn, rewards: np.ndarray) -> Lesson:
+    """The lesson that a lane's step was, from the arrays that its program returned."""
+    config = lane.experiment
+    indices, _ = schedule(config.seed, step, config.prompts_per_step, len(config.task.train))
+    examples = [config.task.train[i] for i in indices]
+    played = single_turn(examples, given.prompt_ids, given.prompts, given.lengths, turn, lane.actor.tokenizer)
+    scores = lane.classroom().score(played, step)
+    paid, kept = reward_arrays(scores, rewards.shape)
+    if not np.allclose(paid, rewards, rtol=0, atol=1e-6):
+        p, g = np.argwhere(~np.isclose(paid, rewards, rtol=0, atol=1e-6))[0]
+        raise RunError(
+            f"step {step}: {played.episodes[p][g].turns[0]!r} was trained on with a reward of {rewards[p, g]:g}, but "
+            f"the experiment's rewards pay {paid[p, g]:g}: their JAX form is wrong."
+        )
+    return on_policy.lesson_of([Round(played, scores, paid, kept)], config)
+
+
+def _stack(trees: Sequence[Any]) -> Any:
+    return jax.tree.map(lambda *leaves: np.stack(leaves), *trees)
+
+
+def _lane(tree: Any, index: int) -> Any:
+    return jax.tree.map(lambda x: x[index], tree)

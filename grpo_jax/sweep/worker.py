@@ -1,0 +1,88 @@
+"""The process of one run of a sweep: `python -m grpo_jax.sweep.worker ORDER`, with an order as `sweep` writes it."""
+
+import fcntl
+import json
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+from grpo_jax.errors import RunError, UserError
+from grpo_jax.experiment import Budget, load_ablation
+
+
+def run(
+    source: Path, arm: str, seeds: Sequence[int], directory: Path, *, budget: Budget, vectorize: bool = False
+) -> None:
+    """Makes the runs of an arm at some seeds, or goes on with them; what is finished is left as it is.
+
+    Waits while another process makes the same run, as one does that a killed sweep has left behind.
+    """
+    from grpo_jax import sweep, training
+
+    planned = [r for r in load_ablation(source, budget).runs() if arm in r.arms and r.seed in seeds]
+    with ExitStack() as locks:
+        for one in planned:
+            locks.enter_context(_lock(directory / f".{one.key}.lock"))
+        planned = [one for one in planned if not sweep.is_finished(directory / one.key)]
+        overrides = {one.key: [f"arm={arm}", f"budget={budget}", f"seed={one.seed}"] for one in planned}
+        if vectorize:
+            from grpo_jax.sweep.vectorized import train_seeds
+
+            train_seeds({directory / one.key: (one.config, overrides[one.key]) for one in planned}, source=source)
+            return
+        for one in planned:
+            resume = (directory / one.key).is_dir()
+            training.train(
+                one.config, directory / one.key, source=source, overrides=overrides[one.key], resume=resume, quiet=True
+            )
+
+
+@contextmanager
+def _lock(path: Path) -> Iterator[None]:
+    """Holds an advisory lock, which the system lets go of however this process ends."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _stop_with_the_sweep() -> None:
+    """Stops this run after its step, its state saved, once the sweep has closed the pipe to it or is no more."""
+
+    def watch() -> None:
+        os.read(sys.stdin.fileno(), 1)  # not sys.stdin.read, whose lock a thread must not hold when Python ends
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def main(order: str) -> int:
+    """Carries out an order and returns the exit status; the last line that it prints says what went wrong."""
+    asked = json.loads(order)
+    if asked["cores"] is not None:
+        os.sched_setaffinity(0, asked["cores"])  # before JAX counts them to size its thread pools
+    _stop_with_the_sweep()
+    try:
+        run(
+            Path(asked["source"]),
+            asked["arm"],
+            asked["seeds"],
+            Path(asked["directory"]),
+            budget=asked["budget"],
+            vectorize=asked["vectorize"],
+        )
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1 if isinstance(error, RunError) else 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1]))

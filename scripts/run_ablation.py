@@ -1,0 +1,53 @@
+#!/usr/bin/env python
+"""Makes one run of an ablation by its number, for array jobs: one process per run, in any order, on any machine.
+
+    python scripts/run_ablation.py ABLATION.py --count              how many runs there are
+    python scripts/run_ablation.py ABLATION.py 3                    the fourth of them
+    sbatch --array=0-$((N - 1)) scripts/ablation_array.sh ABLATION.py
+
+A run that was stopped goes on from its checkpoint, one that is finished is left alone, and `grpo-jax table` compares
+them as though `grpo-jax sweep` had made them. Exit status as that of grpo-jax.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from grpo_jax import cli
+from grpo_jax.errors import RunError, UserError
+from grpo_jax.experiment import load_ablation
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("ablation", type=Path)
+    parser.add_argument("number", type=int, nargs="?", help="which run, from 0")
+    parser.add_argument("--count", action="store_true", help="print how many runs there are")
+    parser.add_argument("--dir", type=Path, help="where the runs' directories are (default: runs/ABLATION)")
+    parser.add_argument("--budget", choices=("steps", "tokens"), help="instead of what the file says")
+    options = parser.parse_args()
+    try:
+        ablation = load_ablation(options.ablation, options.budget)
+        runs = ablation.runs()
+        if options.count:
+            print(len(runs))
+            return 0
+        if options.number is None or not 0 <= options.number < len(runs):
+            raise UserError(f"the number of a run must be between 0 and {len(runs) - 1}, not {options.number}.")
+        cli._prepare_jax()
+        from grpo_jax.sweep import worker
+
+        run = runs[options.number]
+        directory = options.dir or Path("runs") / options.ablation.stem
+        worker.run(options.ablation, run.arms[0], [run.seed], directory, budget=ablation.budget)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1 if isinstance(error, RunError) else 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

