@@ -1,0 +1,62 @@
+"""What an experiment is: frozen dataclasses, loading one from a Python file, and typed overrides.
+
+An experiment file exports `config = Experiment(...)`. Nothing here imports JAX, so a file loads at once and a typing
+error in it costs nothing. Every value is checked against its annotation when the dataclass is made, so a config that
+loads is a config whose fields have the types and ranges that they claim.
+"""
+
+from grpo_jax.experiment.ablation import Ablation, Budget, PlannedRun
+from grpo_jax.experiment.configs import (
+    EvaluationConfig,
+    LoRAConfig,
+    OptimizerConfig,
+    PolicyConfig,
+    RewardConfig,
+    SamplingConfig,
+    ScratchConfig,
+)
+from grpo_jax.experiment.experiment import Experiment
+from grpo_jax.experiment.files import load, load_ablation, load_run, run_file, to_dict
+from grpo_jax.experiment.methods import (
+    METHODS,
+    AdvantageConfig,
+    DPOConfig,
+    LossConfig,
+    PPOConfig,
+    PreferenceConfig,
+    RewardModelConfig,
+    RFTConfig,
+    SFTConfig,
+)
+from grpo_jax.experiment.overrides import override, parse_overrides, variant_of
+
+__all__ = [
+    "METHODS",
+    "Ablation",
+    "AdvantageConfig",
+    "Budget",
+    "DPOConfig",
+    "EvaluationConfig",
+    "Experiment",
+    "LoRAConfig",
+    "LossConfig",
+    "OptimizerConfig",
+    "PPOConfig",
+    "PlannedRun",
+    "PolicyConfig",
+    "PreferenceConfig",
+    "RFTConfig",
+    "RewardConfig",
+    "RewardModelConfig",
+    "SFTConfig",
+    "SamplingConfig",
+    "ScratchConfig",
+    "load",
+    "load_ablation",
+    "load_run",
+    "override",
+    "parse_overrides",
+    "run_file",
+    "to_dict",
+    "variant_of",
+]

@@ -1,0 +1,94 @@
+"""`Ablation`: one experiment under several variations, at several seeds."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from grpo_jax.errors import UserError
+from grpo_jax.experiment.checked import Checked, Ranges
+from grpo_jax.experiment.experiment import Experiment
+from grpo_jax.experiment.overrides import override
+from grpo_jax.fingerprint import fingerprint
+
+Budget = Literal["steps", "tokens"]
+
+
+@dataclass(frozen=True)
+class PlannedRun:
+    """One run of an ablation: the arms that it stands for, its seed, its resolved config, and the config's hash."""
+
+    arms: tuple[str, ...]
+    seed: int
+    config: Experiment
+    key: str
+
+
+@dataclass(frozen=True)
+class Ablation(Checked):
+    """One experiment under several variations, at several seeds.
+
+    Arms are overrides of `base`, as in `{"article": {}, "strict": {"rewards": {"strict": partial_credit_strict}}}`. At
+    equal seeds they share their prompts and the names of their sampling noise (DESIGN §3), so they are compared seed by
+    seed, each with `baseline` (None: the first arm).
+
+    `metric` is a name in `metrics.jsonl`; its last value is what a run came to. `budget` is what the arms have in
+    common: `steps` as many updates as the base; `tokens` as many sampled tokens as the base has room for, that is
+    steps × prompts × group size × turns × `max_tokens`, from which each arm's steps follow.
+    """
+
+    base: Experiment
+    arms: Mapping[str, Mapping[str, Any]]
+    seeds: Sequence[int] = range(5)
+    metric: str = "evaluation/success"
+    baseline: str | None = None
+    budget: Budget = "steps"
+
+    def _ranges(self) -> Ranges:
+        return dict(
+            arms=(bool(self.arms), "at least one arm, {name: overrides}"),
+            seeds=(0 < len(self.seeds) == len(set(self.seeds)), "at least one seed, each once"),
+            baseline=(self.baseline is None or self.baseline in self.arms, f"None or one of {sorted(self.arms)}"),
+        )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for arm, overrides in self.arms.items():
+            for field_of_sweep, instead in (
+                ("seed", "`seeds`"),
+                ("steps", "`budget`, which gives every arm its steps"),
+            ):
+                if field_of_sweep in overrides:
+                    raise UserError(f"arm {arm!r} sets {field_of_sweep!r}: that is for the ablation's {instead}.")
+            try:
+                self.experiment(arm, self.seeds[0])
+            except UserError as error:
+                raise UserError(f"arm {arm!r}: {error}") from None
+
+    @property
+    def baseline_arm(self) -> str:
+        """The arm that the others are compared with."""
+        return next(iter(self.arms)) if self.baseline is None else self.baseline
+
+    def experiment(self, arm: str, seed: int) -> Experiment:
+        """The resolved config of an arm at a seed."""
+        config = override(self.base, {**self.arms[arm], "seed": seed})
+        if self.budget == "steps":
+            return config
+        return override(config, {"steps": round(self.base.steps * _room(self.base) / _room(config)) or 1})
+
+    def runs(self) -> list[PlannedRun]:
+        """Every run, seed by seed so that what is finished first can be compared; arms that are alike share one."""
+        planned: dict[str, PlannedRun] = {}
+        for seed in self.seeds:
+            for arm in self.arms:
+                config = self.experiment(arm, seed)
+                key = fingerprint(config)
+                earlier = planned[key].arms if key in planned else ()
+                planned[key] = PlannedRun((*earlier, arm), seed, config, key)
+        return list(planned.values())
+
+
+def _room(config: Experiment) -> int:
+    """The most tokens that one step may sample."""
+    turns = getattr(config.task, "max_turns", 1)
+    return config.prompts_per_step * config.group_size * turns * config.sampling.max_tokens

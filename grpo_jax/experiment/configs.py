@@ -1,0 +1,170 @@
+"""What every method reads: the policy, sampling, the optimizer, rewards, evaluation."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from grpo_jax.experiment.checked import Checked, Ranges
+
+
+@dataclass(frozen=True)
+class ScratchConfig(Checked):
+    """A from-scratch policy with one token per character of `alphabet` (plus begin, end and pad)."""
+
+    alphabet: str = "abcdefghijklmnopqrstuvwxyz"
+    hidden_size: int = 64
+    num_layers: int = 2
+    num_heads: int = 4
+
+    def _ranges(self) -> Ranges:
+        return dict(
+            alphabet=(len(set(self.alphabet)) == len(self.alphabet) > 0, "a non-empty string of distinct characters"),
+            hidden_size=(self.hidden_size > 0, "positive"),
+            num_layers=(self.num_layers > 0, "positive"),
+            num_heads=(
+                self.num_heads > 0 and self.hidden_size % (2 * self.num_heads) == 0,
+                f"a number that divides hidden_size = {self.hidden_size} into heads of even size",
+            ),
+        )
+
+
+@dataclass(frozen=True)
+class LoRAConfig(Checked):
+    """Low-rank adapters (Hu et al. 2021, 2106.09685): W + alpha / rank * A @ B on the layers named in `targets`."""
+
+    rank: int = 16
+    alpha: float = 32.0
+    targets: tuple[str, ...] = ("q", "k", "v", "o", "gate", "up", "down")
+
+    def _ranges(self) -> Ranges:
+        known = {"q", "k", "v", "o", "gate", "up", "down"}
+        return dict(
+            rank=(self.rank > 0, "positive"),
+            targets=(bool(self.targets) and set(self.targets) <= known, f"a non-empty choice from {sorted(known)}"),
+        )
+
+
+@dataclass(frozen=True)
+class PolicyConfig(Checked):
+    """Where the policy's weights come from and which of them are trained.
+
+    `source` is a Hugging Face directory or hub name, a `.gguf` file, `package:NAME` for a Python package that holds
+    one, the directory of an earlier run, or `scratch`. Without `lora` all parameters are trained.
+    """
+
+    source: str = "scratch"
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    lora: LoRAConfig | None = None
+    scratch: ScratchConfig = ScratchConfig()
+
+    def _ranges(self) -> Ranges:
+        return dict(source=(bool(self.source), "a non-empty string"))
+
+
+@dataclass(frozen=True)
+class SamplingConfig(Checked):
+    """How completions are drawn. Temperature 0 is greedy; `top_k` 0 and `top_p` 1 keep the whole vocabulary.
+
+    `max_tokens` bounds one assistant turn. `max_logprob_difference` is the bound of the log-probability contract past
+    which a run stops (None: 0.01 for float32, 1.0 for bfloat16, whose rounding alone reaches tenths).
+    """
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    max_tokens: int = 16
+    max_logprob_difference: float | None = None
+
+    def _ranges(self) -> Ranges:
+        return dict(
+            temperature=(self.temperature >= 0, "0 (greedy) or above"),
+            top_k=(self.top_k >= 0, "0 (off) or above"),
+            top_p=(0 < self.top_p <= 1, "above 0 and at most 1 (off)"),
+            max_tokens=(self.max_tokens > 0, "positive"),
+            max_logprob_difference=(
+                self.max_logprob_difference is None or self.max_logprob_difference > 0,
+                "positive, or None for the dtype's own bound",
+            ),
+        )
+
+    def logprob_bound(self, dtype: str) -> float:
+        """The largest gap in nats between the sampler's and the trainer's log-probability of a token."""
+        own = {"float32": 1e-2, "bfloat16": 1.0}[dtype]
+        return own if self.max_logprob_difference is None else self.max_logprob_difference
+
+
+@dataclass(frozen=True)
+class OptimizerConfig(Checked):
+    """AdamW after clipping by global norm. Weight decay spares norms and biases."""
+
+    learning_rate: float = 1e-3
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    warmup_steps: int = 0
+    weight_decay: float = 0.0
+    b1: float = 0.9
+    b2: float = 0.999
+    eps: float = 1e-8
+    max_grad_norm: float | None = 1.0
+
+    def _ranges(self) -> Ranges:
+        return dict(
+            learning_rate=(self.learning_rate >= 0, "0 or above"),
+            warmup_steps=(self.warmup_steps >= 0, "0 or above"),
+            weight_decay=(self.weight_decay >= 0, "0 or above"),
+            b1=(0 <= self.b1 < 1, "in [0, 1)"),
+            b2=(0 <= self.b2 < 1, "in [0, 1)"),
+            eps=(self.eps > 0, "positive"),
+            max_grad_norm=(self.max_grad_norm is None or self.max_grad_norm > 0, "positive, or None for no clipping"),
+        )
+
+
+@dataclass(frozen=True)
+class RewardConfig(Checked):
+    """How several rewards become one, and what happens when one of them fails.
+
+    `combine`: the weighted `sum`, or `normalize_then_sum` (each reward standardised within its group first; GDPO, with
+    `advantages.scale="whiten"`).
+    `on_failure` covers an exception, a time-out, a NaN and a wrong length: `raise` ends the run, `retry` tries
+    `retries` times and then raises, `drop` masks the completions out of their groups; past the share
+    `max_failure_rate` of a step's completions a dropping run stops. `time_limit` is in seconds, per call.
+    """
+
+    weights: Mapping[str, float] = field(default_factory=dict)
+    combine: Literal["sum", "normalize_then_sum"] = "sum"
+    on_failure: Literal["raise", "retry", "drop"] = "raise"
+    retries: int = 2
+    max_failure_rate: float = 0.5
+    time_limit: float = 60.0
+
+    def _ranges(self) -> Ranges:
+        return dict(
+            retries=(self.retries >= 0, "0 or above"),
+            max_failure_rate=(0 <= self.max_failure_rate <= 1, "between 0 and 1"),
+            time_limit=(self.time_limit > 0, "positive"),
+        )
+
+
+@dataclass(frozen=True)
+class EvaluationConfig(Checked):
+    """The evaluation before and after training, and every `every` steps (0: only before and after).
+
+    The first `num_prompts` prompts of each split (fewer if it has fewer), `num_samples` completions each, sampled
+    `batch_size` at once. The sampling noise is the same each time, so that differences are paired.
+    """
+
+    splits: tuple[Literal["held_out", "train"], ...] = ("held_out",)
+    num_prompts: int = 128
+    num_samples: int = 1
+    temperature: float = 0.0
+    every: int = 0
+    batch_size: int = 64
+
+    def _ranges(self) -> Ranges:
+        return dict(
+            splits=(bool(self.splits), "at least one of 'held_out' and 'train'"),
+            num_prompts=(self.num_prompts > 0, "positive"),
+            num_samples=(self.num_samples > 0, "positive"),
+            temperature=(self.temperature >= 0, "0 (greedy) or above"),
+            every=(self.every >= 0, "0 (only before and after) or above"),
+            batch_size=(self.batch_size > 0, "positive (completions sampled at once)"),
+        )

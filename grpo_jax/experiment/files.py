@@ -1,0 +1,135 @@
+"""Experiments and ablations from Python files and run directories, and as JSON."""
+
+import dataclasses
+import hashlib
+import importlib.util
+import json
+import re
+import sys
+import traceback
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import grpo_jax.experiment
+from grpo_jax.errors import UserError
+from grpo_jax.experiment.ablation import Ablation, Budget
+from grpo_jax.experiment.experiment import Experiment
+from grpo_jax.experiment.overrides import nearest, override, parse_overrides, variant_of
+
+
+def load(path: str | Path, assignments: Iterable[str] = ()) -> Experiment:
+    """Runs the Python file at `path` and returns its `config`, overridden by `field=value` assignments.
+
+    Of a file that exports an `ablation`, one arm is meant: `arm=NAME` among the assignments (and `budget=…`, where
+    another one than the file's is wanted).
+    Raises `UserError` if the file is missing, fails, or exports no `Experiment` named `config`.
+    """
+    module, assignments = run_file(path), list(assignments)
+    config, ablation = getattr(module, "config", None), getattr(module, "ablation", None)
+    if isinstance(ablation, Ablation):
+        given = dict(a.split("=", 1) for a in assignments if a.startswith(("arm=", "budget=")))
+        if given.get("arm") not in ablation.arms:
+            raise UserError(f"{path} holds an ablation; choose one of its arms: --set arm={'|'.join(ablation.arms)}.")
+        if "budget" in given:
+            ablation = dataclasses.replace(ablation, budget=given["budget"])
+        config = ablation.experiment(given["arm"], ablation.base.seed)
+        assignments = [a for a in assignments if not a.startswith(("arm=", "budget="))]
+    if not isinstance(config, Experiment):
+        raise UserError(f"{path} exports no experiment: it must define `config = grpo_jax.experiment.Experiment(...)`.")
+    return override(config, parse_overrides(config, assignments))
+
+
+def load_ablation(path: str | Path, budget: Budget | None = None) -> Ablation:
+    """Runs the Python file at `path` and returns its `ablation`, with another budget where one is given.
+
+    Raises `UserError` if the file is missing, fails, or exports no `Ablation` named `ablation`.
+    """
+    ablation = getattr(run_file(path), "ablation", None)
+    if not isinstance(ablation, Ablation):
+        raise UserError(
+            f"{path} exports no ablation: it must define `ablation = grpo_jax.experiment.Ablation(base=…, arms=…)`."
+        )
+    return ablation if budget is None else dataclasses.replace(ablation, budget=budget)
+
+
+def load_run(run_dir: str | Path, assignments: Iterable[str] = ()) -> Experiment:
+    """The experiment of a run, with the overrides that the run had and then those of `assignments`.
+
+    The warm start and the control of a run are runs too, whose experiment is a variant of their parent's.
+    Raises `UserError` if the directory holds no run.
+    """
+    run_dir = Path(run_dir)
+    try:
+        info = json.loads((run_dir / "run.json").read_text())
+    except FileNotFoundError:
+        raise UserError(f"{str(run_dir)!r} is not the directory of a run: there is no run.json in it.") from None
+    except (OSError, ValueError):
+        raise UserError(f"{str(run_dir)!r} is not the directory of a run: its run.json cannot be read.") from None
+    name = run_dir.resolve().name
+    if name in ("warm_start", "control") and not (run_dir / "experiment.py").exists():
+        parent = load_run(run_dir.resolve().parent)
+        config = variant_of(parent, getattr(parent, name) or {})
+        return override(config, parse_overrides(config, assignments))
+    if info["source"]:
+        sys.path.append(str(Path(info["source"]).parent))  # what lay beside the experiment's file may still be there
+    return load(run_dir / "experiment.py", [*info["overrides"], *assignments])
+
+
+def run_file(path: str | Path) -> Any:
+    """Executes a Python file as a module and returns it; its own mistakes become one-sentence `UserError`s."""
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"there is no experiment file {str(path)!r}.")
+    spec = importlib.util.spec_from_file_location(f"grpo_jax_experiment_{path.stem}", path)
+    if spec is None or spec.loader is None:
+        raise UserError(f"{path} is not a Python file: an experiment file ends in .py.")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    sys.path.insert(0, str(path.parent.resolve()))  # so that an experiment may import a file that lies beside it
+    try:
+        spec.loader.exec_module(module)
+    except UserError as error:
+        raise UserError(f"{_where(path, error)}: {error}") from None
+    except TypeError as error:
+        raise UserError(f"{_where(path, error)}: {_explain(error)}") from error
+    except Exception as error:
+        raise UserError(f"{_where(path, error)}: {type(error).__name__}: {error}") from error
+    finally:
+        sys.path.pop(0)
+    return module
+
+
+def _where(path: Path, error: Exception) -> str:
+    """The last line of `path` itself in the error's traceback, as `file:line`."""
+    lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == str(path)]
+    if isinstance(error, SyntaxError) and error.lineno:
+        lines = [error.lineno]
+    return f"{path}:{lines[-1]}" if lines else str(path)
+
+
+def _explain(error: TypeError) -> str:
+    """An unknown keyword of one of this package's dataclasses, with the nearest name that exists."""
+    unknown = re.match(r"(\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)'", str(error))
+    known = getattr(grpo_jax.experiment, unknown[1], None) if unknown else None
+    if unknown is None or not dataclasses.is_dataclass(known):
+        return f"TypeError: {error}"
+    names = [f.name for f in dataclasses.fields(known)]
+    return f"{unknown[1]} has no field {unknown[2]!r}{nearest(unknown[2], names)}"
+
+
+def to_dict(value: Any) -> Any:
+    """Returns a config as JSON-able data: functions by name, a task by its name, sizes and a digest of its data."""
+    if hasattr(value, "train") and hasattr(value, "held_out"):
+        splits = {split: list(map(dict, getattr(value, split))) for split in ("train", "held_out")}
+        digest = hashlib.sha256(json.dumps(splits, sort_keys=True, default=str).encode()).hexdigest()[:16]
+        return {"name": value.name, **{k: len(v) for k, v in splits.items()}, "sha256": digest}
+    if dataclasses.is_dataclass(value):
+        return {f.name: to_dict(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {str(k): to_dict(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [to_dict(v) for v in value]
+    if callable(value):
+        return f"{getattr(value, '__module__', '?')}.{getattr(value, '__qualname__', repr(value))}"
+    return value

@@ -1,0 +1,104 @@
+"""Variations of an experiment: dotted fields replaced, by a program or from the command line."""
+
+import dataclasses
+import difflib
+from ast import literal_eval
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, get_type_hints
+
+import typeguard
+
+from grpo_jax.errors import UserError
+from grpo_jax.experiment.methods import METHODS
+
+if TYPE_CHECKING:
+    from grpo_jax.experiment.experiment import Experiment
+
+
+def override(config: "Experiment", overrides: Mapping[str, Any]) -> "Experiment":
+    """Returns `config` with dotted fields replaced, e.g. `{"loss.beta": 0.04, "method": "sft"}`.
+
+    A variant made this way inherits everything else, so a control follows whatever its experiment was overridden with;
+    but a variant of another `method` leaves behind the fields that this method does not read.
+    Raises `UserError` for an unknown field (suggesting the nearest) and for a value of the wrong type.
+    """
+    changes = [(path.split("."), value, path) for path, value in overrides.items()]
+    method = overrides.get("method")
+    if method in METHODS and method != config.method:
+        given = {keys[0] for keys, *_ in changes}
+        left = [([f.name], f.default, f.name) for f in unread_fields(type(config), method) if f.name not in given]
+        changes = [*left, *changes]
+    return _replace(config, changes)
+
+
+def _replace(config: Any, changes: Sequence[tuple[list[str], Any, str]]) -> Any:
+    """Sets (keys, value, dotted path) at once, so that fields whose ranges depend on each other come in any order."""
+    if isinstance(config, Mapping):  # reward weights, or the overrides of a variant: the last one that is named wins
+        named = {".".join(keys): value for keys, value, _ in changes}
+        return {k: v for k, v in config.items() if k not in named} | named
+    if not dataclasses.is_dataclass(config):
+        raise UserError(f"{changes[0][2]!r} is not a field: {type(config).__name__} has no fields of its own.")
+    names = [f.name for f in dataclasses.fields(config)]
+    for (key, *_), _, path in changes:
+        if key not in names:
+            raise UserError(f"{path!r} is not a field: {type(config).__name__} has no {key!r}{nearest(key, names)}")
+    new = {key: value for (key, *rest), value, _ in changes if not rest}
+    for key in dict.fromkeys(keys[0] for keys, *_ in changes if len(keys) > 1):
+        further = [(keys[1:], value, path) for keys, value, path in changes if keys[0] == key and len(keys) > 1]
+        inner = new.get(key, getattr(config, key))
+        if inner is None:
+            rest, _, path = further[0]
+            raise UserError(f"{path!r} cannot be set: {path.removesuffix('.' + '.'.join(rest))} is None here.")
+        new[key] = _replace(inner, further)
+    return dataclasses.replace(config, **new)
+
+
+def parse_overrides(config: "Experiment", assignments: Iterable[str]) -> dict[str, Any]:
+    """Turns `path=text` assignments from the command line into typed overrides of `config`.
+
+    The text is read as a Python literal (`1e-4`, `None`, `("q", "v")`; `true` and `false` too) where the field's type
+    admits that, and as a string otherwise.
+    """
+    overrides: dict[str, Any] = {}
+    for assignment in assignments:
+        path, equals, text = assignment.partition("=")
+        if not equals:
+            raise UserError(f"--set {assignment!r} is not of the form field=value, e.g. loss.beta=0.04.")
+        literal = {"true": True, "false": False, "none": None}.get(text.lower(), text)
+        try:
+            literal = literal_eval(text)
+        except (ValueError, SyntaxError):
+            pass
+        overrides[path] = literal if _admits(config, path.split("."), literal) else text
+    override(config, overrides)
+    return overrides
+
+
+def _admits(config: Any, keys: Sequence[str], value: Any) -> bool:
+    """Whether the annotation of the field that the keys lead to admits the value; True where there is none."""
+    *owners, name = keys
+    for owner in owners:
+        config = getattr(config, owner, None)
+    hint = get_type_hints(type(config)).get(name) if dataclasses.is_dataclass(config) else None
+    try:
+        typeguard.check_type(value, Any if hint is None else hint)
+    except typeguard.TypeCheckError:
+        return False
+    return True
+
+
+def variant_of(experiment: "Experiment", overrides: Mapping[str, Any]) -> "Experiment":
+    """The experiment with overrides, and without a warm start or control of its own unless they are among them."""
+    return override(dataclasses.replace(experiment, warm_start=None, control=None), overrides)
+
+
+def nearest(key: str, names: Sequence[str]) -> str:
+    """The end of a sentence about an unknown name: the nearest that exists, or all of them."""
+    close = difflib.get_close_matches(key, names, n=1, cutoff=0.5)
+    return f"; did you mean {close[0]!r}?" if close else f"; it has {', '.join(names)}."
+
+
+def unread_fields(experiment: type, method: str) -> list[dataclasses.Field]:
+    """The fields of an experiment that this method does not read, though another does."""
+    unread = {name for fields in METHODS.values() for name in fields} - set(METHODS[method])
+    return [f for f in dataclasses.fields(experiment) if f.name in unread]
