@@ -1,85 +1,169 @@
-"""Runs the methods of `experiments/methods/pound.py` over seeds, and prints what each cost and scored as a table.
+#!/usr/bin/env python
+"""Trains one policy by every method, over seeds, and prints what each scored and what it cost as a Markdown table.
 
-    python scripts/compare_methods.py [--seeds 5] [--methods grpo ppo rft dpo rlhf] [--runs DIR] [--set steps=20]
+    python scripts/compare_methods.py [EXPERIMENT.py] [--seeds 5] [--methods grpo ppo …] [--runs DIR] [--output FILE.md]
 
-`rlhf` is PPO against a reward model that was trained on the same pairs as `dpo`'s. A run that is there is not run
-again, and one that was interrupted goes on. Labels are the rewards that a method was given, or the pairs that were
-labelled for it; rollouts are sampled completions; tokens count a completion's prompt. The warm start, the same for all,
-is in none of these.
+`rlhf` is PPO against a reward model that was trained on the same pairs as `dpo`'s. `sft` imitates right answers, one
+for each prompt: those that the file's `answered`, a task, demonstrates; a file without it has no `sft`. Every run has a
+process of its own, whose peak memory is measured. A run that is there is not run again, and one that was interrupted
+goes on.
+
+What is counted, without the warm start that all have in common:
+
+    labels     rewards that the method was given, pairs that were labelled for it, or answers that it was shown
+    rollouts   completions that were sampled
+    tokens     of these completions and their prompts, each prompt once for each completion
+    FLOPs      2 x parameters for each token and forward pass; a backward pass counts as two (Kaplan et al. 2020)
 """
 
 import argparse
 import json
+import resource
+import subprocess
+import sys
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-
-from grpo_jax.experiment import Experiment, load
+from grpo_jax.analysis import statistics
+from grpo_jax.experiment import Experiment, load, run_file
 from grpo_jax.logs import read_rows
-from grpo_jax.reward_model import learned_reward
-from grpo_jax.training import train
 
 FILE = Path(__file__).parents[1] / "experiments" / "methods" / "pound.py"
-METHODS = ("grpo", "ppo", "rft", "dpo", "rlhf")
-OPTIONS = {"dpo": ["preferences.noise_level=0.1"], "reward_model": ["preferences.noise_level=0.1"]}
+METHODS = ("grpo", "ppo", "rft", "dpo", "rlhf", "sft")
+OPTIONS = {
+    "dpo": ["preferences.noise_level=0.1"],
+    "reward_model": ["preferences.noise_level=0.1"],
+    "sft": ["group_size=1"],  # copies of the one right answer have the gradient of one copy
+}
+PASSES = {
+    "grpo": 4,  # sampling, and the update's forward and backward
+    "ppo": 6,  # and the critic and the reference beforehand
+    "rft": 4,
+    "dpo": 5,  # and the reference
+    "reward_model": 4,
+    "rlhf": 7,  # PPO, and the reward model's judgement
+    "sft": 3,  # nothing is sampled
+}
+"""Forward passes that a token costs, a backward pass being two."""
 
 
-def run(method: str, seed: int, runs: Path, further: list[str]) -> list[Path]:
-    """Trains with a method unless that was done before; the directories of all the runs that it took."""
-    before = run("reward_model", seed, runs, further) if method == "rlhf" else []
+def experiment_of(method: str, source: Path, assignments: list[str], runs: Path, seed: int) -> Experiment:
+    """The file's experiment, trained by a method."""
+    config = load(source, assignments)
+    if method == "sft":
+        return replace(config, task=run_file(source).answered)
+    if method == "rlhf":
+        from grpo_jax.reward_model import learned_reward
+
+        return replace(config, rewards={"learned": learned_reward(runs / f"reward_model-{seed}")})
+    return config
+
+
+def train_one(method: str, seed: int, source: Path, runs: Path, further: list[str]) -> None:
+    """Trains with a method, and notes what this process needed."""
+    from grpo_jax.cli import common
+
+    common.prepare_jax()
+    from grpo_jax.training import train
+
     run_dir = runs / f"{method}-{seed}"
-    trained_by = "ppo" if method == "rlhf" else method
-    assignments = [f"method={trained_by}", f"seed={seed}", *OPTIONS.get(method, ()), *further]
-    if not (run_dir / "summary.json").is_file():
-        print(f"{method}, seed {seed}", flush=True)
-        config: Experiment = load(FILE, assignments)
-        if method == "rlhf":
-            config = replace(config, rewards={"learned": learned_reward(before[-1])})
-        begun = (run_dir / "run.json").is_file()
-        train(config, run_dir, source=FILE, overrides=assignments, resume=begun, quiet=True)
-    return [*before, run_dir]
+    assignments = [
+        f"method={'ppo' if method == 'rlhf' else method}",
+        f"seed={seed}",
+        *OPTIONS.get(method, ()),
+        *further,
+    ]
+    config = experiment_of(method, source, assignments, runs, seed)
+    begun = (run_dir / "run.json").is_file()
+    result = train(config, run_dir, source=source, overrides=assignments, resume=begun, quiet=True)
+    cost = {
+        "parameters": sum(x.size for x in result.policy.params.values()),
+        "peak_memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+    }
+    (run_dir / "cost.json").write_text(json.dumps(cost))
 
 
-def costs(run_dirs: list[Path]) -> dict[str, float]:
-    """What the runs cost together, and what the last of them scored."""
-    summaries = [json.loads((run_dir / "summary.json").read_text()) for run_dir in run_dirs]
-    found: dict[str, float] = {"success": summaries[-1]["after"]["held_out"]["success"], "labels": 0.0, "rollouts": 0.0}
-    found |= {"seconds": sum(s["seconds"] for s in summaries), "tokens": 0.0}
-    for run_dir in run_dirs:
-        config = json.loads((run_dir / "config.json").read_text())
-        steps = [row for row in read_rows(run_dir / "metrics.jsonl") if "grad_norm" in row]
-        rollouts = len(steps) * config["prompts_per_step"] * config["group_size"]
-        pairs = sum(row.get("preferences/pairs", 0) for row in steps)
-        judged_by_a_model = "learned" in config["rewards"]
-        found["labels"] += 0 if judged_by_a_model else pairs or rollouts
-        found["rollouts"] += rollouts
-        found["tokens"] += steps[-1]["num_tokens"] if steps else 0
-    return found
+def costs(method: str, run_dir: Path) -> dict[str, float]:
+    """What one run cost and scored."""
+    summary, config, own = (
+        json.loads((run_dir / name).read_text()) for name in ("summary.json", "config.json", "cost.json")
+    )
+    steps = [row for row in read_rows(run_dir / "metrics.jsonl") if "grad_norm" in row]
+    completions = len(steps) * config["prompts_per_step"] * config["group_size"]
+    tokens = steps[-1]["num_tokens"]
+    return {
+        "success": summary["after"]["held_out"]["success"],
+        # Pairs that are equally good have no label; a learned reward needs none.
+        "labels": 0 if method == "rlhf" else sum(row.get("preferences/pairs", 0) for row in steps) or completions,
+        "rollouts": 0 if method == "sft" else completions,
+        "tokens": tokens,
+        "flops": 2 * own["parameters"] * tokens * PASSES[method],
+        "peak_memory": own["peak_memory"],
+        "seconds": summary["seconds"],
+    }
+
+
+def together(stages: list[dict[str, float]]) -> dict[str, float]:
+    """The costs of runs that follow each other: sums, the highest memory, the last one's success."""
+    total = {name: sum(stage[name] for stage in stages) for name in stages[0]}
+    return total | {"success": stages[-1]["success"], "peak_memory": max(stage["peak_memory"] for stage in stages)}
+
+
+def table(found: Mapping[str, list[dict[str, float]]]) -> str:
+    """Markdown: methods against their means over seeds, success with Student's interval and paired with the first."""
+    heads = ["method", "success", "against the first", "labels", "rollouts", "tokens", "TFLOPs", "peak MiB", "seconds"]
+    lines = [" | ".join(["", *heads, ""]).strip(), "|" + "---|" * len(heads)]
+    baseline = [seed["success"] for seed in next(iter(found.values()))]
+    for method, seeds in found.items():
+        success = [seed["success"] for seed in seeds]
+        score = statistics.mean(success)
+        cells = [method, f"{score.value:.1%} [{score.low:.1%}, {score.high:.1%}]"]
+        if len(lines) == 2:
+            cells.append("")
+        else:
+            paired = statistics.paired_difference(success, baseline)
+            cells.append(f"{paired.value:+.1%} [{paired.low:+.1%}, {paired.high:+.1%}]: {statistics.verdict(paired)}")
+        mean = {name: statistics.mean([seed[name] for seed in seeds]).value for name in seeds[0]}
+        cells += [f"{mean[name]:,.0f}" for name in ("labels", "rollouts", "tokens")]
+        cells += [f"{mean['flops'] / 1e12:.2f}", f"{mean['peak_memory'] / 2**20:,.0f}", f"{mean['seconds']:.0f}"]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("experiment", type=Path, nargs="?", default=FILE)
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--methods", nargs="+", default=METHODS, choices=METHODS)
-    parser.add_argument("--runs", type=Path, default=Path("runs/methods"))
+    parser.add_argument("--runs", type=Path, help="default: runs/methods-EXPERIMENT")
+    parser.add_argument("--output", type=Path, help="also write the table here")
     parser.add_argument("--set", nargs="+", default=[], metavar="FIELD=VALUE")
+    parser.add_argument("--one", nargs=2, metavar=("METHOD", "SEED"), help=argparse.SUPPRESS)
     options = parser.parse_args()
-    rows: list[str] = []
-    for method in options.methods:
-        seeds: list[dict[str, Any]] = [
-            costs(run(method, seed, options.runs, options.set)) for seed in range(options.seeds)
-        ]
-        success = np.array([s["success"] for s in seeds])
-        mean = {name: np.mean([s[name] for s in seeds]) for name in ("labels", "rollouts", "tokens", "seconds")}
-        rows.append(
-            f"| {method} | {success.mean():.1%} | {success.min():.1%} – {success.max():.1%} | {mean['labels']:,.0f} | "
-            f"{mean['rollouts']:,.0f} | {mean['tokens']:,.0f} | {mean['seconds']:.0f} |"
-        )
-    print("| method | success | lowest – highest seed | labels | rollouts | tokens | seconds |")
-    print("|---|---|---|---|---|---|---|")
-    print("\n".join(rows))
+    runs = options.runs or Path("runs") / f"methods-{options.experiment.stem}"
+    if options.one:
+        train_one(options.one[0], int(options.one[1]), options.experiment, runs, options.set)
+        return
+    has_answers = hasattr(run_file(options.experiment), "answered")
+    methods = [method for method in options.methods if method != "sft" or has_answers]
+    found: dict[str, list[dict[str, float]]] = {method: [] for method in methods}
+    for seed in range(options.seeds):
+        for method in methods:
+            stages = ["reward_model", "rlhf"] if method == "rlhf" else [method]
+            for stage in stages:
+                if not (runs / f"{stage}-{seed}" / "cost.json").is_file():
+                    print(f"{stage}, seed {seed}", file=sys.stderr, flush=True)
+                    arguments = [str(options.experiment), "--runs", str(runs), "--one", stage, str(seed)]
+                    further = ["--set", *options.set] if options.set else []
+                    subprocess.run([sys.executable, __file__, *arguments, *further], check=True)
+            found[method].append(together([costs(stage, runs / f"{stage}-{seed}") for stage in stages]))
+    text = table(found)
+    print(text, end="")
+    if options.output:
+        run = json.loads((runs / f"{methods[0]}-0" / "run.json").read_text())
+        notes = f"Made by `python {' '.join(sys.argv)}`, {options.seeds} seeds, commit {run.get('commit')}.\n"
+        options.output.write_text(f"{text}\n{notes}")
 
 
 if __name__ == "__main__":

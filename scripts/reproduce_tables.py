@@ -16,8 +16,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from grpo_jax import cli
 from grpo_jax.analysis.reproduction import Outcome, check, load_manifests
+from grpo_jax.cli import common
 from grpo_jax.errors import UserError
 
 MANIFESTS = Path(__file__).resolve().parents[1] / "experiments" / "papers"
@@ -28,7 +28,7 @@ def main() -> int:
     parser.add_argument("manifests", type=Path, nargs="*", help="default: every file in experiments/papers")
     parser.add_argument("--json", action="store_true", help="print a list of objects and nothing else")
     options = parser.parse_args()
-    cli._prepare_jax()
+    common.prepare_jax()
     try:
         cells = load_manifests(options.manifests or sorted(MANIFESTS.glob("*.py")))
     except UserError as error:

@@ -13,7 +13,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from grpo_jax import cli
+from grpo_jax.cli import common
 from grpo_jax.errors import RunError, UserError
 from grpo_jax.experiment import load_ablation
 
@@ -34,7 +34,7 @@ def main() -> int:
             return 0
         if options.number is None or not 0 <= options.number < len(runs):
             raise UserError(f"the number of a run must be between 0 and {len(runs) - 1}, not {options.number}.")
-        cli._prepare_jax()
+        common.prepare_jax()
         from grpo_jax.sweep import worker
 
         run = runs[options.number]

@@ -105,7 +105,7 @@ def house(monkeypatch, tmp_path):
         vars(module).update(functions)
         monkeypatch.setitem(sys.modules, f"grpo_jax.{name}", module)
         monkeypatch.setattr(grpo_jax, name, module, raising=False)
-    monkeypatch.setattr(cli, "_prepare_jax", lambda: None)
+    monkeypatch.setattr(cli.common, "prepare_jax", lambda: None)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "120")
     return house
@@ -280,6 +280,24 @@ def test_evaluate_prints_one_json_object_when_asked(run, house, capsys):
     assert "records" not in printed
 
 
+def test_evaluate_compares_two_policies_question_by_question(run, experiment, house, monkeypatch, capsys):
+    """Of ten questions the run has eight right and the experiment's policy two, both of which the run has right too.
+
+    The six that changed all went one way: McNemar's p is 2 / 2^6 = .031. The differences are six ones and four zeros:
+    .6, and t(9; .975) x .516 / sqrt(10) = 2.262 x .163 = .369 to either side.
+    """
+    right = iter([[True] * 8 + [False] * 2, [True] * 2 + [False] * 8])
+
+    def evaluate(policy, config, split):
+        records = [{"success": success} for success in next(right)]
+        return make_evaluation(0.5, records=records, num_prompts=10)
+
+    monkeypatch.setattr(grpo_jax.evaluation, "evaluate", evaluate)
+    assert cli.main(["evaluate", str(run), "--against", str(experiment)]) == 0
+    said = f"difference in success +60.0% [+23.1%, +96.9%], McNemar p = 0.031: better than {experiment}"
+    assert said in capsys.readouterr().out
+
+
 # sample and export ---------------------------------------------------------------------------------------------------
 
 
@@ -342,8 +360,8 @@ def test_the_compilation_cache_is_on_and_what_the_user_has_set_stays(monkeypatch
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
     monkeypatch.setattr(os, "environ", dict(os.environ))
-    cli._prepare_jax()
+    cli.common.prepare_jax()
     assert os.environ["JAX_COMPILATION_CACHE_DIR"] == str(tmp_path / "grpo_jax" / "xla")
     os.environ["JAX_COMPILATION_CACHE_DIR"] = "mine"
-    cli._prepare_jax()
+    cli.common.prepare_jax()
     assert os.environ["JAX_COMPILATION_CACHE_DIR"] == "mine"

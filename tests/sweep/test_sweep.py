@@ -185,3 +185,29 @@ def test_a_run_of_a_sweep_can_be_restored(source, tmp_path):
     worker.run(source, "hot", [3], tmp_path, budget="steps")
     config, _ = training.restore(tmp_path / run.key)
     assert (config.sampling.temperature, config.seed) == (2.0, 3)
+
+
+def test_arms_share_a_warm_start_that_they_would_have_made_themselves(source, tmp_path):
+    source.write_text(
+        FILE
+        + textwrap.dedent("""
+        from dataclasses import replace
+        task = replace(task, demonstrate=lambda example, rng: [rng.choice("abc") * 3])
+        base = override(base, {"task": task, "steps": 2, "warm_start": {"method": "sft", "steps": 3}})
+        arms = {"base": {}, "hot": {"sampling.temperature": 2.0}, "long": {"warm_start.steps": 4}}
+        ablation = Ablation(base=base, arms=arms, seeds=(0,))
+    """)
+    )
+    base, hot, long = load_ablation(source).runs()
+    shared, alone = tmp_path / "shared", tmp_path / "alone"
+    for arm in ("base", "hot", "long"):
+        worker.run(source, arm, [0], shared, budget="steps")
+    worker.run(source, "hot", [0], alone, budget="steps")
+    metrics = {
+        run.arms[0]: (shared / run.key / "warm_start" / "metrics.jsonl").read_text() for run in (base, hot, long)
+    }
+    assert metrics["hot"] == metrics["base"]  # down to the seconds that its steps took: it is the same warm start
+    assert len(metrics["long"].splitlines()) == 4
+    for name in ("completions.jsonl", "config.json"):
+        assert (shared / hot.key / name).read_text() == (alone / hot.key / name).read_text()
+    assert not json.loads((shared / hot.key / "run.json").read_text()).get("resumed")
