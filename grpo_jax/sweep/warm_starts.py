@@ -1,0 +1,42 @@
+"""One warm start for all runs that would make the same: it often takes longer than what an ablation varies."""
+
+import shutil
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+
+from grpo_jax.experiment import EvaluationConfig, Experiment, RewardConfig, SamplingConfig, variant_of
+from grpo_jax.fingerprint import fingerprint
+from grpo_jax.sweep import is_finished
+
+
+def adopt_warm_start(run_dir: Path, config: Experiment, others: Iterable[tuple[Path, Experiment]]) -> None:
+    """Gives a run that has not begun the warm start that another run has finished, where theirs are alike.
+
+    Args:
+      run_dir, config: the run; `training.train` then goes on with it, by `resume`.
+      others: the directories and configs of runs that may have one. Warm starts of other code are not told apart.
+    """
+    if config.warm_start is None or run_dir.exists():
+        return
+    wanted = warm_start_fingerprint(config)
+    for other_dir, other in others:
+        finished = other_dir / "warm_start"
+        if is_finished(finished) and warm_start_fingerprint(other) == wanted:
+            beginning = run_dir.with_name(f".{run_dir.name}.warm_start")
+            shutil.rmtree(beginning, ignore_errors=True)
+            shutil.copytree(finished, beginning / "warm_start")
+            beginning.rename(run_dir)  # so that a copy that is broken off is no run
+            return
+
+
+def warm_start_fingerprint(config: Experiment) -> str | None:
+    """A name for what a run's warm start depends on; imitation depends neither on rewards nor on how one samples."""
+    if config.warm_start is None:
+        return None
+    variant = variant_of(config, config.warm_start)
+    if variant.method == "sft":
+        sampling = SamplingConfig(max_tokens=variant.sampling.max_tokens)
+        unread = {"rewards": {}, "reward": RewardConfig(), "sampling": sampling, "evaluation": EvaluationConfig()}
+        variant = replace(variant, **unread)
+    return fingerprint(variant)
