@@ -52,8 +52,9 @@ def correct(example, rng):
 
 def backwards(num_train: int = 1000, num_held_out: int = 500) -> Task:
     """Words of five letters and, as the column `answer`, the same backwards; no held-out word is trained on."""
-    chosen = random.Random(0).sample(words(), num_held_out + num_train)
-    examples = [{"prompt": word, "answer": word[::-1]} for word in chosen]
+    chosen = sorted(words())
+    random.Random(0).shuffle(chosen)  # not a sample, so that however many are trained on, the held-out words stay
+    examples = [{"prompt": word, "answer": word[::-1]} for word in chosen[: num_held_out + num_train]]
     return Task("backwards", examples[num_held_out:], examples[:num_held_out], is_right, careless)
 
 
