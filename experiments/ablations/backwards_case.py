@@ -1,4 +1,4 @@
-"""What these ablations vary: words spelt backwards (`experiments/methods/backwards.py`), evaluated on held-out words."""
+"""What these ablations vary: words spelt backwards (`experiments/methods/backwards.py`), judged on held-out words."""
 
 from pathlib import Path
 

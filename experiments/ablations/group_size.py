@@ -1,7 +1,7 @@
 """Groups of 2 or of 16: at equal rollouts (128 a step) and at equal prompts (16 a step).
 
-    grpo-jax sweep experiments/ablations/group_size.py --jobs 2
-    grpo-jax table experiments/ablations/group_size.py
+grpo-jax sweep experiments/ablations/group_size.py --jobs 2
+grpo-jax table experiments/ablations/group_size.py
 """
 
 from backwards_case import backwards

@@ -16,7 +16,7 @@ from grpo_jax.experiment import LoRAConfig
 from grpo_jax.logprobs import completion_logprobs
 from grpo_jax.policy import transformer
 from grpo_jax.policy.config import ModelConfig, RopeConfig
-from grpo_jax.policy.transformer import KeyValues, bind, forward, prefill, unstack
+from grpo_jax.policy.transformer import KeyValues, bind, contract, forward, prefill, unstack
 
 LORA = LoRAConfig(rank=3, alpha=6.0, targets=("q", "down"))
 LLAMA = ModelConfig(
@@ -254,6 +254,30 @@ def test_bfloat16_weights_give_finite_float32_logits_near_those_of_float32(name)
     expected = np.asarray(logits_of(exact)[0])
     # Eight bits of mantissa over three layers: a few per cent of the logits' spread, and not nothing.
     assert 0 < np.abs(logits - expected).max() < 0.15 * expected.std()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("rows, inner, columns", [(1, 8, 1), (7, 64, 30), (2, 1, 3)])
+@pytest.mark.parametrize("i, j", [(0, 0), (0, 1), (1, 0), (1, 1)])
+def test_matrix_products_and_their_gradients_are_float32s_to_the_rounding_of_the_dtype(
+    i, j, rows, inner, columns, dtype
+):
+    """Along every pair of axes, against NumPy's products of the same rounded entries in float64."""
+    rng = np.random.default_rng(0)
+    a = jnp.asarray(rng.normal(size=(rows, inner) if i else (inner, rows)), dtype)
+    b = jnp.asarray(rng.normal(size=(columns, inner) if j else (inner, columns)), dtype)
+    weights = jnp.asarray(rng.normal(size=(rows, columns)), jnp.bfloat16).astype(jnp.float32)
+    wide_a, wide_b = (np.asarray(x, np.float64) for x in (a, b))
+    wide_a, wide_b = wide_a if i else wide_a.T, wide_b.T if j else wide_b
+    product = jax.jit(contract, static_argnums=(2, 3))(a, b, i, j)
+    assert product.dtype == jnp.float32
+    np.testing.assert_allclose(product, wide_a @ wide_b, rtol=1e-5, atol=1e-5)
+    da, db = jax.grad(lambda a, b: (contract(a, b, i, j) * weights).sum(), (0, 1))(a, b)
+    assert (da.dtype, da.shape, db.dtype, db.shape) == (a.dtype, a.shape, b.dtype, b.shape)
+    tolerance = {"float32": 1e-5, "bfloat16": 2**-8}[dtype]  # the gradients are rounded once, to the dtype
+    expected = weights @ wide_b.T, wide_a.T @ weights
+    for found, wanted in zip((da if i else da.T, db.T if j else db), expected, strict=True):
+        np.testing.assert_allclose(np.asarray(found, np.float64), wanted, rtol=tolerance, atol=1e-5)
 
 
 def test_parameters_are_named_and_shaped_as_the_contract_has_them():
