@@ -86,13 +86,13 @@ def advise(situation: Situation) -> Advice:
                 ("reward_model", "ppo"),
                 f"{s.num_labels} comparisons can train a reward model that also judges answers nobody has compared, "
                 "and the policy can then be trained on its own samples; `dpo` on the same pairs is the cheaper rival.",
-                "experiments/methods/pound.py",
+                "experiments/methods/backwards.py",
             )
         return Advice(
             ("dpo",),
             f"{s.num_labels} comparisons are too few for a reward model that withstands being optimised; DPO learns "
             "from them directly, without sampling.",
-            "experiments/methods/pound.py",
+            "experiments/methods/backwards.py",
         )
     if s.verifiable:
         return Advice(
@@ -106,6 +106,6 @@ def advise(situation: Situation) -> Advice:
         return Advice(
             ("sft",),
             f"there are {s.num_labels} answers to imitate and no way to say how good another one is.{caveat}",
-            "experiments/methods/pound.py",
+            "experiments/methods/backwards.py",
         )
     return Advice((), "nothing says which answers are good: write a check, demonstrations, or comparisons first.", None)

@@ -30,7 +30,7 @@ from grpo_jax.analysis import statistics
 from grpo_jax.experiment import Experiment, load, run_file
 from grpo_jax.logs import read_rows
 
-FILE = Path(__file__).parents[1] / "experiments" / "methods" / "pound.py"
+FILE = Path(__file__).parents[1] / "experiments" / "methods" / "backwards.py"
 METHODS = ("grpo", "ppo", "rft", "dpo", "rlhf", "sft")
 OPTIONS = {
     "dpo": ["preferences.noise_level=0.1"],

@@ -51,7 +51,7 @@ def advise(
     print(f"why      {advice.why}")
     if advice.experiment:
         first = advice.methods[0]
-        chosen = "" if advice.experiment != "experiments/methods/pound.py" else f" --set method={first}"
+        chosen = "" if advice.experiment != "experiments/methods/backwards.py" else f" --set method={first}"
         print(f"start    {common.command()} train {advice.experiment}{chosen}")
 
 
