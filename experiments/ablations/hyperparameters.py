@@ -11,18 +11,28 @@ from pound_case import first_try
 
 from grpo_jax.experiment import Ablation
 
+TEMPERATURES = (1.0, 0.0, 0.3, 0.7, 1.3)
+
+
+def arm(temperature, group_size=64, learning_rate=1e-3):
+    """The name of an arm and its overrides; the warm start is the same for all."""
+    name = f"T = {temperature}, G = {group_size}, lr = {learning_rate:g}"
+    return name, {
+        "sampling.temperature": temperature,
+        "group_size": group_size,
+        "optimizer.learning_rate": learning_rate,
+        "warm_start.group_size": 64,
+    }
+
+
 ablation = Ablation(
     base=first_try,
-    arms={
-        f"T = {t}, G = {g}, lr = {lr:g}": {
-            "sampling.temperature": t,
-            "group_size": g,
-            "optimizer.learning_rate": lr,
-            "warm_start.group_size": 64,
-        }
-        for g in (64, 16)
-        for lr in (1e-3, 3e-4)
-        for t in (1.0, 0.0, 0.3, 0.7, 1.3)
-    },
+    arms=dict(
+        [
+            *(arm(t) for t in TEMPERATURES),
+            *(arm(t, group_size=16) for t in TEMPERATURES),
+            *(arm(t, learning_rate=3e-4) for t in (0.7, 1.0, 1.3)),
+        ]
+    ),
     seeds=range(5),
 )
