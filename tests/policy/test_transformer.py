@@ -111,7 +111,9 @@ def value_and_gradient(name: str, way: str):
     return np.asarray(logprobs), gradient
 
 
-def assert_same_gradient(actual, expected, tolerance=2e-5):
+def assert_same_gradient(actual, expected, tolerance=4e-5):
+    # The gradient of a key's bias is what remains when those of all keys that a query weighs have nearly cancelled:
+    # its rounding is the largest, 2.4e-5 with jax 0.12.
     assert actual.keys() == expected.keys()
     for path in expected:
         a, b = np.asarray(actual[path]), np.asarray(expected[path])
