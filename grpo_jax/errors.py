@@ -1,5 +1,8 @@
 """Errors that a user can cause: one sentence each that says what is wrong, where, and what would be right."""
 
+import sys
+from collections.abc import Callable
+
 
 class UserError(Exception):
     """A mistake in a config, a file or a command. The command line prints it alone and exits with 2."""
@@ -7,3 +10,24 @@ class UserError(Exception):
 
 class RunError(UserError):
     """A run that was well configured and failed all the same. The command line exits with status 1."""
+
+
+def exit_status(command: Callable[[], object]) -> int:
+    """Carries out a command and returns a process's exit status, with what a user did wrong on stderr in one sentence.
+
+    0 for success, 1 for a `RunError`, 2 for another `UserError`, 130 for Ctrl-C.
+    """
+    try:
+        command()
+    except UserError as error:
+        print(f"error: {printable(str(error))}", file=sys.stderr)
+        return 1 if isinstance(error, RunError) else 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+def printable(text: str) -> str:
+    """What a model says may reach the terminal, its escape sequences may not; newlines stay."""
+    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)

@@ -14,11 +14,11 @@ import sys
 from pathlib import Path
 
 from grpo_jax.cli import common
-from grpo_jax.errors import RunError, UserError
+from grpo_jax.errors import UserError, exit_status
 from grpo_jax.experiment import load_ablation
 
 
-def main() -> int:
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("ablation", type=Path)
     parser.add_argument("number", type=int, nargs="?", help="which run, from 0")
@@ -26,28 +26,20 @@ def main() -> int:
     parser.add_argument("--dir", type=Path, help="where the runs' directories are (default: runs/ABLATION)")
     parser.add_argument("--budget", choices=("steps", "tokens"), help="instead of what the file says")
     options = parser.parse_args()
-    try:
-        ablation = load_ablation(options.ablation, options.budget)
-        runs = ablation.runs()
-        if options.count:
-            print(len(runs))
-            return 0
-        if options.number is None or not 0 <= options.number < len(runs):
-            raise UserError(f"the number of a run must be between 0 and {len(runs) - 1}, not {options.number}.")
-        common.prepare_jax()
-        from grpo_jax.sweep import worker
+    ablation = load_ablation(options.ablation, options.budget)
+    runs = ablation.runs()
+    if options.count:
+        print(len(runs))
+        return
+    if options.number is None or not 0 <= options.number < len(runs):
+        raise UserError(f"the number of a run must be between 0 and {len(runs) - 1}, not {options.number}.")
+    common.prepare_jax()
+    from grpo_jax.sweep import worker
 
-        run = runs[options.number]
-        directory = options.dir or Path("runs") / options.ablation.stem
-        worker.run(options.ablation, run.arms[0], [run.seed], directory, budget=ablation.budget)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1 if isinstance(error, RunError) else 2
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
-    return 0
+    run = runs[options.number]
+    directory = options.dir or Path("runs") / options.ablation.stem
+    worker.run(options.ablation, run.arms[0], [run.seed], directory, budget=ablation.budget)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(exit_status(main))

@@ -10,7 +10,7 @@ import tyro
 
 from grpo_jax.cli import advice, common, lab, runs
 from grpo_jax.cli.common import app
-from grpo_jax.errors import RunError, UserError
+from grpo_jax.errors import exit_status
 
 __all__ = ["advice", "common", "lab", "main", "runs"]
 
@@ -20,17 +20,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")  # a terminal that lacks a character must not end a run
-    try:
-        app.cli(
-            prog="grpo-jax",
-            description="Fine-tune language models with GRPO in pure JAX.",
-            args=arguments,
-            config=(tyro.conf.FlagCreatePairsOff,),
-        )
-    except UserError as error:
-        print(f"error: {common.printable(str(error))}", file=sys.stderr)
-        return 1 if isinstance(error, RunError) else 2
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
-    return 0
+    options = {"prog": "grpo-jax", "description": "Fine-tune language models with GRPO in pure JAX."}
+    return exit_status(lambda: app.cli(**options, args=arguments, config=(tyro.conf.FlagCreatePairsOff,)))

@@ -41,11 +41,6 @@ def join(assignments: Sequence[Sequence[str]]) -> list[str]:
     return [assignment for group in assignments for assignment in group]
 
 
-def printable(text: str) -> str:
-    """What a model says may reach the terminal, its escape sequences may not; newlines stay."""
-    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
-
-
 def prepare_jax() -> None:
     """Sets what JAX and transformers read when they are imported; what the user has set stays.
 

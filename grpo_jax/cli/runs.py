@@ -22,7 +22,7 @@ from grpo_jax.cli.common import (
     Run,
     app,
 )
-from grpo_jax.errors import UserError
+from grpo_jax.errors import UserError, printable
 from grpo_jax.experiment import Experiment, load, load_run
 
 
@@ -199,7 +199,7 @@ def sample(
             seed=seed,
         )
         for number, completion in enumerate(completions, 1):
-            print(f"{number}: {common.printable(completion)}" if num > 1 else common.printable(completion))
+            print(f"{number}: {printable(completion)}" if num > 1 else printable(completion))
 
     if prompt is not None:
         answer(prompt, seed)

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from grpo_jax.errors import RunError, UserError
+from grpo_jax.errors import exit_status
 from grpo_jax.experiment import Budget, load_ablation
 
 
@@ -70,22 +70,9 @@ def main(order: str) -> int:
     if asked["cores"] is not None:
         os.sched_setaffinity(0, asked["cores"])  # before JAX counts them to size its thread pools
     _stop_with_the_sweep()
-    try:
-        run(
-            Path(asked["source"]),
-            asked["arm"],
-            asked["seeds"],
-            Path(asked["directory"]),
-            budget=asked["budget"],
-            vectorize=asked["vectorize"],
-        )
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1 if isinstance(error, RunError) else 2
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
-    return 0
+    options = {"budget": asked["budget"], "vectorize": asked["vectorize"]}
+    source, directory = Path(asked["source"]), Path(asked["directory"])
+    return exit_status(lambda: run(source, asked["arm"], asked["seeds"], directory, **options))
 
 
 if __name__ == "__main__":
