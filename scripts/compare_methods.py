@@ -166,7 +166,7 @@ def main() -> None:
     print(text, end="")
     if options.output:
         run = json.loads((runs / f"{methods[0]}-0" / "run.json").read_text())
-        notes = f"Made by `python {' '.join(sys.argv)}`, {options.seeds} seeds, commit {run.get('commit')}.\n"
+        notes = f"Made by `python {' '.join(sys.argv)}`, {options.seeds} seeds, commit {run['git']['commit']}.\n"
         options.output.write_text(f"{text}\n{notes}")
 
 
