@@ -2,12 +2,14 @@
 
 import json
 import math
+import shutil
 import signal
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import letters
 import numpy as np
 import pytest
 
@@ -25,45 +27,12 @@ from grpo_jax.methods.lesson import reward_metrics, schedule
 from grpo_jax.rewards.scoring import Scores
 from grpo_jax.training import train
 
-FILE = '''
-"""Prompts are letters, and the more a's the better. Used by tests/test_training.py, as a file and as a module."""
-from grpo_jax.experiment import *
-from grpo_jax.tasks import Task
-
-
-def share_of_a(*, completions, **columns):
-    return [completion.count("a") / 3 for completion in completions]
-
-
-task = Task(
-    "letters",
-    [{"prompt": prompt} for prompt in ("b", "c", "d", "bc", "cd", "db")],
-    [{"prompt": prompt} for prompt in ("bd", "cb", "dc", "b")],
-    success=lambda *, completions, **columns: [completion.count("a") >= 2 for completion in completions],
-    demonstrate=lambda example, rng: [rng.choice(["aab", "aba"])],
-)
-config = Experiment(
-    task=task,
-    rewards={"share_of_a": share_of_a},
-    policy=PolicyConfig(scratch=ScratchConfig("abcd", hidden_size=16, num_layers=1, num_heads=2)),
-    steps=4,
-    prompts_per_step=4,
-    group_size=4,
-    devices=1,
-    checkpoint_every=2,
-    sampling=SamplingConfig(max_tokens=3),
-    optimizer=OptimizerConfig(learning_rate=1e-2),
-    evaluation=EvaluationConfig(num_samples=2, temperature=1.0),
-)
-'''
 TIMES = {"step_time", "tokens_per_second"}
 
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("experiment") / "letters.py"
-    path.write_text(FILE)
-    return path
+    return Path(shutil.copy(letters.__file__, tmp_path_factory.mktemp("experiment")))
 
 
 @pytest.fixture

@@ -5,48 +5,21 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import letters
 import numpy as np
 import pytest
 
 from grpo_jax import training
 from grpo_jax.errors import UserError
 from grpo_jax.experiment import (
-    EvaluationConfig,
     Experiment,
-    OptimizerConfig,
-    PolicyConfig,
-    SamplingConfig,
-    ScratchConfig,
     override,
 )
 from grpo_jax.reward_model import learned_reward
-from grpo_jax.tasks import Task
 from grpo_jax.training import train
 
-
-def share_of_a(*, completions: list[str], **columns: Any) -> list[float]:
-    return [completion.count("a") / 3 for completion in completions]
-
-
-TASK = Task(
-    "letters",
-    [{"prompt": p, "chosen": "aaa", "rejected": "bcd"} for p in ("b", "c", "d", "bc", "cd", "db")],
-    [{"prompt": p, "chosen": "aab", "rejected": "dd"} for p in ("bd", "cb", "dc", "b")],
-    success=lambda *, completions, **columns: [completion.count("a") >= 2 for completion in completions],
-    demonstrate=lambda example, rng: [rng.choice(["aab", "aba", "cdd", "dcb"])],
-)
-BASE = Experiment(
-    task=TASK,
-    rewards={"share_of_a": share_of_a},
-    policy=PolicyConfig(scratch=ScratchConfig("abcd", hidden_size=16, num_layers=1, num_heads=2)),
-    prompts_per_step=4,
-    group_size=8,
-    steps=30,
-    devices=1,
-    sampling=SamplingConfig(max_tokens=3),
-    optimizer=OptimizerConfig(learning_rate=1e-2),
-    evaluation=EvaluationConfig(num_samples=8, temperature=1.0),
-)
+TASK = replace(letters.task, demonstrate=lambda example, rng: [rng.choice(["aab", "aba", "cdd", "dcb"])])
+BASE = override(letters.config, {"task": TASK, "group_size": 8, "steps": 30, "evaluation.num_samples": 8})
 
 
 def experiment(**overrides: Any) -> Experiment:

@@ -13,6 +13,7 @@ import textwrap
 import time
 from pathlib import Path
 
+import letters
 import pytest
 from rich.console import Console
 
@@ -23,35 +24,15 @@ from grpo_jax.experiment import Ablation, load_ablation
 from grpo_jax.sweep import worker
 from grpo_jax.sweep.board import Board, latest_metrics
 
-FILE = """
-from grpo_jax.experiment import *
-from grpo_jax.tasks import Task
+FILE = (
+    Path(letters.__file__).read_text()
+    + """
+from grpo_jax.experiment import Ablation, override
 
-
-def share_of_a(*, completions, **columns):
-    return [completion.count("a") / 3 for completion in completions]
-
-
-task = Task(
-    "letters",
-    [{"prompt": prompt} for prompt in ("b", "c", "d", "bc", "cd", "db")],
-    [{"prompt": prompt} for prompt in ("bd", "cb", "dc", "b")],
-    success=lambda *, completions, **columns: [completion.count("a") >= 2 for completion in completions],
-)
-base = Experiment(
-    task=task,
-    rewards={"share_of_a": share_of_a},
-    policy=PolicyConfig(scratch=ScratchConfig("abcd", hidden_size=16, num_layers=1, num_heads=2)),
-    steps=30,
-    prompts_per_step=2,
-    group_size=2,
-    devices=1,
-    checkpoint_every=5,
-    sampling=SamplingConfig(max_tokens=3),
-    evaluation=EvaluationConfig(num_samples=2, temperature=1.0),
-)
+base = override(config, {"steps": 30, "prompts_per_step": 2, "group_size": 2, "checkpoint_every": 5})
 ablation = Ablation(base=base, arms={"base": {}, "slow": {"optimizer.learning_rate": 1e-4}}, seeds=(0, 1))
 """
+)
 
 STAND_IN = """
 import json, pathlib, sys, time
