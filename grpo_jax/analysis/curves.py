@@ -1,6 +1,7 @@
 """Learning curves of several runs: a line for each arm, with a band that says how far its seeds differ."""
 
 from collections.abc import Mapping, Sequence
+from itertools import cycle, product
 from pathlib import Path
 
 import matplotlib
@@ -15,6 +16,7 @@ from grpo_jax.logs import read_rows
 from grpo_jax.logs.files import writing
 
 COLOURS = (BLUE, ORANGE, GREEN, PURPLE, "#b83280", "#0e7c86", GREY)
+DASHES = {"-": "", "--": "╌ ", ":": "┈ "}  # when colours are used up; a dashed line's label begins with such a dash
 
 
 def seed_curves(arms: Mapping[str, Sequence[Path]], metric: str, path: Path) -> Path:
@@ -28,11 +30,19 @@ def seed_curves(arms: Mapping[str, Sequence[Path]], metric: str, path: Path) -> 
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(8, 4), layout="constrained")
         axes, labels = figure.subplots(), []
-        for (name, found), colour in zip(bands.items(), _cycle(len(bands)), strict=True):
+        looks = cycle(product(DASHES, COLOURS))
+        for (name, found), (dash, colour) in zip(bands.items(), looks, strict=False):
             axes.fill_between(found.steps, found.low, found.high, color=colour, alpha=0.18, linewidth=0)
-            axes.plot(found.steps, found.values, color=colour, linewidth=2, marker="o" if len(found) < 12 else None)
+            axes.plot(
+                found.steps,
+                found.values,
+                color=colour,
+                linewidth=2,
+                linestyle=dash,
+                marker="o" if len(found) < 12 else None,
+            )
             num = len(arms[name])
-            labels.append((found.values[-1], f"{name} {found.values[-1]:.2f} (n = {num})", colour))
+            labels.append((found.values[-1], f"{DASHES[dash]}{name} {found.values[-1]:.2f} (n = {num})", colour))
         shown = np.concatenate([found.values for found in bands.values()])
         edges = np.concatenate([np.r_[found.low, found.high] for found in bands.values()])
         room = max(np.ptp(shown), 0.1)  # two seeds have an interval so wide that it would flatten every curve
@@ -69,7 +79,3 @@ def metric_curves(runs: Sequence[Path], metric: str) -> list[Series]:
     if metric.startswith("evaluation/"):
         return found
     return [Series(c.steps, smooth(c.values, max(1.0, len(c) / 50)), c.low, c.high) for c in found]
-
-
-def _cycle(n: int) -> list[str]:
-    return [COLOURS[i % len(COLOURS)] for i in range(n)]

@@ -12,7 +12,10 @@ const build = (element, attributes, children) => {
 const html = (tag, attributes = {}, ...children) => build(document.createElement(tag), attributes, children);
 const svg = (tag, attributes = {}, ...children) =>
   build(document.createElementNS("http://www.w3.org/2000/svg", tag), attributes, children);
-const colour = (index) => `var(--c${index % 6})`;
+const COLOURS = 6, DASHES = ["", "7 4", "2 3"];
+const colour = (index) => `var(--c${index % COLOURS})`;
+/** What tells a line from the one whose colour it has, when there are more lines than colours. */
+const dash = (index) => DASHES[Math.floor(index / COLOURS) % DASHES.length];
 
 /** A number in few digits; of shares, in percent. */
 function number(value, percent = false) {
@@ -73,6 +76,10 @@ function plot(title, bounds, percent, paint, read, grid = true) {
   return { box, draw };
 }
 
+const swatch = (s) => svg("svg", { width: 22, height: 8, "aria-hidden": true }, s.style === "points"
+  ? svg("circle", { cx: 11, cy: 4, r: 4, fill: colour(s.colour) })
+  : svg("line", { x1: 0, x2: 22, y1: 4, y2: 4, stroke: colour(s.colour), "stroke-width": 2, "stroke-dasharray": dash(s.colour) }));
+
 /** Lines with bands and points with intervals. `series`: {name, colour, x, y, low?, high?, smooth?, style: line|points}. With `clip`, wide bands are cut at the curves' range. */
 function chart({ title, note, percent, clip, series, rules = [] }) {
   const limits = () => {
@@ -95,7 +102,7 @@ function chart({ title, note, percent, clip, series, rules = [] }) {
       }
       if (s.low) image.append(svg("path", { d: `${path(s.x, s.high)}${path([...s.x].reverse(), [...s.low].reverse()).replace("M", "L")}Z`, fill: stroke, opacity: 0.16 }));
       if (s.smooth) image.append(svg("path", { d: path(s.x, s.y), fill: "none", stroke, opacity: 0.35 }));
-      image.append(svg("path", { d: path(s.x, s.smooth ?? s.y), fill: "none", stroke, "stroke-width": 2, "stroke-linejoin": "round" }));
+      image.append(svg("path", { d: path(s.x, s.smooth ?? s.y), fill: "none", stroke, "stroke-width": 2, "stroke-linejoin": "round", "stroke-dasharray": dash(s.colour) }));
     }
   };
   const read = (x) => {
@@ -110,7 +117,7 @@ function chart({ title, note, percent, clip, series, rules = [] }) {
     });
     return { x: near, head: `after ${number(near)} updates`, lines };
   };
-  const legend = html("p", { class: "legend" }, ...series.map((s) => html("span", { style: `color:${colour(s.colour)}` }, s.name)),
+  const legend = html("p", { class: "legend" }, ...series.map((s) => html("span", { style: `color:${colour(s.colour)}` }, swatch(s), s.name)),
     ...rules.map((r) => html("span", { class: "dim" }, `${r.name} ${number(r.value, percent)}`)));
   return html("figure", {}, html("h3", {}, title), legend, plot(title, limits, percent, paint, read).box, ...(note ? [html("p", { class: "dim" }, note)] : []));
 }
