@@ -68,7 +68,7 @@ def sweep(
     waiting = _batches([run for run in runs if not is_finished(directory / run.key)], vectorize)
     # Cores are dealt out to the processes, since each would otherwise start as many threads as there are cores.
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None
-    seats = [None if cores is None or jobs == 1 else cores[i::jobs] or cores for i in range(jobs)]
+    seats = [None if cores is None else cores[i::jobs] or cores for i in range(jobs)]
     under_way: list[_Job] = []
     failed: dict[str, str] = {}  # a run's key -> why
     with ExitStack() as stack:
@@ -134,6 +134,10 @@ def _start(
     environment = dict(os.environ)
     if jobs > 1:  # processes that share an accelerator must not each claim nearly all of its memory
         environment.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", f"{0.9 / jobs:.3f}")
+    if vectorize:  # on a CPU, each core takes its share of the lanes
+        num = min(len(runs), len(cores or ()) or os.cpu_count() or 1)
+        flags = environment.get("XLA_FLAGS", "")
+        environment["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={num} {flags}".strip()
     with (directory / f"{runs[0].key}.log").open("wb") as log:
         process = subprocess.Popen(
             [*WORKER, json.dumps(order)],

@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from grpo_jax.errors import UserError
 from grpo_jax.experiment import Experiment
@@ -19,6 +20,8 @@ from grpo_jax.rewards.wordle_rules import normalize
 from grpo_jax.tasks import Example
 
 Array = jax.Array
+# A table, since XLA divides by a constant as it multiplies by its reciprocal, and .9 comes out a rounding error off.
+TENTHS = np.arange(11, dtype=np.float32) / np.float32(10)
 Marks = Callable[[Array, Array], Array]  # letters [L] and the secret's [L] -> a reward, where the lengths agree
 
 
@@ -31,7 +34,7 @@ def partial_credit(guess: Array, secret: Array) -> Array:
     """`wordle.partial_credit`: a letter out of place is sought in the set of the secret's letters."""
     green = guess == secret
     yellow = ~green & (guess[:, None] == secret).any(axis=1)
-    return (2 * green.sum() + yellow.sum()) / 10
+    return jnp.asarray(TENTHS)[2 * green.sum() + yellow.sum()]
 
 
 def partial_credit_strict(guess: Array, secret: Array) -> Array:
@@ -42,7 +45,7 @@ def partial_credit_strict(guess: Array, secret: Array) -> Array:
     guessed, wanted = (((x == letters[:, None]) & ~green).sum(axis=1) for x in (guess, secret))
     first = (jnp.tril(letters[:, None] == letters, k=-1).sum(axis=1) == 0).astype(jnp.int32)
     yellow = (first * jnp.minimum(guessed, wanted)).sum()
-    return (2 * green.sum() + yellow) / 10
+    return jnp.asarray(TENTHS)[2 * green.sum() + yellow]
 
 
 FORMS: Mapping[Callable[..., Any], Marks] = {

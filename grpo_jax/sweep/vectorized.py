@@ -1,9 +1,11 @@
-"""All seeds of a from-scratch arm in one compiled program: sampling, reward and update, vmapped over seeds.
+"""All seeds of a from-scratch arm in one compiled program: sampling, reward and update, mapped over seeds.
 
-A whole step runs on the device and `CHUNK` of them per call (Lu et al. 2022, purejaxrl, is the model). Noise, prompts
-and initial parameters are named by the seed as in a run of its own, so a lane samples what that run samples, until the
-rounding of batched matrix products turns a draw. Everything around the steps (evaluations, metrics, checkpoints, files)
-is that of `grpo_jax.training`, lane by lane, so `grpo-jax table` and `grpo-jax evaluate` find ordinary runs.
+A whole step runs on the device and `CHUNK` of them per call (Lu et al. 2022, purejaxrl, is the model). The devices
+share the lanes (`grpo-jax sweep` makes a device of each core of a CPU) and train on while this process writes down what
+they did. Noise, prompts and initial parameters are named by the seed as in a run of its own, so on a CPU a lane has
+that run's numbers to the last digit; an accelerator takes its lanes at once, where the rounding of batched matrix
+products can turn a draw. Everything around the steps (evaluations, metrics, checkpoints, files) is that of
+`grpo_jax.training`, lane by lane, so `grpo-jax table` and `grpo-jax evaluate` find ordinary runs.
 
 A program under way cannot be resumed: runs that are not finished begin anew.
 """
@@ -12,7 +14,9 @@ import math
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -119,36 +123,56 @@ def _lanes(configs: Sequence[Experiment], logs: Sequence[RunLog]) -> list[Run]:
             warm = _lanes(variants, warm_logs)
             _go(warm)
             starts = [lane.policy() for lane in warm]
+    # What its run may take several devices for, a lane does on one.
+    configs = [replace(config, devices=1) for config in configs]
     return [Run(*parts) for parts in zip(configs, starts, logs, strict=True)]
 
 
 def _go(lanes: Sequence[Run]) -> None:
     """Trains all lanes from the first step to the last, as `Run.go` trains one."""
-    config = lanes[0].experiment
+    config, every = lanes[0].experiment, lanes[0].experiment.evaluation.every
     program, size = _program(lanes[0]), _chunk(config)
-    states, frozen = (_stack([devices.unreplicate(x) for x in xs]) for xs in (
-        [lane.state for lane in lanes], [lane.actor.frozen for lane in lanes]))  # fmt: skip
-    reference = _stack([devices.unreplicate(lane.reference) for lane in lanes]) if config.loss.beta else None
-    seeds = jnp.array([lane.experiment.seed for lane in lanes], jnp.int32)
-    for first in range(0, config.steps, size):
-        steps = range(first, first + size)
-        began = time.monotonic()
-        data = [[_inputs(lane, step) for lane in lanes] for step in steps]
-        inputs = _stack([_stack([given for given, _ in row]) for row in data])
-        states, outputs = jax.device_get(program(states, frozen, reference, seeds, inputs))
-        seconds = (time.monotonic() - began) / size
-        for i, lane in enumerate(lanes):
-            for k, step in enumerate(steps):
-                at = jax.tree.map(lambda x, k=k, i=i: x[k, i], outputs)
-                _record(lane, step, *data[k][i], *at, seconds=seconds)
-            done = first + size
-            evaluates = bool(config.evaluation.every) and done % config.evaluation.every == 0
-            if evaluates or done == config.steps:
-                lane.state = State(*devices.replicate(tuple(_lane(states, i)), lane.num_devices))
-            if evaluates and done < config.steps:
-                lane.examine(done)
+    places = jax.local_devices()[: len(lanes)]
+    shares = [lanes[i :: len(places)] for i in range(len(places))]
+    own = [[devices.unreplicate((lane.state, lane.actor.frozen, lane.reference)) for lane in share] for share in shares]
+    states, *constant = zip(*[map(_stack, zip(*trees, strict=True)) for trees in own], strict=True)
+    seeds = [np.array([lane.experiment.seed for lane in share], np.int32) for share in shares]
+    chunks = [range(first, first + size) for first in range(0, config.steps, size)]
+    upcoming = [[_inputs(lane, chunks[0]) for lane in share] for share in shares] if chunks else []
+    write_last: Callable[[], None] = _nothing
+    # Not one program for all devices: partitioned, it is fused in another way, and rounds in another.
+    with ThreadPoolExecutor(len(places)) as pool:
+        for steps in chunks:
+            began, given = time.monotonic(), upcoming
+            stacked = [_stack([inputs for inputs, _ in share]) for share in given]
+            under_way = pool.map(partial(_on, program), places, states, *constant, seeds, stacked)
+            write_last()
+            if steps is not chunks[-1]:
+                following = range(steps.stop, steps.stop + size)
+                upcoming = [[_inputs(lane, following) for lane in share] for share in shares]
+            states, outputs = zip(*under_way, strict=True)
+            seconds = (time.monotonic() - began) / size
+            write_last = partial(_write, shares, steps, given, outputs, seconds=seconds)
+            if steps is chunks[-1] or (every and steps.stop % every == 0):
+                write_last()
+                write_last = _nothing
+                for share, ended in zip(shares, states, strict=True):
+                    for i, lane in enumerate(share):
+                        lane.state = State(*devices.replicate(tuple(_lane(ended, i)), 1))
+                        if steps is not chunks[-1]:
+                            lane.examine(steps.stop)
     for lane in lanes:
         lane.save(config.steps)
+
+
+def _on(program: Callable[..., Any], device: jax.Device, *arguments: Any) -> Any:
+    """What a program returns when it runs on a device, on the host."""
+    with jax.default_device(device):
+        return jax.device_get(program(*arguments))
+
+
+def _nothing() -> None:
+    pass
 
 
 def _chunk(config: Experiment) -> int:
@@ -158,7 +182,7 @@ def _chunk(config: Experiment) -> int:
 
 
 def _program(lane: Run) -> Any:
-    """Builds `program(states, frozen, reference, seeds, inputs) -> (states, outputs)`: K steps [K, N, …] of N lanes."""
+    """Builds `program(states, frozen, reference, seeds, inputs) -> (states, outputs)`: N lanes' K steps [N, K, …]."""
     config, actor = lane.experiment, lane.actor
     optimizer, _ = make_optimizer(config.optimizer, config.steps * config.num_iterations)
     update = make_update(actor.model, config, optimizer, common=lane.prompts.common, axis_name=None)
@@ -190,13 +214,11 @@ def _program(lane: Run) -> Any:
             metrics |= {name: first[name] for name in of_first if name in first}
         return state, (turn, batch.rewards, metrics)
 
-    def program(states: State, frozen: Any, reference: Any, seeds: jax.Array, inputs: Inputs) -> tuple[State, Any]:
-        def all_lanes(states: State, given: Inputs) -> tuple[State, Any]:
-            return _over_lanes(lambda lane: step(*lane), (states, frozen, reference, seeds, given))
+    def steps(lane: tuple[State, Any, Any, jax.Array, Inputs]) -> tuple[State, Any]:
+        state, frozen, reference, seed, inputs = lane
+        return jax.lax.scan(lambda state, given: step(state, frozen, reference, seed, given), state, inputs)
 
-        return jax.lax.scan(all_lanes, states, inputs)
-
-    return jax.jit(program)
+    return jax.jit(lambda *lanes: _over_lanes(steps, lanes))
 
 
 def _over_lanes(function: Callable[[Any], Any], lanes: Any) -> Any:
@@ -208,16 +230,39 @@ def _over_lanes(function: Callable[[Any], Any], lanes: Any) -> Any:
     return jax.lax.map(function, lanes) if jax.default_backend() == "cpu" else jax.vmap(function)(lanes)
 
 
-def _inputs(lane: Run, step: int) -> tuple[Inputs, Lesson | None]:
-    """What the program is given for one step of one lane, and for SFT the lesson that it is."""
+def _inputs(lane: Run, steps: range) -> tuple[Inputs, list[Lesson | None]]:
+    """What the program is given for K steps of one lane, [K, …], and for SFT the lessons that they are."""
     config, task, tokenizer = lane.experiment, lane.experiment.task, lane.actor.tokenizer
-    indices, ids = schedule(config.seed, step, config.prompts_per_step, len(task.train))
-    named = np.int32(step), *lane.prompts.batch("train", indices), np.asarray(ids, np.int32)
-    if config.method == "sft":
-        lesson = LESSONS["sft"](lane.classroom(), step)
-        return Inputs(*named, None, lesson.batch), lesson
-    secrets = array_rewards.secrets_of([task.train[i] for i in indices], tokenizer)
-    return Inputs(*named, np.asarray(secrets, np.int32), None), None
+    given: list[Inputs] = []
+    lessons: list[Lesson | None] = []
+    for step in steps:
+        indices, ids = schedule(config.seed, step, config.prompts_per_step, len(task.train))
+        named = np.int32(step), *lane.prompts.batch("train", indices), np.asarray(ids, np.int32)
+        if config.method == "sft":
+            lesson = LESSONS["sft"](lane.classroom(), step)
+            lessons.append(lesson)
+            given.append(Inputs(*named, None, lesson.batch))
+        else:
+            secrets = array_rewards.secrets_of([task.train[i] for i in indices], tokenizer)
+            lessons.append(None)
+            given.append(Inputs(*named, np.asarray(secrets, np.int32), None))
+    return _stack(given), lessons
+
+
+def _write(
+    shares: Sequence[Sequence[Run]],
+    steps: range,
+    given: Sequence[Sequence[tuple[Inputs, list[Lesson | None]]]],
+    outputs: Sequence[Any],
+    *,
+    seconds: float,
+) -> None:
+    """Logs K steps of all lanes; each device's outputs are [N, K, …]."""
+    for share, of_share, returned in zip(shares, given, outputs, strict=True):
+        for i, (lane, (inputs, lessons)) in enumerate(zip(share, of_share, strict=True)):
+            for k, step in enumerate(steps):
+                at = jax.tree.map(lambda x, i=i, k=k: x[i, k], returned)
+                _record(lane, step, _lane(inputs, k), lessons[k], *at, seconds=seconds)
 
 
 def _record(
@@ -264,4 +309,5 @@ def _stack(trees: Sequence[Any]) -> Any:
 
 
 def _lane(tree: Any, index: int) -> Any:
+    """The entry `index` of the leading axis, of lanes or of steps."""
     return jax.tree.map(lambda x: x[index], tree)
