@@ -79,8 +79,7 @@ def train(
         start = starting_policy(experiment, log, resume=resume)
         run = Run(experiment, start, log)
         before, group_before = run.examine(0), run.show_group()
-        run.go(resume=resume)
-        after, group_after = run.examine(experiment.steps), run.show_group()
+        after, group_after = run.examine(run.go(resume=resume)), run.show_group()
         control: dict[str, Evaluation] = {}
         if experiment.control is not None:
             variant = variant_of(experiment, experiment.control)
@@ -88,8 +87,7 @@ def train(
                 run_dir / "control", variant, resume=_begun(run_dir / "control"), quiet=quiet, title="control"
             ) as sub:
                 other = Run(variant, start, sub)
-                other.go(resume=True)
-                control = other.examine(variant.steps)
+                control = other.examine(other.go(resume=True))
         result = Result(
             run_dir, run.policy(), before, after, control, group_before, group_after, time.monotonic() - began
         )
@@ -132,7 +130,7 @@ def restore_with_head(run_dir: str | Path) -> tuple[Experiment, Policy, Params]:
         trainable |= new_head(policy.config.hidden_size)
     optimizer, _ = make_optimizer(experiment.optimizer, experiment.steps * experiment.num_iterations)
     reference = trainable if experiment.loss.sync_ref_model else None
-    like = _checkpoint(State(trainable, jax.eval_shape(optimizer.init, trainable), jnp.int32(0)), 0, reference)
+    like = _checkpoint(State(trainable, jax.eval_shape(optimizer.init, trainable), jnp.int32(0)), reference)
     _, state = checkpoints.restore(run_dir / "checkpoints", like)
     trained = jax.tree.map(jnp.asarray, state["trainable"])
     head = {name: trained.pop(name) for name in HEAD if name in trained}
@@ -185,35 +183,43 @@ class Run:
         self.update = devices.parallel(update, self.num_devices, in_axes=(0, 0, 0, 0, None), donate=(0,))
         self.rescore = devices.parallel(make_rescore(actor.model, config, **options), self.num_devices)
         self.appraise = devices.parallel(make_appraise(actor.model, config, **options), self.num_devices)
-        self.tokens_seen = 0
+        self.tokens_seen = self.tokens_sampled = 0
 
-    def go(self, *, resume: bool) -> None:
-        """Trains from the newest checkpoint (or from the start) to the last step."""
+    def go(self, *, resume: bool) -> int:
+        """Trains from the newest checkpoint (or from the start) to the last step; returns how many there were."""
         config, directory = self.experiment, self.log.run_dir / "checkpoints"
-        first = 0
+        done = 0
         if resume and checkpoints.latest_step(directory) is not None:
-            first, saved = checkpoints.restore(directory, self._saved())
-            self.tokens_seen = saved.pop("tokens_seen")
+            done, saved = checkpoints.restore(directory, self._saved())
+            self.tokens_seen, self.tokens_sampled = saved.pop("tokens_seen"), saved.pop("tokens_sampled")
             saved = devices.replicate(jax.tree.map(jnp.asarray, saved), self.num_devices)
             reference = saved.pop("reference")
             self.reference = self.reference if reference is None else reference
             self.state = State(**saved)
-        if first < config.steps:
+        if not self.is_over(done):
             rows = f"{config.prompts_per_step} prompts × {config.group_size}"
-            self.log.note(f"training: steps {first + 1} to {config.steps}, {rows} completions each; the first compiles")
+            end = f"to {config.steps}" if config.token_budget is None else f"until {config.token_budget:,} tokens"
+            self.log.note(f"training: steps {done + 1} {end}, {rows} completions each; the first compiles")
         with _stop_between_steps() as stop:
-            for step in range(first, config.steps):
-                self.step(step)
-                done = step + 1
-                if done < config.steps and config.evaluation.every and done % config.evaluation.every == 0:
+            while not self.is_over(done):
+                self.step(done)
+                done += 1
+                over = self.is_over(done)
+                if not over and config.evaluation.every and done % config.evaluation.every == 0:
                     self.examine(done)
                 stopping = stop()  # asked once: what arrives after it waits for the next step
-                if done % config.checkpoint_every == 0 or done == config.steps or stopping:
+                if done % config.checkpoint_every == 0 or over or stopping:
                     self.save(done)
                 if stopping:
                     raise KeyboardInterrupt
         if config.steps == 0:
             self.save(0)
+        return done
+
+    def is_over(self, done: int) -> bool:
+        """Whether training ends after `done` steps."""
+        budget = self.experiment.token_budget
+        return done >= self.experiment.steps or (budget is not None and self.tokens_sampled >= budget)
 
     def step(self, step: int) -> None:
         """Makes a step's lesson, updates on it and logs it."""
@@ -241,11 +247,13 @@ class Run:
     def record(self, step: int, lesson: Lesson, metrics: dict[str, float], *, seconds: float) -> None:
         """Logs a step: its lesson, with the advantages that the update found, and its update's metrics."""
         self.tokens_seen += lesson.tokens
+        self.tokens_sampled += lesson.new_tokens
         metrics = {
             **lesson.metrics,
             **metrics,
             "learning_rate": float(self.schedule((step + 1) * self.experiment.num_iterations - 1)),
             "num_tokens": self.tokens_seen,
+            "num_sampled_tokens": self.tokens_sampled,
             "step_time": seconds,
             "tokens_per_second": lesson.new_tokens / seconds,
         }
@@ -283,7 +291,7 @@ class Run:
         """What a checkpoint holds now. A reference that is never synced is where training began, and not kept."""
         reference = self.reference if self.experiment.loss.sync_ref_model else None
         state, reference = devices.unreplicate((self.state, reference))
-        return _checkpoint(state, self.tokens_seen, reference)
+        return _checkpoint(state, reference, self.tokens_seen, self.tokens_sampled)
 
     def examine(self, step: int) -> dict[str, Evaluation]:
         """Evaluates the policy as it is now on every split."""
@@ -339,9 +347,10 @@ class Run:
             )
 
 
-def _checkpoint(state: State, tokens_seen: int, reference: Any | None) -> dict[str, Any]:
+def _checkpoint(state: State, reference: Any | None, tokens_seen: int = 0, tokens_sampled: int = 0) -> dict[str, Any]:
     """Everything that a step depends on, as the pytree that is saved and restored."""
-    return {**state._asdict(), "tokens_seen": tokens_seen, "reference": reference}
+    tokens = {"tokens_seen": tokens_seen, "tokens_sampled": tokens_sampled}
+    return {**state._asdict(), "reference": reference, **tokens}
 
 
 def summarize(result: Result, experiment: Experiment) -> dict[str, Any]:

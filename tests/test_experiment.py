@@ -243,18 +243,34 @@ def test_an_arm_with_another_reward_of_the_same_name_is_another_run():
     assert len(experiment.Ablation(base=toy(), arms=rewards, seeds=[0]).runs()) == 2
 
 
-def test_a_budget_of_tokens_gives_arms_the_steps_that_sample_as_many(write):
+def test_a_budget_of_tokens_ends_every_arm_where_the_base_has_no_room_left(write):
     path = write(ABLATION)
-    steps = {run.arms[-1]: run.config.steps for run in experiment.load_ablation(path).runs()}
-    assert steps == {"same": 7, "small": 7}
-    steps = {run.arms[-1]: run.config.steps for run in experiment.load_ablation(path, "tokens").runs()}
-    assert steps == {"same": 7, "small": 28}  # groups of 2 in the place of 8
+    ends = {run.arms[-1]: (run.config.steps, run.config.token_budget) for run in experiment.load_ablation(path).runs()}
+    assert ends == {"same": (7, None), "small": (7, None)}
+    room = 7 * 8 * 8 * 16  # steps x prompts x group x max_tokens
+    runs = {run.arms[-1]: run.config for run in experiment.load_ablation(path, "tokens").runs()}
+    assert [runs[arm].token_budget for arm in ("same", "small")] == [room, room]
+    # Even completions of one token each use it up.
+    assert runs["same"].steps * 8 * 8 == runs["small"].steps * 8 * 2 == room
+
+
+def test_a_budget_of_tokens_leaves_a_warm_start_its_steps():
+    base = toy(steps=7, warm_start={"group_size": 4})
+    (run,) = experiment.Ablation(base=base, arms={"base": {}}, seeds=[0], budget="tokens").runs()
+    start = experiment.variant_of(run.config, run.config.warm_start)
+    assert (start.steps, start.token_budget, start.group_size) == (7, None, 4)
+
+
+def test_a_budget_of_tokens_needs_a_schedule_that_does_not_know_the_last_step():
+    base = toy(optimizer=experiment.OptimizerConfig(schedule="linear"))
+    said = message(lambda: experiment.Ablation(base=base, arms={"base": {}}, budget="tokens"))
+    assert "arm 'base'" in said and "Experiment.token_budget" in said and "'constant'" in said
 
 
 def test_one_arm_of_an_ablation_loads_as_an_experiment(write):
     path = write(ABLATION)
     config = experiment.load(path, ["arm=small", "seed=4", "budget=tokens"])
-    assert (config.group_size, config.seed, config.steps) == (2, 4, 28)
+    assert (config.group_size, config.seed, config.token_budget) == (2, 4, 7 * 8 * 8 * 16)
     planned = {(run.arms[-1], run.seed): run.config for run in experiment.load_ablation(path, "tokens").runs()}
     assert experiment.to_dict(config) == experiment.to_dict(planned["small", 4])
     assert "choose one of its arms: --set arm=base|same|small" in message(lambda: experiment.load(path))

@@ -385,6 +385,15 @@ def test_without_a_terminal_there_is_a_plain_line_every_so_often():
     assert "\x1b" not in console.file.getvalue()
 
 
+def test_progress_towards_a_budget_of_tokens_is_counted_in_tokens():
+    for terminal, shown in ((False, "training step 2 (1,100 of 1,000 tokens)"), (True, "1100/1000")):
+        console = screen(terminal=terminal)
+        display = Display(640, 1000, console=console)
+        for step, tokens in enumerate((550, 1100)):
+            display.update(step, {"reward": 0.5, "num_sampled_tokens": tokens})
+        assert shown in console.file.getvalue()
+
+
 def test_on_a_terminal_there_is_a_bar_with_the_latest_group():
     console = screen(terminal=True)
     display = Display(2, console=console)

@@ -273,6 +273,25 @@ def test_a_finished_run_that_is_gone_on_with_stays_as_it_is(source, finished, tm
     assert_same_run(run_dir, finished)
 
 
+def test_a_budget_of_tokens_ends_a_run_with_the_step_that_uses_it_up(source, tmp_path):
+    """Two steps of 16 completions sample at most 2 × 16 × 3 = 96 tokens, three of at least one token each 48."""
+    overrides = ["steps=40", "token_budget=97", "checkpoint_every=1"]
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    result = train(load(source, overrides), whole, source=source, overrides=overrides, quiet=True)
+    sampled = metric(whole, "num_sampled_tokens")
+    assert sampled == list(np.cumsum(metric(whole, "completions/mean_length")) * 16)
+    assert sampled[-2] < 97 <= sampled[-1]
+    last = rows(whole / "metrics.jsonl")[-1]
+    assert last["step"] == latest_step(whole / "checkpoints") == len(sampled)
+    assert last["evaluation/success"] == result.after["held_out"].success
+    # A run that is gone on with counts what it had sampled; one that had used its budget up stays as it is.
+    with pytest.raises(RunError, match="no reward today"):
+        train(at_step(2, fail, load(source, overrides)), broken, source=source, overrides=overrides, quiet=True)
+    for _ in range(2):
+        train(load(source, overrides), broken, source=source, overrides=overrides, resume=True, quiet=True)
+        assert_same_run(broken, whole)
+
+
 def test_a_run_without_a_checkpoint_has_no_policy_to_restore(source, tmp_path):
     with pytest.raises(RunError):
         train(at_step(0, fail, load(source)), tmp_path / "run", source=source, quiet=True)

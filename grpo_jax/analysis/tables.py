@@ -138,8 +138,7 @@ def _read(run_dir: Path, run: PlannedRun, metric: str) -> _Finished:
     if not values:
         known = sorted({name for row in rows for name in row} - {"step"})
         raise UserError(f"{str(run_dir)!r} has no metric {metric!r}; it has {', '.join(known)}.")
-    completions = run.config.prompts_per_step * run.config.group_size
-    tokens = completions * sum(row.get("completions/mean_length", 0.0) for row in rows)
+    tokens = max((row.get("num_sampled_tokens", 0) for row in rows), default=0)
     return _Finished(float(values[-1]), tokens, _commit(info["git"]), info["device"]["kind"])
 
 

@@ -1,5 +1,6 @@
 """`Ablation`: one experiment under several variations, at several seeds."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -32,8 +33,9 @@ class Ablation(Checked):
     seed, each with `baseline` (None: the first arm).
 
     `metric` is a name in `metrics.jsonl`; its last value is what a run came to. `budget` is what the arms have in
-    common: `steps` as many updates as the base; `tokens` as many sampled tokens as the base has room for, that is
-    steps × prompts × group size × turns × `max_tokens`, from which each arm's steps follow.
+    common: `steps` as many updates as the base; `tokens` as many sampled tokens as the base's steps have room for
+    (steps × prompts × group size × turns × `max_tokens`). Every arm, the base too, then takes the steps that it needs
+    to sample them; the last one may sample a few more.
     """
 
     base: Experiment
@@ -56,6 +58,7 @@ class Ablation(Checked):
             for field_of_sweep, instead in (
                 ("seed", "`seeds`"),
                 ("steps", "`budget`, which gives every arm its steps"),
+                ("token_budget", "`budget`, which gives every arm its tokens"),
             ):
                 if field_of_sweep in overrides:
                     raise UserError(f"arm {arm!r} sets {field_of_sweep!r}: that is for the ablation's {instead}.")
@@ -74,7 +77,15 @@ class Ablation(Checked):
         config = override(self.base, {**self.arms[arm], "seed": seed})
         if self.budget == "steps":
             return config
-        return override(config, {"steps": round(self.base.steps * _room(self.base) / _room(config)) or 1})
+        tokens = self.base.steps * _room(self.base)
+        # A completion has at least one token, its end: more steps than this no run can need.
+        shared: dict[str, Any] = {
+            "token_budget": tokens,
+            "steps": math.ceil(tokens / (config.prompts_per_step * config.group_size)),
+        }
+        if config.warm_start is not None:
+            shared["warm_start"] = {"steps": config.steps, "token_budget": None, **config.warm_start}
+        return override(config, shared)
 
     def runs(self) -> list[PlannedRun]:
         """Every run, seed by seed so that what is finished first can be compared; arms that are alike share one."""

@@ -27,6 +27,9 @@ class Experiment(Checked):
     A step's groups whose rewards are all equal say nothing. `dynamic_sampling_rounds` is how many further rounds of
     prompts a step may play to replace them by groups that do (DAPO, 2503.14476); 0 for none.
 
+    Training ends after `steps` steps, or before that with the step in which its `token_budget` of sampled tokens is
+    used up (those that dynamic sampling throws away count too).
+
     `method` is one of
 
     - `grpo`: policy gradients from rewards relative to a group's, with all of `LossConfig`'s losses;
@@ -48,6 +51,7 @@ class Experiment(Checked):
     policy: PolicyConfig = PolicyConfig()
     method: Literal["grpo", "ppo", "sft", "rft", "dpo", "reward_model"] = "grpo"
     steps: int = 100
+    token_budget: int | None = None
     prompts_per_step: int = 8
     group_size: int = 8
     num_iterations: int = 1
@@ -79,6 +83,10 @@ class Experiment(Checked):
                 f"at least one reward function for method {self.method!r}",
             ),
             steps=(self.steps >= 0, "0 or above"),
+            token_budget=(
+                self.token_budget is None or (self.token_budget > 0 and self.optimizer.schedule == "constant"),
+                "None, or positive with optimizer.schedule 'constant', since no schedule can know the last step",
+            ),
             prompts_per_step=(self.prompts_per_step > 0, "positive"),
             group_size=self._group_size_range(),
             num_iterations=(

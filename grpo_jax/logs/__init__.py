@@ -55,7 +55,7 @@ class RunLog:
         console: Console | None = None,
     ) -> None:
         self.run_dir = Path(run_dir)
-        self.display = Display(experiment.steps, title=title, quiet=quiet, console=console)
+        self.display = Display(experiment.steps, experiment.token_budget, title=title, quiet=quiet, console=console)
         self._experiment = experiment
         self._source = source
         self._overrides = list(overrides)

@@ -26,6 +26,7 @@ class Display:
     def __init__(
         self,
         total: int,
+        token_budget: int | None = None,
         *,
         title: str = "",
         quiet: bool = False,
@@ -33,7 +34,7 @@ class Display:
         every: float = 10.0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.total, self.title, self.quiet = total, title, quiet
+        self.total, self.token_budget, self.title, self.quiet = total, token_budget, title, quiet
         self.console = console or Console(highlight=False)
         self._every, self._clock = every, clock
         self._rewards: list[float] = []
@@ -50,19 +51,27 @@ class Display:
             TimeRemainingColumn(),
             console=self.console,
         )
-        self._task = self._progress.add_task(title or "training", total=total, figures="")
+        self._task = self._progress.add_task(title or "training", total=token_budget or total, figures="")
 
     def update(self, step: int, metrics: Mapping[str, Any], group: Sequence[Mapping[str, Any]] = ()) -> None:
         """Shows that step `step` (counted from 0) is done."""
         if self.quiet:
             return
         self._rewards.append(float(metrics.get("reward", math.nan)))
+        # Where a budget of tokens ends the run, progress is a share of that.
+        done = step + 1 if self.token_budget is None else int(metrics["num_sampled_tokens"])
+        over = step + 1 >= self.total or done >= (self.token_budget or self.total)
         if self.console.is_interactive:
-            self._draw(step + 1, self._figures(metrics), group)
-        elif step + 1 >= self.total or self._clock() - self._spoke >= self._every:
+            self._draw(done, self._figures(metrics), group)
+            if over:
+                self.close()
+        elif over or self._clock() - self._spoke >= self._every:
             self._spoke = self._clock()
             name, seconds = self.title or "training", self._spoke - self._began
-            self._say(f"{name} step {step + 1}/{self.total}  {self._figures(metrics)}  {seconds:.0f} s")
+            place = f"{step + 1}/{self.total}"
+            if self.token_budget is not None:
+                place = f"{step + 1} ({done:,} of {self.token_budget:,} tokens)"
+            self._say(f"{name} step {place}  {self._figures(metrics)}  {seconds:.0f} s")
 
     def evaluation(self, step: int, evaluation: Any) -> None:
         """Shows an evaluation made after `step` updates."""
@@ -88,8 +97,6 @@ class Display:
             self._live.start()
         self._progress.update(self._task, completed=done, figures=figures)
         self._live.update(Group(group_table({"": group}), self._progress) if group else self._progress)
-        if done >= self.total:
-            self.close()
 
     def _say(self, line: str) -> None:
         self.console.print(visible(line), soft_wrap=True)

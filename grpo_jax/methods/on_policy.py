@@ -40,7 +40,7 @@ def lesson_of(rounds: Sequence[Round], config: Experiment) -> Lesson:
         batch,
         played,
         tokens=sum(tokens_of(r.played) for r in rounds),
-        new_tokens=int(played.mask.sum()),
+        new_tokens=sum(int(r.played.mask.sum()) for r in rounds),
         metrics=metrics,
         rows=completion_rows(played, chosen.scores),
         histograms={"rewards": chosen.rewards[chosen.kept], "completion_lengths": played.mask.sum(-1)},

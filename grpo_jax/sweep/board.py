@@ -59,12 +59,12 @@ class Board:
             status, latest = self._status(run, under_way, failed), latest_metrics(self.directory / run.key)
             # Step s is the one after s updates; evaluations carry the number of updates itself.
             steps = latest["step"] + ("reward" in latest or "loss" in latest) if latest else 0
-            steps = run.config.steps if status == "finished" else min(steps, run.config.steps)
+            steps = str(min(steps, run.config.steps))
+            if run.config.token_budget is None:
+                steps += f"/{run.config.steps}"
             figures = [_figure(latest.get(name)) for name in ("reward", self.metric)]
             style = STYLES.get(status, "")
-            table.add_row(
-                _name(run), str(run.seed), run.key, Text(status, style=style), f"{steps}/{run.config.steps}", *figures
-            )
+            table.add_row(_name(run), str(run.seed), run.key, Text(status, style=style), steps, *figures)
         return table
 
     def _status(self, run: PlannedRun, under_way: Set[str], failed: Set[str]) -> str:

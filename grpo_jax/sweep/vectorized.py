@@ -66,6 +66,7 @@ def require_vectorizable(config: Experiment) -> None:
         "its task has several turns": config.task.max_turns > 1,
         "it has a control": config.control is not None,
         "reward.combine is not 'sum'": config.reward.combine != "sum",
+        "token_budget is set": config.token_budget is not None,
         "dynamic_sampling_rounds is not 0": config.dynamic_sampling_rounds > 0,
         "loss.sync_ref_model is on": config.loss.sync_ref_model,
         "loss.mask_truncated_completions is on": config.loss.mask_truncated_completions,

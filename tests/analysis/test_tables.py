@@ -32,10 +32,11 @@ def write_runs(directory: Path, ablation: Ablation = ABLATION, *, commits: dict[
         info = {"status": "finished", "git": git, "device": {"kind": "cpu"}}
         (run_dir / "run.json").write_text(json.dumps(info))
         (run_dir / "config.json").write_text(json.dumps(to_dict(run.config)))
+        group = run.config.group_size
         rows = [
             {"step": 0, "evaluation/success": 0.0},
-            {"step": 0, "reward": 0.5, "completions/mean_length": 4.0},
-            {"step": 1, "reward": 0.5, "completions/mean_length": 5.0},
+            {"step": 0, "reward": 0.5, "num_sampled_tokens": 8 * group},
+            {"step": 1, "reward": 0.5, "num_sampled_tokens": 18 * group},
             {"step": 2, "evaluation/success": SUCCESS[arm][ablation.seeds.index(run.seed)]},
         ]
         (run_dir / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -53,7 +54,7 @@ def test_arms_are_compared_with_the_baseline_seed_by_seed(tmp_path):
     assert (better.difference.low, better.difference.high) == pytest.approx(tuple(expected))
     assert (better.difference.value, better.better, better.difference.p_value) == (pytest.approx(0.21), 17 / 18, 2 / 8)
     assert not flat.difference.is_shown
-    assert (base.tokens, flat.tokens) == (2 * 3 * 9, 2 * 2 * 9)  # prompts × group × tokens of two steps
+    assert (base.tokens, flat.tokens) == (54, 36)  # of a run's last step
 
 
 def test_markdown_says_who_won_and_what_made_it(tmp_path):
