@@ -25,7 +25,8 @@ class Evaluation:
       success: the share of completions that succeeded; success_low and success_high its 95 % interval.
       reward: the mean combined reward; None for an experiment without rewards.
       pass_at_k: the chance that at least one of k samples succeeds, unbiased (Chen et al. 2021, 2107.03374).
-      mean_length: sampled tokens per completion; clipped_ratio: the share that the token limit cut off.
+      mean_length, mean_turns: sampled tokens and turns (the guesses of a game) per completion.
+      clipped_ratio: the share of completions that the token limit cut off.
       records: each completion with its prompt, success and reward.
     """
 
@@ -39,6 +40,7 @@ class Evaluation:
     reward: float | None
     pass_at_k: dict[int, float]
     mean_length: float
+    mean_turns: float
     clipped_ratio: float
     records: list[dict[str, Any]] = field(repr=False)
 
@@ -87,6 +89,7 @@ def evaluate_actor(actor: Actor, prompts: Prompts, experiment: Experiment, split
                 "success": bool(won),
                 "reward": reward,
                 "length": sum(episode.trained),
+                "turns": len(episode.turns),
                 "ended": episode.ended,
             }
             for prompt, completion, won, reward, episode in list(rows)[: len(wanted) * config.num_samples]
@@ -106,6 +109,7 @@ def evaluate_actor(actor: Actor, prompts: Prompts, experiment: Experiment, split
         reward=float(np.mean(rewards)) if rewards else None,
         pass_at_k={k: pass_at_k(won.sum(1), config.num_samples, k) for k in powers},
         mean_length=float(np.mean([record["length"] for record in records])),
+        mean_turns=float(np.mean([record["turns"] for record in records])),
         clipped_ratio=float(np.mean([not record["ended"] for record in records])),
         records=records,
     )

@@ -7,7 +7,7 @@
 Topics: `prefix` (the prompt once per group, and once per batch), `decode` (unrolled layers, early exit), `sampling`
 (one token from one number), `step` (what an update's options cost), `precision` (bfloat16 weights), `peers` (a whole
 step against one that repeats the prompt for every completion, in sampling and in training, as JAX frameworks usually
-do).
+do), `seeds` (ten seeds of POUND by `grpo-jax sweep --vectorize`, beside one seed: whole processes, some minutes).
 
 A time says little on a machine that others use too, so the ways to do a thing take turns in one process, and the ratio
 of their medians is what counts. Memory is what XLA plans for temporaries, besides arguments and results.
@@ -16,9 +16,13 @@ of their medians is what counts. Memory is what XLA plans for temporaries, besid
 import argparse
 import copy
 import statistics
+import subprocess
+import sys
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -38,6 +42,7 @@ from grpo_jax.tasks import Task
 from grpo_jax.update import State, make_update
 
 Ways = dict[str, tuple[Callable[..., Any], tuple[Any, ...]]]  # name -> a function and its arguments
+POUND = Path(__file__).resolve().parents[1] / "experiments" / "wordle" / "pound.py"
 TASK = Task("benchmark", train=[], held_out=[], success=lambda **columns: [])
 
 console = Console()
@@ -281,7 +286,27 @@ def noise_of_rows(noise: Noise, g: int) -> Noise:
     return noise._replace(prompt_ids=jnp.repeat(noise.prompt_ids, g), samples=noise.samples.reshape(-1, 1))
 
 
-TOPICS = {function.__name__: function for function in (prefix, decode, sampling, step, precision, peers)}
+def seeds(case: Case, repeats: int) -> None:
+    """A sweep of one seed and a vectorised one of ten, in turns, after each has been compiled into JAX's cache."""
+    ablation = """from grpo_jax.experiment import Ablation, load
+ablation = Ablation(base=load({file!r}), arms={{"pound": {{}}}}, seeds=range({n}))
+"""
+    ways = {"one seed": (1, ()), "ten seeds, --vectorize": (10, ("--vectorize",))}
+    taken: dict[str, list[float]] = {name: [] for name in ways}
+    with tempfile.TemporaryDirectory() as directory:
+        for attempt in range(repeats + 1):
+            for name, (n, options) in ways.items():
+                source = Path(directory) / f"seeds_{n}.py"
+                source.write_text(ablation.format(file=str(POUND), n=n))
+                command = [Path(sys.executable).with_name("grpo-jax"), "sweep", source, *options, "--dir"]
+                began = time.perf_counter()
+                subprocess.run([*command, Path(directory) / f"{n}-{attempt}"], check=True, stdout=subprocess.DEVNULL)
+                taken[name].append(time.perf_counter() - began)
+    first, ten = (statistics.median(times[1:]) for times in taken.values())
+    console.print(f"Ten seeds of POUND in one program take {ten / first:.2f} x one seed ({first:.1f} s).\n")
+
+
+TOPICS = {function.__name__: function for function in (prefix, decode, sampling, step, precision, peers, seeds)}
 
 
 def main() -> None:

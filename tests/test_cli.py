@@ -37,7 +37,14 @@ def make_evaluation(success: float, **more) -> Evaluation:
     values = dict(
         split="held_out", num_prompts=128, num_samples=1, temperature=0.0, success=success, success_low=success - 0.05
     )
-    values |= dict(success_high=success + 0.05, reward=success, pass_at_k={1: success}, mean_length=3.0, records=[{}])
+    values |= dict(
+        success_high=success + 0.05,
+        reward=success,
+        pass_at_k={1: success},
+        mean_length=3.0,
+        mean_turns=1.0,
+        records=[{}],
+    )
     return Evaluation(**values | more)
 
 

@@ -112,6 +112,7 @@ def test_an_evaluation_is_that_of_its_records(policy):
     assert result.reward == pytest.approx(np.mean([n for n in lengths if n]))  # where it applies
     assert any(math.isnan(record["reward"]) for record in result.records) == (0 in lengths)
     assert result.mean_length == np.mean([record["length"] for record in result.records])
+    assert result.mean_turns == 1
     assert result.clipped_ratio == np.mean([not record["ended"] for record in result.records]) > 0
     assert "records" not in result.to_dict()
 

@@ -34,6 +34,7 @@ class Evaluation:
     success_high: float = 0.6
     reward: float = 0.55
     mean_length: float = 7.0
+    mean_turns: float = 1.0
     split: str = "held_out"
     num_prompts: int = 128
     num_samples: int = 1
@@ -469,5 +470,6 @@ def test_the_summary_gives_each_policy_its_interval_and_leaves_out_the_absent():
     assert "128 held-out prompts, greedy" in text
     assert "4.0 %" in text and "1.0 – 9.0 %" in text and "40.0 – 60.0 %" in text
     assert "control" not in text
+    assert "turns" not in text and "4.12" in shown(logs.summary_table({"after": Evaluation(mean_turns=4.125)}))
     sampled = Evaluation(num_samples=8, temperature=0.7)
     assert "128 held-out prompts × 8 samples, temperature 0.7" in shown(logs.summary_table({"after": sampled}))

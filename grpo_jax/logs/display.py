@@ -156,11 +156,13 @@ def summary_table(evaluations: Mapping[str, Any]) -> Table:
     samples = "" if first.num_samples == 1 else f" × {first.num_samples} samples"
     prompts = f"{first.split.replace('_', '-')} prompt{'s' * (first.num_prompts > 1)}"
     table = Table(title=f"{first.num_prompts} {prompts}{samples}, {how}", title_justify="left")
-    for column in ("", "success", "95 % interval", "reward", "tokens"):
+    several_turns = any(e.mean_turns > 1 for e in known.values())
+    for column in ("", "success", "95 % interval", "reward", "tokens", *["turns"] * several_turns):
         table.add_column(column, justify="right" if column else "left")
     for name, e in known.items():
         interval = f"{100 * e.success_low:.1f} – {100 * e.success_high:.1f} %"
-        table.add_row(name, f"{100 * e.success:.1f} %", interval, _number(e.reward), f"{e.mean_length:.1f}")
+        turns = [f"{e.mean_turns:.2f}"] * several_turns
+        table.add_row(name, f"{100 * e.success:.1f} %", interval, _number(e.reward), f"{e.mean_length:.1f}", *turns)
     return table
 
 

@@ -206,6 +206,7 @@ def evaluate_pairs(room: Classroom, split: str) -> PairEvaluation:
         reward=float(rewards.mean()),
         pass_at_k={},
         mean_length=float(np.concatenate(lengths).mean()),
+        mean_turns=1.0,
         clipped_ratio=float(np.mean(~np.concatenate(ended))),
         records=records,
         num_pairs=int(counted.sum()),

@@ -92,16 +92,17 @@ def six_turns(
 ) -> Task:
     """Returns the full game, with disjoint secrets (the column `secret`) for training and evaluation.
 
-    The secrets are drawn from the 2,315 answers by `seed`. Style `plain` is for a policy from scratch over
-    `PLAIN_ALPHABET`: an empty prompt, turns like `CRANE`, replies like `ⓒrANⓔ`. Style `chat` is for a language
-    model: rules, tags and replies in words. A demonstration is a game of the random consistent player over the
-    training secrets: the only words it knows, so on a held-out secret it loses. The references are what the blind and
-    the random consistent player, who know the training secrets and no other word, win on those secrets.
+    The secrets are drawn from the 2,315 answers by `seed`. With num_held_out = 0 the policy is evaluated on the
+    training secrets: whether it plays well with the words that it knows, and not whether it knows others. Style `plain`
+    is for a policy from scratch over `PLAIN_ALPHABET`: an empty prompt, turns like `CRANE`, replies like `ⓒrANⓔ`. Style
+    `chat` is for a language model: rules, tags and replies in words. A demonstration is a game of the random consistent
+    player over the training secrets: the only words it knows, so on a held-out secret it loses. The references are what
+    the blind and the random consistent player, who know the training secrets and no other word, win on those secrets.
     """
-    if num_secrets < 1 or num_held_out < 1 or num_secrets + num_held_out > len(answers()):
+    if num_secrets < 1 or num_held_out < 0 or num_secrets + num_held_out > len(answers()):
         raise UserError(
-            f"num_secrets = {num_secrets} and num_held_out = {num_held_out} must be positive and together at most "
-            f"{len(answers())}, the number of Wordle's answers."
+            f"num_secrets = {num_secrets} must be positive, num_held_out = {num_held_out} 0 or above, and both "
+            f"together at most {len(answers())}, the number of Wordle's answers."
         )
     if style not in _STYLES:
         raise UserError(f"style = {style!r} is unknown: it must be one of {sorted(_STYLES)}.")
@@ -114,7 +115,7 @@ def six_turns(
     return Task(
         name=f"wordle_six_turns_{style}",
         train=examples[:num_secrets],
-        held_out=examples[num_secrets:],
+        held_out=examples[num_secrets:] or examples,
         success=_is_won,
         demonstrate=lambda example, rng: [turn.format(guess) for guess in play(player, example["secret"], rng)],
         reply=lambda example, turns: _reply(turns, example["secret"], say),

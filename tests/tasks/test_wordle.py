@@ -130,10 +130,14 @@ class TestSixTurns:
         assert six_turns(300, 100, seed=1).train == task.train
         assert six_turns(300, 100, seed=2).train != task.train
 
-    @pytest.mark.parametrize("sizes", [(0, 10), (10, 0), (2000, 316)])
+    @pytest.mark.parametrize("sizes", [(0, 10), (10, -1), (2000, 316)])
     def test_more_secrets_than_there_are_or_none_are_refused(self, sizes: tuple[int, int]) -> None:
         with pytest.raises(UserError, match="2315"):
             six_turns(*sizes)
+
+    def test_with_no_held_out_secret_the_training_secrets_are_played(self) -> None:
+        task = six_turns(2315, 0)
+        assert task.held_out == task.train and {e["secret"] for e in task.train} == set(answers())
 
     def test_an_unknown_style_is_refused(self) -> None:
         with pytest.raises(UserError, match="'fancy'"):
