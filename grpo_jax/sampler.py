@@ -19,7 +19,8 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from grpo_jax.policy.transformer import KeyValues, Layer, Transformer, forward, prefill, unstack
+from grpo_jax.policy.layers import Layer
+from grpo_jax.policy.transformer import KeyValues, Transformer, forward, prefill, unstack
 
 Array = jax.Array
 

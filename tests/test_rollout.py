@@ -153,7 +153,8 @@ def test_log_probabilities_of_a_whole_episode_are_found_again(policy, temperatur
 
 def test_leaving_finished_rows_behind_changes_no_completion(policy, talk, monkeypatch):
     made = []
-    monkeypatch.setattr(rollout.play, "compaction", lambda active, n: made.append(compaction(active, n)))  # returns None
+    # What stands in for it returns None: nothing leaves.
+    monkeypatch.setattr(rollout.play, "compaction", lambda active, n: made.append(compaction(active, n)))
     assert_same_episodes(talk, play(policy, TALK))
     assert any(chosen is not None for chosen in made)  # there was something to leave behind
 

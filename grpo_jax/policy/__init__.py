@@ -122,7 +122,7 @@ def load(
 
 
 def fresh_adapters(config: ModelConfig, lora: LoRAConfig, seed: int) -> Params:
-    """Fresh adapters as `transformer.Linear` makes them, from one draw: fourteen would each compile for a second."""
+    """Fresh adapters as `layers.Linear` makes them, from one draw: fourteen would each compile for a second."""
     leaves = transformer.abstract(config, lora=lora)
     shapes = {path: leaf.shape for path, leaf in sorted(leaves.items()) if path.endswith(".lora_a")}
     ends = np.cumsum([np.prod(shape) for shape in shapes.values()])

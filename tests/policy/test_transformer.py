@@ -16,7 +16,8 @@ from grpo_jax.experiment import LoRAConfig
 from grpo_jax.logprobs import completion_logprobs
 from grpo_jax.policy import transformer
 from grpo_jax.policy.config import ModelConfig, RopeConfig
-from grpo_jax.policy.transformer import KeyValues, bind, contract, forward, prefill, unstack
+from grpo_jax.policy.layers import contract
+from grpo_jax.policy.transformer import KeyValues, bind, forward, prefill, unstack
 
 LORA = LoRAConfig(rank=3, alpha=6.0, targets=("q", "down"))
 LLAMA = ModelConfig(
