@@ -97,12 +97,16 @@ def house(monkeypatch, tmp_path):
         house.calls.append(("sample", prompts, options))
         return [[f"answer {i}\x1b[2J\nnext" for i in range(options["num_samples"])] for _ in prompts]
 
+    def source_policy(config):
+        house.calls.append(("start", config))
+        return policy
+
     def load_policy(source, **options):
         house.calls.append(("load", source, options))
         return policy
 
     rooms = {
-        "training": {"train": train, "restore": restore},
+        "training": {"train": train, "restore": restore, "source_policy": source_policy},
         "evaluation": {"evaluate": evaluate},
         "rollout": {"sample_text": sample_text},
         "policy": {"load": load_policy, "export": lambda policy, directory: house.calls.append(("export", directory))},
@@ -273,9 +277,8 @@ def test_evaluate_scores_a_runs_tuned_policy(run, house, capsys):
 
 def test_evaluate_scores_the_policy_that_an_experiment_starts_from(experiment, house, capsys):
     assert cli.main(["evaluate", str(experiment), "--split", "train", "--num-samples", "4", "--temperature", "1"]) == 0
-    expected = {"dtype": "float32", "seed": 0, "scratch": load(experiment).policy.scratch}
-    assert house.calls[0] == ("load", "scratch", expected)
-    _, config, split = house.calls[1]
+    started, (_, config, split) = house.calls
+    assert started == ("start", config)
     assert (config.evaluation.num_samples, config.evaluation.temperature, split) == (4, 1.0, "train")
     assert "pass@1 50.0%   pass@4 90.0%" in capsys.readouterr().out
 

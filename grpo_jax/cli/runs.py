@@ -132,12 +132,9 @@ def evaluate(
 
 def _policy_of(source: Path, config: Experiment) -> Any:
     """The tuned policy of a run, or the one that an experiment starts from."""
-    from grpo_jax import policy, training
+    from grpo_jax import training
 
-    if source.is_dir():
-        return training.restore(source)[1]
-    settings = config.policy
-    return policy.load(settings.source, dtype=settings.dtype, seed=config.seed, scratch=settings.scratch)
+    return training.restore(source)[1] if source.is_dir() else training.source_policy(config)
 
 
 def _difference(result: Any, other: Any) -> Any:
