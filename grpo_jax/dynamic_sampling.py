@@ -57,6 +57,7 @@ def combine(rounds: Sequence[Round]) -> Round:
         },
         kept=[rounds[number].scores.kept[i] for number, i in rows],
         failures={name: sum(r.scores.failures[name] for r in rounds) for name in rounds[0].scores.failures},
+        signal=[rounds[number].scores.signal[i] for number, i in rows],
     )
     return Round(
         take_groups([r.played for r in rounds], chosen),

@@ -222,7 +222,7 @@ def test_gdpo_agrees_with_trl_but_for_its_epsilon():
         group_size=8,
     )  # fmt: skip
     for ddof in (0, 1):
-        result = np.asarray(group_advantages(np.reshape(scores.total, (4, 8)), scale="whiten", ddof=ddof))
+        result = np.asarray(group_advantages(np.reshape(scores.signal, (4, 8)), scale="whiten", ddof=ddof))
         np.testing.assert_allclose(result.std(ddof=ddof), 1, rtol=1e-6)
     np.testing.assert_allclose(result, golden / golden.std(ddof=1), rtol=1e-5, atol=1e-6)
 

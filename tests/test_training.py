@@ -389,6 +389,7 @@ def test_metrics_of_rewards_worked_by_hand():
         by_name={"exact": [1.0, 0.0, 1.0, 0.5, 0.5, nan], "format": [nan, nan, 1.0, 0.0, nan, nan]},
         kept=[True] * 5 + [False],
         failures={"exact": 1, "format": 0},
+        signal=[1.0, 0.0, 1.0, 0.5, 0.5, nan],
     )
     rewards, kept = np.array([[1, 0, 1], [0.5, 0.5, 0]]), np.array([[True] * 3, [True, True, False]])
     metrics = reward_metrics(scores, rewards, kept)
@@ -407,7 +408,7 @@ def test_metrics_of_rewards_worked_by_hand():
 
 
 def test_equal_rewards_have_no_spread_whatever_their_value():
-    scores = Scores([0.8] * 6, {"r": [0.8] * 6}, [True] * 6, {"r": 0})
+    scores = Scores([0.8] * 6, {"r": [0.8] * 6}, [True] * 6, {"r": 0}, [0.8] * 6)
     metrics = reward_metrics(scores, np.full((1, 6), 0.8, np.float32), np.ones((1, 6), bool))
     assert metrics["frac_reward_zero_std"] == 1.0
     nothing = reward_metrics(scores, np.zeros((1, 6)), np.zeros((1, 6), bool))

@@ -122,7 +122,7 @@ def score_variants(
     own = score(experiment.rewards, config.weights, combine=config.combine, **options)
     values = dict(own.by_name)
     if len(experiment.rewards) > 1:
-        values[TOTAL] = own.total
+        values[TOTAL] = own.signal
     if extra:
         values |= score(extra, **options).by_name
     return {name: np.array(entries, float) for name, entries in values.items()}

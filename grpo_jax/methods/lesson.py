@@ -1,5 +1,6 @@
 """What a step's lesson is made from and what it holds, and what methods have in common in making it."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
@@ -117,9 +118,9 @@ def tokens_of(played: Rollout) -> int:
 
 
 def reward_arrays(scores: Scores, shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
-    """Rewards and kept [P, G]; the reward of what was dropped is 0."""
+    """Rewards, as advantages are made from them, and kept [P, G]; the reward of what was dropped is 0."""
     kept = np.array(scores.kept, bool).reshape(shape)
-    return np.where(kept, np.array(scores.total, np.float32).reshape(shape), 0), kept
+    return np.where(kept, np.array(scores.signal, np.float32).reshape(shape), 0), kept
 
 
 def schedule(
@@ -153,13 +154,16 @@ def score_metrics(played: Rollout, scores: Scores, rewards: np.ndarray, kept: np
 
 
 def reward_metrics(scores: Scores, rewards: np.ndarray, kept: np.ndarray) -> dict[str, float]:
-    """Metrics of rewards [P, G] in TRL's names; what was dropped or does not apply counts nowhere."""
-    masked = np.where(kept, rewards, np.nan)
-    groups = [row[~np.isnan(row)] for row in masked]
+    """Metrics in TRL's names of what was scored, of which training makes advantages from `rewards` [P, G].
+
+    What was dropped or does not apply counts nowhere.
+    """
+    total = np.array(scores.total).reshape(kept.shape)
+    groups = [(t[k], r[k]) for t, r, k in zip(total, rewards, kept, strict=True) if k.any()]
     metrics = {
-        "reward": _mean(masked),
-        "reward_std": _mean(np.array([row.std() for row in groups if len(row)])),
-        "frac_reward_zero_std": _mean(np.array([float(np.ptp(row) == 0) for row in groups if len(row)])),
+        "reward": _mean(np.where(kept, total, np.nan)),
+        "reward_std": _mean(np.array([totals.std() for totals, _ in groups])),
+        "frac_reward_zero_std": _mean(np.array([float(np.ptp(own) == 0) for _, own in groups])),
         "frac_dropped": float(np.mean(~kept)),
     }
     for name, values in scores.by_name.items():
@@ -181,7 +185,7 @@ def completion_metrics(played: Rollout) -> dict[str, float]:
         "completions/max_length": float(lengths.max()),
         "completions/clipped_ratio": float(np.mean(~played.ended)),
         "completions/unique_fraction": float(np.mean([len(set(group)) / size for group in texts])),
-        "completions/top_share": float(np.mean([max(map(group.count, group)) / size for group in texts])),
+        "completions/top_share": float(np.mean([max(Counter(group).values()) / size for group in texts])),
     }
 
 

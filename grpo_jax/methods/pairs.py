@@ -80,10 +80,10 @@ class Pairs:
     def rows(self) -> list[dict[str, Any]]:
         """A row per completion, with its label, for `completions.jsonl`."""
         num_prompts, size = self.order.shape
-        scores = self.scores or Scores([float("nan")] * self.order.size, {}, [True] * self.order.size, {})
+        scores = self.scores or Scores([float("nan")] * self.order.size, {}, [], {}, [])
         at = (self.order + size * np.arange(num_prompts)[:, None]).reshape(-1)
         ordered = Scores(
-            [scores.total[i] for i in at], {k: [v[i] for i in at] for k, v in scores.by_name.items()}, [], {}
+            [scores.total[i] for i in at], {k: [v[i] for i in at] for k, v in scores.by_name.items()}, [], {}, []
         )
         rows = completion_rows(self.played, ordered)
         labels = np.where(np.repeat(self.valid, 2, axis=1), ["chosen", "rejected"] * (size // 2), "tied")

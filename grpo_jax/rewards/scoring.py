@@ -28,16 +28,19 @@ class Scores:
     """The rewards of N completions.
 
     Attributes:
-      total: [N] the combined reward, nan where the completion is dropped.
+      total: [N] the weighted sum of the rewards as they were returned, nan where the completion is dropped. This is
+        what is reported, so that runs which combine rewards in different ways can be compared.
       by_name: each reward's own values [N], before weights and normalisation, nan where it does not apply or failed.
       kept: [N] false where a reward failed under the policy `drop`, and where no reward applies.
       failures: for each reward, the number of completions that it failed on.
+      signal: [N] what advantages are made from: the total, or the weighted sum of the standardised rewards.
     """
 
     total: list[float]
     by_name: dict[str, list[float]]
     kept: list[bool]
     failures: dict[str, int]
+    signal: list[float]
 
 
 def score(
@@ -82,11 +85,12 @@ def score(
     failed = {i for call in calls.values() for i in call.failed}
     applies = [any(not math.isnan(values[i]) for values in by_name.values()) for i in range(len(completions))]
     kept = [a and i not in failed for i, a in enumerate(applies)]
-    standardized = {name: _standardize(values, kept, group_size) for name, values in by_name.items()}
-    terms = standardized if combine == "normalize_then_sum" else by_name
     factors = {name: (weights or {}).get(name, 1.0) for name in rewards}
-    total = [_weighted_sum(terms, factors, i) if keep else math.nan for i, keep in enumerate(kept)]
-    return Scores(total, by_name, kept, failures)
+    total = signal = _weighted_sums(by_name, factors, kept)
+    if combine == "normalize_then_sum":
+        standardized = {name: _standardize(values, kept, group_size) for name, values in by_name.items()}
+        signal = _weighted_sums(standardized, factors, kept)
+    return Scores(total, by_name, kept, failures, signal)
 
 
 @dataclass(frozen=True)
@@ -132,8 +136,15 @@ def _is_finite(entry: Any) -> bool:
         return False
 
 
-def _weighted_sum(terms: Mapping[str, Sequence[float]], factors: Mapping[str, float], index: int) -> float:
-    return sum(factors[name] * values[index] for name, values in terms.items() if not math.isnan(values[index]))
+def _weighted_sums(
+    terms: Mapping[str, Sequence[float]], factors: Mapping[str, float], kept: Sequence[bool]
+) -> list[float]:
+    """For each completion the sum of the terms that apply to it; nan where it is dropped."""
+
+    def of(index: int) -> float:
+        return sum(factors[name] * values[index] for name, values in terms.items() if not math.isnan(values[index]))
+
+    return [of(index) if keep else math.nan for index, keep in enumerate(kept)]
 
 
 def _standardize(values: Sequence[float], kept: Sequence[bool], group_size: int) -> list[float]:

@@ -82,21 +82,22 @@ class TestCombination:
         # Group (c, d): x = 7, 7 -> no spread -> 0, 0;       y = 0, 400 -> mean 200, std 200 -> -1, +1.
         rewards = {"x": constant(0, 2, 7, 7), "y": constant(500, 100, 0, 400)}
         scores = score_four(rewards, {"x": 3.0}, combine="normalize_then_sum")
-        assert same(scores.total, [3 * -1 + 1, 3 * 1 - 1, -1, 1])
+        assert same(scores.signal, [3 * -1 + 1, 3 * 1 - 1, -1, 1])
         assert scores.by_name["y"] == [500, 100, 0, 400]  # as it was returned
+        assert scores.total == [500, 3 * 2 + 100, 3 * 7, 3 * 7 + 400]  # what is reported is not standardised
 
     def test_what_does_not_apply_or_is_dropped_has_no_part_in_the_standardisation(self) -> None:
         # x applies to a, b and d: mean 2, var (4 + 0 + 4) / 3. Completion d is dropped by y: then a, b: mean 1, std 1.
         x, y = constant(0, 2, None, 4), constant(5, 5, 5, NAN)
         std = math.sqrt(8 / 3)
         alone = score_four({"x": x}, combine="normalize_then_sum", group_size=4)
-        assert same(alone.total, [-2 / std, 0, NAN, 2 / std])
+        assert same(alone.signal, [-2 / std, 0, NAN, 2 / std])
         both = score_four({"x": x, "y": y}, combine="normalize_then_sum", group_size=4, on_failure="drop")
-        assert same(both.total, [-1, 1, 0, NAN])
+        assert same(both.signal, [-1, 1, 0, NAN])
 
     def test_a_rounding_error_is_no_spread(self) -> None:
         rewards = {"x": constant(0.1 + 0.2, 0.3, 0.8, 0.8)}
-        assert same(score_four(rewards, combine="normalize_then_sum").total, [0, 0, 0, 0])
+        assert same(score_four(rewards, combine="normalize_then_sum").signal, [0, 0, 0, 0])
 
 
 def raising(**_: Any) -> list[float]:
