@@ -138,8 +138,11 @@ def _read(run_dir: Path, run: PlannedRun, metric: str) -> _Finished:
     if not values:
         known = sorted({name for row in rows for name in row} - {"step"})
         raise UserError(f"{str(run_dir)!r} has no metric {metric!r}; it has {', '.join(known)}.")
-    tokens = max((row.get("num_sampled_tokens", 0) for row in rows), default=0)
-    return _Finished(float(values[-1]), tokens, _commit(info["git"]), info["device"]["kind"])
+    tokens = [row["num_sampled_tokens"] for row in rows if "num_sampled_tokens" in row]
+    # Runs of earlier versions did not count their tokens.
+    return _Finished(
+        float(values[-1]), float(tokens[-1]) if tokens else math.nan, _commit(info["git"]), info["device"]["kind"]
+    )
 
 
 def _commit(git: Mapping[str, Any] | None) -> str:
@@ -176,7 +179,8 @@ def _cells(row: Row, table: Table) -> list[str]:
     else:
         p = row.difference.p_value
         cells += [_interval(row.difference, "+"), f"{row.better:.2f}", "< .001" if p < 0.001 else f"{p:.3f}"]
-    return [*cells, f"{row.tokens:,.0f}", _verdict(row, table)]
+    tokens = "–" if row.tokens is None or math.isnan(row.tokens) else f"{row.tokens:,.0f}"
+    return [*cells, tokens, _verdict(row, table)]
 
 
 def _verdict(row: Row, table: Table) -> str:
@@ -220,7 +224,7 @@ def _csv(table: Table) -> str:
             values += [None] * 3 if estimate is None else [estimate.value, estimate.low, estimate.high]
         tests = (None, None) if row.difference is None else (row.difference.p_value, row.difference.detectable)
         values += [row.better, *tests, row.tokens]
-        cells = ["" if value is None else f"{value:.6g}" for value in values]
+        cells = ["" if value is None or math.isnan(value) else f"{value:.6g}" for value in values]
         verdict = _cells(row, table)[-1]
         writer.writerow([row.arm, table.metric, row.seeds, *cells, verdict])
     return out.getvalue()

@@ -57,6 +57,14 @@ def test_arms_are_compared_with_the_baseline_seed_by_seed(tmp_path):
     assert (base.tokens, flat.tokens) == (54, 36)  # of a run's last step
 
 
+def test_tokens_that_a_run_did_not_count_are_unknown_and_not_none(tmp_path):
+    write_runs(tmp_path)
+    for path in tmp_path.glob("*/metrics.jsonl"):
+        path.write_text(path.read_text().replace("num_sampled_tokens", "renamed"))
+    assert " | – | baseline |" in tables.render(collect(tmp_path), "md")
+    assert tables.render(collect(tmp_path), "csv").count(",nan") == 0
+
+
 def test_markdown_says_who_won_and_what_made_it(tmp_path):
     write_runs(tmp_path)
     text = tables.render(collect(tmp_path), "md")
