@@ -65,6 +65,26 @@ def test_an_experiment_may_import_a_file_that_lies_beside_it(write):
     assert experiment.load(write(text)).steps == 3
 
 
+def test_a_runs_copy_of_its_experiment_finds_what_lay_beside_the_original(write, tmp_path):
+    """Imported from there, or loaded by a path from `__file__`."""
+    write("STEPS = 3", name="beside_copied_toy.py")
+    write(FILE, name="base.py")
+    source = write("""
+        from pathlib import Path
+        from beside_copied_toy import STEPS
+        from grpo_jax.experiment import load, override
+        config = override(load(Path(__file__).with_name("base.py")), {"steps": STEPS})
+    """)
+    run_dir = tmp_path / "runs" / "one"
+    run_dir.mkdir(parents=True)
+    (run_dir / "experiment.py").write_text(source.read_text())
+    (run_dir / "run.json").write_text(json.dumps({"source": str(source), "overrides": ["seed=4"]}))
+    before = list(sys.path)
+    config = experiment.load_run(run_dir)
+    assert (config.steps, config.seed) == (3, 4)
+    assert sys.path == before
+
+
 def test_an_unknown_field_suggests_the_nearest_name(write):
     assert "did you mean 'beta'?" in message(lambda: experiment.load(write(FILE), ["loss.betta=0.1"]))
     assert "did you mean 'optimizer'?" in message(lambda: experiment.load(write(FILE), ["optimiser.b1=0.1"]))

@@ -8,7 +8,6 @@ import base64
 import hashlib
 import importlib.resources
 import json
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -177,9 +176,7 @@ def read_sweep(directory: Path) -> Sweep:
         raise UserError(
             f"{str(directory)!r} is the directory of neither a run nor a sweep: no run.json says that it is."
         )
-    if source:
-        sys.path.append(str(Path(source).parent))  # what lay beside the ablation's file, as `load_run` has it
-    ablation = load_ablation(example / "experiment.py", budget)
+    ablation = load_ablation(example / "experiment.py", budget, home=Path(source) if source else None)
     arms: dict[str, list[Path]] = {arm: [] for arm in ablation.arms}
     seeds, missing = {}, []
     for planned in ablation.runs():

@@ -18,14 +18,14 @@ from grpo_jax.experiment.experiment import Experiment
 from grpo_jax.experiment.overrides import nearest, override, parse_overrides, variant_of
 
 
-def load(path: str | Path, assignments: Iterable[str] = ()) -> Experiment:
-    """Runs the Python file at `path` and returns its `config`, overridden by `field=value` assignments.
+def load(path: str | Path, assignments: Iterable[str] = (), *, home: Path | None = None) -> Experiment:
+    """Runs a Python file (see `run_file`) and returns its `config`, overridden by `field=value` assignments.
 
     Of a file that exports an `ablation`, one arm is meant: `arm=NAME` among the assignments (and `budget=…`, where
     another one than the file's is wanted).
     Raises `UserError` if the file is missing, fails, or exports no `Experiment` named `config`.
     """
-    module, assignments = run_file(path), list(assignments)
+    module, assignments = run_file(path, home), list(assignments)
     config, ablation = getattr(module, "config", None), getattr(module, "ablation", None)
     if isinstance(ablation, Ablation):
         given = dict(a.split("=", 1) for a in assignments if a.startswith(("arm=", "budget=")))
@@ -40,12 +40,12 @@ def load(path: str | Path, assignments: Iterable[str] = ()) -> Experiment:
     return override(config, parse_overrides(config, assignments))
 
 
-def load_ablation(path: str | Path, budget: Budget | None = None) -> Ablation:
-    """Runs the Python file at `path` and returns its `ablation`, with another budget where one is given.
+def load_ablation(path: str | Path, budget: Budget | None = None, *, home: Path | None = None) -> Ablation:
+    """Runs a Python file (see `run_file`) and returns its `ablation`, with another budget where one is given.
 
     Raises `UserError` if the file is missing, fails, or exports no `Ablation` named `ablation`.
     """
-    ablation = getattr(run_file(path), "ablation", None)
+    ablation = getattr(run_file(path, home), "ablation", None)
     if not isinstance(ablation, Ablation):
         raise UserError(
             f"{path} exports no ablation: it must define `ablation = grpo_jax.experiment.Ablation(base=…, arms=…)`."
@@ -71,13 +71,16 @@ def load_run(run_dir: str | Path, assignments: Iterable[str] = ()) -> Experiment
         parent = load_run(run_dir.resolve().parent)
         config = variant_of(parent, getattr(parent, name) or {})
         return override(config, parse_overrides(config, assignments))
-    if info["source"]:
-        sys.path.append(str(Path(info["source"]).parent))  # what lay beside the experiment's file may still be there
-    return load(run_dir / "experiment.py", [*info["overrides"], *assignments])
+    home = Path(info["source"]) if info["source"] else None
+    return load(run_dir / "experiment.py", [*info["overrides"], *assignments], home=home)
 
 
-def run_file(path: str | Path) -> Any:
-    """Executes a Python file as a module and returns it; its own mistakes become one-sentence `UserError`s."""
+def run_file(path: str | Path, home: Path | None = None) -> Any:
+    """Executes a Python file as a module and returns it; its own mistakes become one-sentence `UserError`s.
+
+    Of a copy, such as a run's directory holds, `home` is the path of the original: the copy's `__file__`, and where it
+    finds what it imports from beside it or loads by a path from there, if that is still there.
+    """
     path = Path(path)
     if not path.is_file():
         raise UserError(f"there is no experiment file {str(path)!r}.")
@@ -86,7 +89,11 @@ def run_file(path: str | Path) -> Any:
         raise UserError(f"{path} is not a Python file: an experiment file ends in .py.")
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
-    sys.path.insert(0, str(path.parent.resolve()))  # so that an experiment may import a file that lies beside it
+    if home is not None:
+        module.__file__ = str(home)
+    # So that an experiment may import a file that lies beside it.
+    beside = [str(p.parent.resolve()) for p in (path, home) if p is not None]
+    sys.path[:0] = beside
     try:
         spec.loader.exec_module(module)
     except UserError as error:
@@ -96,7 +103,7 @@ def run_file(path: str | Path) -> Any:
     except Exception as error:
         raise UserError(f"{_where(path, error)}: {type(error).__name__}: {error}") from error
     finally:
-        sys.path.pop(0)
+        del sys.path[: len(beside)]
     return module
 
 
