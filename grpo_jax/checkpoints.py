@@ -7,7 +7,7 @@ renames it when all is on disk, which is why an interrupted save leaves the earl
 """
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -45,11 +45,14 @@ def latest_step(directory: str | Path) -> int | None:
         return manager.latest_step()
 
 
-def restore(directory: str | Path, like: Any, *, step: int | None = None) -> tuple[int, Any]:
+def restore(
+    directory: str | Path, like: Any, *, step: int | None = None, later: Collection[str] = ()
+) -> tuple[int, Any]:
     """Reads the checkpoint of `step` (default: the newest) into the structure of `like` and returns (step, state).
 
     `like` is a pytree of arrays, `jax.ShapeDtypeStruct`s or numbers. A leaf that has a sharding comes back as a
-    `jax.Array` placed so, a number as a number, any other leaf as a NumPy array.
+    `jax.Array` placed so, a number as a number, any other leaf as a NumPy array. `later` names leaves that earlier
+    versions did not save: where the checkpoint lacks them, those of `like` stand.
     Raises `UserError` if there is no checkpoint, if it cannot be read, or if a leaf's name, shape or dtype differs.
     """
     step = latest_step(directory) if step is None else step
@@ -60,6 +63,7 @@ def restore(directory: str | Path, like: Any, *, step: int | None = None) -> tup
     with _manager(directory) as manager:
         try:
             found = dict(manager.item_metadata(step).tree)
+            wanted = {name: leaf for name, leaf in wanted.items() if name in found or name not in later}
             _compare(place, wanted, found)
             arguments = {name: _restore_arguments(wanted[name]) for name in found}
             stored = manager.restore(step, args=ocp.args.PyTreeRestore(restore_args=arguments))
@@ -69,7 +73,7 @@ def restore(directory: str | Path, like: Any, *, step: int | None = None) -> tup
             others = [other for other in manager.all_steps() if other < step]
             remedy = f" (remove its folder to go back to step {max(others)})" if others else ""
             raise UserError(f"{place} cannot be read: it is damaged or was not written by grpo_jax{remedy}.") from error
-    leaves = [_like(leaf, stored.get(name)) for name, leaf in wanted.items()]
+    leaves = [_like(leaf, stored.get(name)) if name in wanted else leaf for name, leaf in _flatten(like).items()]
     return step, jax.tree.unflatten(jax.tree.structure(like), leaves)
 
 

@@ -131,7 +131,7 @@ def restore_with_head(run_dir: str | Path) -> tuple[Experiment, Policy, Params]:
     optimizer, _ = make_optimizer(experiment.optimizer, experiment.steps * experiment.num_iterations)
     reference = trainable if experiment.loss.sync_ref_model else None
     like = _checkpoint(State(trainable, jax.eval_shape(optimizer.init, trainable), jnp.int32(0)), reference)
-    _, state = checkpoints.restore(run_dir / "checkpoints", like)
+    _, state = checkpoints.restore(run_dir / "checkpoints", like, later=LATER)
     trained = jax.tree.map(jnp.asarray, state["trainable"])
     head = {name: trained.pop(name) for name in HEAD if name in trained}
     return experiment, replace(policy, params=model_of(policy).params(trained, frozen)), head
@@ -190,7 +190,7 @@ class Run:
         config, directory = self.experiment, self.log.run_dir / "checkpoints"
         done = 0
         if resume and checkpoints.latest_step(directory) is not None:
-            done, saved = checkpoints.restore(directory, self._saved())
+            done, saved = checkpoints.restore(directory, self._saved(), later=LATER)
             self.tokens_seen, self.tokens_sampled = saved.pop("tokens_seen"), saved.pop("tokens_sampled")
             saved = devices.replicate(jax.tree.map(jnp.asarray, saved), self.num_devices)
             reference = saved.pop("reference")
@@ -345,6 +345,9 @@ class Run:
                 f"than sampling.max_logprob_difference = {bound:g}: the sampler and the trainer disagree about the "
                 "policy, and the update was not made."
             )
+
+
+LATER = ("tokens_sampled",)  # not in the checkpoints of the first versions
 
 
 def _checkpoint(state: State, reference: Any | None, tokens_seen: int = 0, tokens_sampled: int = 0) -> dict[str, Any]:

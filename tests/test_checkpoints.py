@@ -46,6 +46,14 @@ def test_shapes_alone_are_enough_to_restore(tmp_path):
     assert_same(checkpoints.restore(tmp_path, like)[1], state)
 
 
+def test_what_earlier_versions_did_not_save_is_that_of_the_caller(tmp_path):
+    checkpoints.save(tmp_path, 1, make_state())
+    wanted = {**make_state(), "tokens": 5}
+    assert checkpoints.restore(tmp_path, wanted, later=("tokens",))[1]["tokens"] == 5
+    checkpoints.save(tmp_path, 2, {**make_state(), "tokens": 8})
+    assert checkpoints.restore(tmp_path, wanted, later=("tokens",))[1]["tokens"] == 8
+
+
 def test_the_newest_two_remain_and_the_newest_is_restored(tmp_path):
     for step in (10, 20, 100):
         checkpoints.save(tmp_path, step, make_state(step))
