@@ -294,11 +294,12 @@ ablation = Ablation(base=load({file!r}), arms={{"pound": {{}}}}, seeds=range({n}
     ways = {"one seed": (1, ()), "ten seeds, --vectorize": (10, ("--vectorize",))}
     taken: dict[str, list[float]] = {name: [] for name in ways}
     with tempfile.TemporaryDirectory() as directory:
+        sources = {n: Path(directory) / f"seeds_{n}.py" for n, _ in ways.values()}
+        for n, source in sources.items():
+            source.write_text(ablation.format(file=str(POUND), n=n))
         for attempt in range(repeats + 1):
             for name, (n, options) in ways.items():
-                source = Path(directory) / f"seeds_{n}.py"
-                source.write_text(ablation.format(file=str(POUND), n=n))
-                command = [Path(sys.executable).with_name("grpo-jax"), "sweep", source, *options, "--dir"]
+                command = [Path(sys.executable).with_name("grpo-jax"), "sweep", sources[n], *options, "--dir"]
                 began = time.perf_counter()
                 subprocess.run([*command, Path(directory) / f"{n}-{attempt}"], check=True, stdout=subprocess.DEVNULL)
                 taken[name].append(time.perf_counter() - began)
