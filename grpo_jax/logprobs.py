@@ -12,6 +12,8 @@ from grpo_jax.policy.transformer import Transformer, forward, prefill
 
 Array = jax.Array
 
+MAX_LOGITS = 2**22  # in float32, 16 MiB: a small vocabulary is met by all tokens at once
+
 
 def completion_logprobs(
     model: Transformer,
@@ -22,7 +24,7 @@ def completion_logprobs(
     *,
     temperature: float | Array = 1.0,
     common: int = 0,
-    chunk: int = 256,
+    chunk: int | None = None,
     remat: bool = False,
 ) -> tuple[Array, Array]:
     """Log-probabilities and entropies of completions at a temperature (0 means 1, as in the sampler).
@@ -31,7 +33,7 @@ def completion_logprobs(
       prompts, lengths: right-padded ids [P, S] and lengths [P].
       tokens, valid: completions [P, G, T], and which of their places hold a token (a prefix of each row).
       common: how many leading tokens all prompts share.
-      chunk: how many tokens meet the vocabulary at once.
+      chunk: how many tokens meet the vocabulary at once; by default as many as `MAX_LOGITS` allows, and 256 at least.
       remat: recompute layers in the backward pass.
 
     Returns:
@@ -76,7 +78,7 @@ def packed_logprobs(
     segments: Array,
     *,
     temperature: float | Array = 1.0,
-    chunk: int = 256,
+    chunk: int | None = None,
     remat: bool = False,
 ) -> tuple[Array, Array]:
     """Log-probabilities and entropies of rows of several whole examples side by side, which do not see each other.
@@ -101,11 +103,11 @@ def packed_logprobs(
 
 
 def token_logprobs(
-    model: Transformer, hidden: Array, tokens: Array, *, temperature: float | Array = 1.0, chunk: int = 256
+    model: Transformer, hidden: Array, tokens: Array, *, temperature: float | Array = 1.0, chunk: int | None = None
 ) -> tuple[Array, Array]:
     """Log-probability of tokens [...] under the hidden states [..., D] that predict them, and the entropies."""
     size = tokens.size
-    chunk = min(chunk, size)
+    chunk = min(chunk or max(256, MAX_LOGITS // model.config.vocab_size), size)
     temperature = jnp.where(jnp.asarray(temperature) == 0, 1.0, temperature)
 
     def one_chunk(inputs: tuple[Array, Array]) -> tuple[Array, Array]:

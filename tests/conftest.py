@@ -12,7 +12,11 @@ from pathlib import Path
 
 import pytest
 
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
+# Devices that wait for one another hold a thread each, and XLA makes no more threads than devices unless NPROC says so.
+# It aborts the process when one has waited 40 s for the others, as has happened in CI.
+FLAGS = "--xla_force_host_platform_device_count=8 --xla_cpu_collective_call_terminate_timeout_seconds=600"
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FLAGS}".strip()
+os.environ.setdefault("NPROC", "16")
 
 _cache = Path(tempfile.gettempdir()) / f"grpo_jax-tests-{getpass.getuser()}"
 _cache.mkdir(mode=0o700, exist_ok=True)

@@ -178,7 +178,7 @@ def test_rows_are_kept_only_where_that_halves_the_batch():
 
 
 @pytest.mark.parametrize(
-    ("n", "size"), [(0, 4), (4, 4), (5, 8), (9, 12), (13, 16), (17, 24), (25, 32), (33, 48), (49, 64), (65, 96)]
+    ("n", "size"), [(0, 4), (4, 4), (5, 6), (7, 8), (9, 12), (13, 16), (17, 24), (25, 32), (33, 48), (49, 64), (65, 96)]
 )
 def test_sizes_are_padded_to_few_shapes(n, size):
     assert bucket(n) == size

@@ -30,7 +30,7 @@ from grpo_jax.tasks import Task
 from grpo_jax.update import State, decays, make_optimizer, make_rescore, make_update
 
 P, G, T = 32, 3, 4
-SCRATCH = ScratchConfig(hidden_size=16, num_layers=2, num_heads=2)
+SCRATCH = ScratchConfig(hidden_size=16, num_layers=1, num_heads=2)
 WORDS = [
     f"{a}{b}" if i % 3 else f"{a}{b}c"
     for i, (a, b) in enumerate(zip("abcdefgh" * 4, "klmnopqrstuvwxyz" * 2, strict=True))

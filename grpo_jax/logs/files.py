@@ -13,15 +13,17 @@ from grpo_jax.errors import RunError, UserError
 
 def jsonable(value: Any) -> Any:
     """Returns `value` as JSON-able data: arrays as lists, numbers that are not finite as None, the unknown as text."""
+    if value is None or isinstance(value, (bool, int, str)):
+        return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
     if isinstance(value, Mapping):
         return {str(key): jsonable(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [jsonable(item) for item in value]
     if hasattr(value, "tolist"):  # NumPy's and JAX's arrays and scalars
         return jsonable(value.tolist())
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value if value is None or isinstance(value, (bool, int, float, str)) else str(value)
+    return str(value)
 
 
 def read_rows(path: Path) -> Iterator[dict[str, Any]]:

@@ -6,7 +6,7 @@ Tokens have the shape [P, G, T]: P prompts, G completions of each, T tokens of e
 * its *own* past: the other tokens of its row, or the sampler's cache of them.
 
 The prefill is the same forward with no prefix. Layers' parameters are stacked along a leading axis, so that one pytree
-can be scanned (training: compile time does not grow with depth) or unrolled (decoding).
+can be scanned (training a deep policy: compile time does not grow with depth) or unrolled (decoding).
 
 Shapes: L layers, D hidden size, H query heads, N key/value heads, K head size, F MLP size, V vocabulary.
 """
@@ -24,6 +24,10 @@ from grpo_jax.experiment import LoRAConfig
 from grpo_jax.policy.config import ModelConfig
 from grpo_jax.policy.layers import Array, Layer, Linear, Norm, contract, softcap
 from grpo_jax.policy.rope import inverse_frequencies
+
+# Up to so many layers training unrolls too: a loop copies each one's weights and stacks what the backward pass needs,
+# which can take as long as a small policy's arithmetic.
+UNROLLED_LAYERS = 4
 
 Params = dict[str, Array]  # parameters by dotted path, e.g. "layers.q.kernel": the form in which they travel
 
@@ -181,7 +185,8 @@ def forward(
             return layer_step(x, nnx.merge(graph, state), kind, prefix_kv, cache_kv)
 
         xs = (stacked, jnp.asarray(layer_kinds), prefix_kv, cache_kv)
-        x, own = jax.lax.scan(jax.checkpoint(body) if remat else body, x, xs)
+        few = c.num_layers <= UNROLLED_LAYERS
+        x, own = jax.lax.scan(jax.checkpoint(body) if remat else body, x, xs, unroll=few)
     return model.norm(x), KeyValues(*own, own_positions, own_valid)
 
 

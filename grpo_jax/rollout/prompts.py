@@ -58,8 +58,8 @@ def encode_prompts(task: Task, tokenizer: Tokenizer, max_positions: int, max_tok
 
 
 def bucket(n: int) -> int:
-    """The next of 4, 8, 12, 16, 24, 32, 48, 64, …: padding stays under a half, and shapes to compile stay few."""
+    """The next of 4, 6, 8, 12, 16, 24, 32, 48, 64, …: padding stays under a half, and shapes to compile stay few."""
     size = 4
     while size < n:
-        size = size * 3 // 2 if size >= 8 and size & (size - 1) == 0 else 1 << size.bit_length()
+        size = size * 3 // 2 if size & (size - 1) == 0 else 1 << size.bit_length()
     return size

@@ -40,7 +40,7 @@ from grpo_jax.sweep import array_rewards
 from grpo_jax.training import Result, Run, source_policy, summarize
 from grpo_jax.update import State, make_optimizer, make_update
 
-CHUNK = 50  # steps in one call: between two calls files are written and Ctrl-C is heard
+CHUNK = 20  # steps in one call: between two calls files are written and Ctrl-C is heard
 
 
 class Inputs(NamedTuple):
