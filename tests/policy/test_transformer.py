@@ -96,8 +96,11 @@ def repeated_logprobs(model):
 
 
 @cache
-def value_and_gradient(name: str, way: str):
-    """Log-probabilities [P, G, T], 0 where not valid, and the gradient of their weighted sum."""
+def value_and_gradient(name: str, way: str, unrolled: int = 4):
+    """Log-probabilities [P, G, T], 0 where not valid, and the gradient of their weighted sum.
+
+    Policies of more than `unrolled` layers loop over them.
+    """
     logprobs_of = {
         "repeated": repeated_logprobs,
         "shared": shared_logprobs,
@@ -108,7 +111,9 @@ def value_and_gradient(name: str, way: str):
         logprobs = logprobs_of(bind(CONFIGS[name], params, LORA))
         return jnp.sum(logprobs * WEIGHTS), jnp.where(VALID, logprobs, 0.0)
 
-    (_, logprobs), gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))(parameters(name))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(transformer, "UNROLLED_LAYERS", unrolled)
+        (_, logprobs), gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))(parameters(name))
     return np.asarray(logprobs), gradient
 
 
@@ -131,9 +136,9 @@ def test_a_shared_prefix_is_a_repeated_prompt_in_values_and_gradients(name):
     assert any(path.endswith(".lora_b") for path in gradient)
 
 
-def test_neither_common_tokens_nor_remat_change_values_or_gradients():
+def test_neither_common_tokens_nor_remat_nor_a_loop_over_layers_change_values_or_gradients():
     expected, expected_gradient = value_and_gradient("llama", "shared")
-    logprobs, gradient = value_and_gradient("llama", "common")
+    logprobs, gradient = value_and_gradient("llama", "common", unrolled=2)
     np.testing.assert_allclose(logprobs, expected, rtol=0, atol=1e-5)
     assert_same_gradient(gradient, expected_gradient)
 
@@ -172,7 +177,9 @@ def test_the_prompt_reaches_the_completion_through_the_prefix(name):
 
 
 @some_configs
-def test_unrolled_layers_are_the_scanned_ones(name):
+def test_unrolled_layers_are_the_scanned_ones(name, monkeypatch):
+    monkeypatch.setattr(transformer, "UNROLLED_LAYERS", 2)
+
     @jax.jit
     def both(params):
         model = bind(CONFIGS[name], params, LORA)
