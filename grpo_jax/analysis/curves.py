@@ -22,17 +22,20 @@ DASHES = {"-": "", "--": "╌ ", ":": "┈ "}  # when colours are used up; a das
 def seed_curves(arms: Mapping[str, Sequence[Path]], metric: str, path: Path) -> Path:
     """Draws `metric` over the updates, the mean of each arm's runs with its 95 % interval, and returns `path`.
 
+    More arms than there are colours have no intervals: they would hide one another, and the table has them.
+
     Raises `UserError` if no run has the metric.
     """
     bands = {name: found for name, runs in arms.items() if len(found := seed_band(metric_curves(runs, metric)))}
     if not bands:
         raise UserError(f"none of the runs has a metric {metric!r}, so there is no curve to draw.")
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(8, 4), layout="constrained")
+        figure = Figure(figsize=(8, max(4, len(bands) / 4)), layout="constrained")
         axes, labels = figure.subplots(), []
-        looks = cycle(product(DASHES, COLOURS))
+        looks, banded = cycle(product(DASHES, COLOURS)), len(bands) <= len(COLOURS)
         for (name, found), (dash, colour) in zip(bands.items(), looks, strict=False):
-            axes.fill_between(found.steps, found.low, found.high, color=colour, alpha=0.18, linewidth=0)
+            if banded:
+                axes.fill_between(found.steps, found.low, found.high, color=colour, alpha=0.18, linewidth=0)
             axes.plot(
                 found.steps,
                 found.values,
@@ -44,10 +47,10 @@ def seed_curves(arms: Mapping[str, Sequence[Path]], metric: str, path: Path) -> 
             num = len(arms[name])
             labels.append((found.values[-1], f"{DASHES[dash]}{name} {found.values[-1]:.2f} (n = {num})", colour))
         shown = np.concatenate([found.values for found in bands.values()])
-        edges = np.concatenate([np.r_[found.low, found.high] for found in bands.values()])
+        edges = np.concatenate([np.r_[found.low, found.high] for found in bands.values()]) if banded else shown
         room = max(np.ptp(shown), 0.1)  # two seeds have an interval so wide that it would flatten every curve
         axes.set_ylim(max(edges.min(), shown.min() - room) - 0.03, min(edges.max(), shown.max() + room) + 0.03)
-        axes.set_title(f"{metric}: mean over seeds, 95 % interval")
+        axes.set_title(f"{metric}: mean over seeds{', 95 % interval' if banded else ''}")
         axes.set_xlabel("updates")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         label_right(axes, labels)

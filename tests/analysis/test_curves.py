@@ -6,6 +6,7 @@ from pathlib import Path
 import matplotlib.image
 import numpy as np
 import pytest
+from matplotlib.axes import Axes
 
 from grpo_jax.analysis.curves import metric_curves, seed_band, seed_curves
 from grpo_jax.analysis.plots import Series
@@ -51,3 +52,12 @@ def test_a_line_and_a_label_for_each_arm_that_has_the_metric(tmp_path):
     assert matplotlib.image.imread(path).shape[2] == 4
     with pytest.raises(UserError, match="none of the runs has a metric 'entropy'"):
         seed_curves(arms, "entropy", tmp_path / "curves.png")
+
+
+@pytest.mark.parametrize(("arms", "bands"), [(7, 7), (8, 0)])
+def test_intervals_of_more_arms_than_colours_would_hide_one_another(arms, bands, tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(Axes, "fill_between", lambda *_, **__: drawn.append(1))
+    runs = [write(tmp_path / str(seed), [0.1, 0.2 + 0.1 * seed]) for seed in range(2)]
+    seed_curves(dict.fromkeys(map(str, range(arms)), runs), "evaluation/success", tmp_path / "curves.png")
+    assert len(drawn) == bands
