@@ -59,11 +59,11 @@ def restore(
     if step is None:
         raise UserError(f"there is no checkpoint in {str(directory)!r}.")
     place = f"the checkpoint of step {step} in {str(directory)!r}"
-    wanted = _flatten(like)
+    leaves = _flatten(like)
     with _manager(directory) as manager:
         try:
             found = dict(manager.item_metadata(step).tree)
-            wanted = {name: leaf for name, leaf in wanted.items() if name in found or name not in later}
+            wanted = {name: leaf for name, leaf in leaves.items() if name in found or name not in later}
             _compare(place, wanted, found)
             arguments = {name: _restore_arguments(wanted[name]) for name in found}
             stored = manager.restore(step, args=ocp.args.PyTreeRestore(restore_args=arguments))
@@ -73,8 +73,8 @@ def restore(
             others = [other for other in manager.all_steps() if other < step]
             remedy = f" (remove its folder to go back to step {max(others)})" if others else ""
             raise UserError(f"{place} cannot be read: it is damaged or was not written by grpo_jax{remedy}.") from error
-    leaves = [_like(leaf, stored.get(name)) if name in wanted else leaf for name, leaf in _flatten(like).items()]
-    return step, jax.tree.unflatten(jax.tree.structure(like), leaves)
+    restored = [_like(leaf, stored.get(name)) if name in wanted else leaf for name, leaf in leaves.items()]
+    return step, jax.tree.unflatten(jax.tree.structure(like), restored)
 
 
 def _flatten(tree: Any) -> dict[str, Any]:

@@ -29,10 +29,11 @@ def seed_curves(arms: Mapping[str, Sequence[Path]], metric: str, path: Path) -> 
     bands = {name: found for name, runs in arms.items() if len(found := seed_band(metric_curves(runs, metric)))}
     if not bands:
         raise UserError(f"none of the runs has a metric {metric!r}, so there is no curve to draw.")
+    banded = len(bands) <= len(COLOURS)
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(8, max(4, len(bands) / 4)), layout="constrained")
+        figure = Figure(figsize=(8, max(4, len(bands) / 4)), layout="constrained")  # a label takes a quarter of an inch
         axes, labels = figure.subplots(), []
-        looks, banded = cycle(product(DASHES, COLOURS)), len(bands) <= len(COLOURS)
+        looks = cycle(product(DASHES, COLOURS))
         for (name, found), (dash, colour) in zip(bands.items(), looks, strict=False):
             if banded:
                 axes.fill_between(found.steps, found.low, found.high, color=colour, alpha=0.18, linewidth=0)
