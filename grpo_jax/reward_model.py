@@ -45,9 +45,9 @@ def _scorer_of(run_dir: str) -> Scorer:
     import jax.numpy as jnp
     import numpy as np
 
-    from grpo_jax import devices
-    from grpo_jax.methods.lesson import batch_of
-    from grpo_jax.methods.pairs import scorer
+    from grpo_jax import sharding as devices
+    from grpo_jax.algorithms.lesson import batch_of
+    from grpo_jax.algorithms.pairs import scorer
     from grpo_jax.rollout import bucket, make_actor, shown
     from grpo_jax.training import restore_with_head
 

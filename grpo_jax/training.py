@@ -19,21 +19,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from grpo_jax import checkpoints, devices
+from grpo_jax import sharding as devices
 from grpo_jax.advantages import group_advantages
+from grpo_jax.algorithms import LESSONS, Classroom, Lesson
+from grpo_jax.algorithms.lesson import completion_rows, reward_arrays
+from grpo_jax.algorithms.objectives import HEAD, Batch, has_head, make_appraise, needs_start, new_head
+from grpo_jax.algorithms.pairs import evaluate_pairs
 from grpo_jax.errors import RunError, UserError
 from grpo_jax.evaluation import NOISE_STEP, Evaluation, evaluate_actor
 from grpo_jax.experiment import Experiment, load_run, variant_of
-from grpo_jax.logs import RunLog
-from grpo_jax.methods import LESSONS, Classroom, Lesson
-from grpo_jax.methods.lesson import completion_rows, reward_arrays
-from grpo_jax.methods.pairs import evaluate_pairs
-from grpo_jax.objectives import HEAD, Batch, has_head, make_appraise, needs_start, new_head
 from grpo_jax.policy import Policy, fresh_adapters, merge
 from grpo_jax.policy import load as load_policy
-from grpo_jax.policy.trainable import split as split_params
+from grpo_jax.policy.lora import split as split_params
 from grpo_jax.policy.transformer import Params
 from grpo_jax.rollout import Actor, Prompts, Rollout, encode_prompts, make_actor, model_of, score_rollout
+from grpo_jax.runs import checkpoints
+from grpo_jax.runs.log import RunLog
 from grpo_jax.update import State, make_optimizer, make_rescore, make_update
 
 

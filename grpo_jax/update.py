@@ -1,6 +1,6 @@
 """Loss to gradient to Optax step, as one pure function that runs under `jax.pmap`, whatever the method.
 
-Each device computes the loss and gradient of the groups it owns (`grpo_jax.objectives`); gradients and metrics meet in
+Each device computes the loss and gradient of the groups it owns (`grpo_jax.algorithms.objectives`); gradients and metrics meet in
 a `psum`.
 Denominators are those of the whole batch, over micro-batches and devices, so neither changes anything but rounding. A
 step is skipped (and counted) when its gradient is not finite or the log-probability contract does not hold.
@@ -13,10 +13,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from grpo_jax.algorithms.objectives import Batch, forward_of, make_objective, micro_batches
 from grpo_jax.experiment import Experiment, OptimizerConfig
 from grpo_jax.losses.surrogates import sampler_correction
-from grpo_jax.objectives import Batch, forward_of, make_objective, micro_batches
-from grpo_jax.policy.trainable import Model
+from grpo_jax.policy.lora import Model
 from grpo_jax.policy.transformer import Params
 
 Array = jax.Array

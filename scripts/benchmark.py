@@ -32,12 +32,12 @@ import optax
 from rich.console import Console
 from rich.table import Table
 
+from grpo_jax.algorithms.objectives import Batch
 from grpo_jax.experiment import AdvantageConfig, Experiment, LossConfig, SamplingConfig, ScratchConfig
-from grpo_jax.objectives import Batch
 from grpo_jax.policy import Policy, load
-from grpo_jax.policy.trainable import Model, split
+from grpo_jax.policy.lora import Model, split
 from grpo_jax.policy.transformer import KeyValues, forward, prefill, unstack
-from grpo_jax.sampler import Noise, Settings, first_turn, inverse_cdf, truncated
+from grpo_jax.sampler.decode import Noise, Settings, first_turn, inverse_cdf, truncated
 from grpo_jax.tasks import Task
 from grpo_jax.update import State, make_update
 

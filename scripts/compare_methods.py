@@ -26,9 +26,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from grpo_jax.analysis import statistics
+from grpo_jax import statistics
 from grpo_jax.experiment import Experiment, load, run_file
-from grpo_jax.logs import read_rows
+from grpo_jax.runs.files import read_rows
 
 FILE = Path(__file__).parents[1] / "experiments" / "methods" / "backwards.py"
 METHODS = ("grpo", "ppo", "rft", "dpo", "rlhf", "sft")

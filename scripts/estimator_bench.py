@@ -17,8 +17,8 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from grpo_jax.analysis.exact_gradient import compare, exact_moments, family, make_game, probabilities, sampled_moments
 from grpo_jax.errors import UserError
+from grpo_jax.research.exact_gradient import compare, exact_moments, family, make_game, probabilities, sampled_moments
 
 
 @dataclass(frozen=True)

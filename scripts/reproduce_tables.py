@@ -16,9 +16,9 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from grpo_jax.analysis.reproduction import Outcome, check, load_manifests
 from grpo_jax.cli import common
 from grpo_jax.errors import UserError
+from grpo_jax.research.reproduction import Outcome, check, load_manifests
 
 MANIFESTS = Path(__file__).resolve().parents[1] / "experiments" / "papers"
 

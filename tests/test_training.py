@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 
 from grpo_jax import evaluation, training
-from grpo_jax.checkpoints import latest_step
+from grpo_jax.algorithms import lesson
+from grpo_jax.algorithms.lesson import reward_metrics, schedule
 from grpo_jax.errors import RunError, UserError
 from grpo_jax.experiment import (
     Experiment,
@@ -22,9 +23,8 @@ from grpo_jax.experiment import (
     load,
     override,
 )
-from grpo_jax.methods import lesson
-from grpo_jax.methods.lesson import reward_metrics, schedule
 from grpo_jax.rewards.scoring import Scores
+from grpo_jax.runs.checkpoints import latest_step
 from grpo_jax.training import train
 
 TIMES = {"step_time", "tokens_per_second"}

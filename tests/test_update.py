@@ -9,8 +9,9 @@ import numpy as np
 import optax
 import pytest
 
-from grpo_jax import devices
+from grpo_jax import sharding as devices
 from grpo_jax.advantages import group_advantages
+from grpo_jax.algorithms.objectives import Batch
 from grpo_jax.experiment import (
     Experiment,
     LoRAConfig,
@@ -22,9 +23,8 @@ from grpo_jax.experiment import (
     override,
 )
 from grpo_jax.logprobs import completion_logprobs
-from grpo_jax.objectives import Batch
 from grpo_jax.policy import load
-from grpo_jax.policy.trainable import Model, split
+from grpo_jax.policy.lora import Model, split
 from grpo_jax.rollout import encode_prompts, make_actor, rollout
 from grpo_jax.tasks import Task
 from grpo_jax.update import State, decays, make_optimizer, make_rescore, make_update

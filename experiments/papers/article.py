@@ -13,7 +13,7 @@ from itertools import product
 import numpy as np
 
 from grpo_jax.advantages import group_advantages
-from grpo_jax.analysis.reproduction import Cell, Verdict
+from grpo_jax.research.reproduction import Cell, Verdict
 from grpo_jax.rewards.wordle import binary, partial_credit
 
 SOURCE = "How to Fine-tune LLMs with GRPO, August 2025"

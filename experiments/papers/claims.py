@@ -12,8 +12,8 @@ from itertools import product
 import numpy as np
 
 from grpo_jax.advantages import group_advantages
-from grpo_jax.analysis.reproduction import Cell
 from grpo_jax.evaluation import pass_at_k
+from grpo_jax.research.reproduction import Cell
 from grpo_jax.rewards.wordle_rules import answers, words
 from grpo_jax.tasks.wordle import blind, random_consistent, win_rate
 

@@ -33,8 +33,8 @@ def advise(
         reasoning: Do answers get better when the policy thinks before it answers?
         solves_some: Is the policy right at least now and then, when it is sampled a dozen times?
     """
-    from grpo_jax.advice import QUESTIONS, Situation
-    from grpo_jax.advice import advise as advice_for
+    from grpo_jax.cli.which_method import QUESTIONS, Situation
+    from grpo_jax.cli.which_method import advise as advice_for
 
     given = {
         "verifiable": verifiable, "labels": labels, "num_labels": num_labels, "reasoning": reasoning,

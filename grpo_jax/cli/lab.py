@@ -62,7 +62,7 @@ def table(
         layout: Markdown, comma-separated values, or LaTeX for the package booktabs.
         allow_mixed: Compare runs of different commits or data all the same.
     """
-    from grpo_jax.analysis import tables
+    from grpo_jax.statistics import tables
 
     planned = load_ablation(ablation, budget)
     directory = directory or Path("runs") / ablation.stem
@@ -107,8 +107,10 @@ def rewards(
     common.prepare_jax()
     from rich.console import Console
 
-    from grpo_jax import logs, training
-    from grpo_jax.analysis import groups, reward_study
+    from grpo_jax import training
+    from grpo_jax.reward_lab import groups
+    from grpo_jax.reward_lab import study as reward_study
+    from grpo_jax.runs import log as logs
 
     extra = groups.import_rewards(others, source if source.is_dir() else source.parent)
     with logs.RunLog(run_dir, config, source=None if source.is_dir() else source, overrides=overrides) as log:
@@ -151,7 +153,7 @@ def report(
         output: Where the page goes. Default: report.html in the directory, which is runs/ABLATION for a file.
         pictures: Also draw its plots as PNG files, in the directory.
     """
-    from grpo_jax.analysis import report as pages
+    from grpo_jax.report import page as pages
 
     directory = Path("runs") / source.stem if source.suffix == ".py" else source
     print(pages.report(directory, output))

@@ -51,7 +51,7 @@ def train(
 
     common.prepare_jax()
     from grpo_jax import training
-    from grpo_jax.analysis.plots import learning_curve
+    from grpo_jax.report.plots import learning_curve
 
     try:
         result = training.train(config, run_dir, source=experiment, overrides=overrides, resume=resume, quiet=quiet)
@@ -99,7 +99,8 @@ def evaluate(
     common.prepare_jax()
     from rich.console import Console
 
-    from grpo_jax import evaluation, logs
+    from grpo_jax import evaluation
+    from grpo_jax.runs import display, files
 
     results = {str(source): evaluation.evaluate(_policy_of(source, config), config, split)}
     if against is not None:
@@ -111,16 +112,16 @@ def evaluate(
         if against is not None:
             found["against"] = {"source": against, **results[str(against)].to_dict()}
             found["difference"] = dataclasses.asdict(_difference(*results.values()))
-        print(json.dumps(logs.jsonable(found)))
+        print(json.dumps(files.jsonable(found)))
         return
     console = Console(highlight=False)
-    console.print(logs.summary_table(results))
+    console.print(display.summary_table(results))
     if result.num_samples > 1:
         console.print(
             "   ".join(f"pass@{k} {value:.1%}" for k, value in sorted(result.pass_at_k.items())), soft_wrap=True
         )
     if against is not None:
-        from grpo_jax.analysis.statistics import verdict
+        from grpo_jax.statistics import verdict
 
         found = _difference(*results.values())
         test = "McNemar" if result.num_samples == 1 else "sign-flip"
@@ -141,7 +142,7 @@ def _difference(result: Any, other: Any) -> Any:
     """The paired difference in success of two evaluations on the same questions; a question's samples are a cluster."""
     import numpy
 
-    from grpo_jax.analysis.statistics import question_difference
+    from grpo_jax.statistics import question_difference
 
     outcomes = [[record["success"] for record in r.records] for r in (result, other)]
     return question_difference(*(numpy.reshape(o, (-1, result.num_samples)) for o in outcomes))
@@ -222,7 +223,7 @@ def _report(config: Experiment, result: Any, picture: Path) -> None:
     """Prints what a training run came to, and the commands to go on."""
     from rich.console import Console
 
-    from grpo_jax.logs import group_table, summary_table
+    from grpo_jax.runs.display import group_table, summary_table
 
     console = Console(highlight=False)
     console.print()

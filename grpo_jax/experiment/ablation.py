@@ -8,8 +8,8 @@ from typing import Any, Literal
 from grpo_jax.errors import UserError
 from grpo_jax.experiment.checked import Checked, Ranges
 from grpo_jax.experiment.experiment import Experiment
+from grpo_jax.experiment.fingerprint import fingerprint
 from grpo_jax.experiment.overrides import override
-from grpo_jax.fingerprint import fingerprint
 
 Budget = Literal["steps", "tokens"]
 

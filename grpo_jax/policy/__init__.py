@@ -18,8 +18,8 @@ from grpo_jax.errors import UserError
 from grpo_jax.experiment import LoRAConfig, ScratchConfig
 from grpo_jax.policy import transformer, weights
 from grpo_jax.policy.config import ModelConfig, from_scratch
+from grpo_jax.policy.lora import merge
 from grpo_jax.policy.tokenizer import CharacterTokenizer, Tokenizer
-from grpo_jax.policy.trainable import merge
 from grpo_jax.policy.transformer import Params
 
 __all__ = ["Policy", "Tokenizer", "export", "fresh_adapters", "load", "merge"]

@@ -15,7 +15,7 @@ import numpy as np
 
 from grpo_jax.errors import UserError
 from grpo_jax.policy.config import RopeConfig, inverse_frequencies
-from grpo_jax.policy.layout import Tensor
+from grpo_jax.policy.hf_mapping import Tensor
 
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9

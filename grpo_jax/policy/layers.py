@@ -40,7 +40,7 @@ class Linear(nnx.Module):
     def __call__(self, x: Array) -> Array:
         rows, kernel = x.shape[:-1], self.kernel[...]
         x = x.reshape(-1, x.shape[-1])  # the adapters' gradients sum over tokens: over one axis far faster than over 3
-        y = contract(x.astype(kernel.dtype), kernel)
+        y = matmul_f32(x.astype(kernel.dtype), kernel)
         if self.bias is not None:
             y = y + self.bias[...]
         if self.lora_a is not None:
@@ -159,7 +159,7 @@ def rotate(x: Array, cos: Array, sin: Array) -> Array:
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def contract(a: Array, b: Array, i: int = 1, j: int = 0) -> Array:
+def matmul_f32(a: Array, b: Array, i: int = 1, j: int = 0) -> Array:
     """Sums the product of two matrices over axis i of `a` and axis j of `b`, with a float32 result.
 
     By default a @ b. The gradient is rounded to the operands' dtype before it is multiplied, so that bfloat16 matrices
@@ -168,22 +168,22 @@ def contract(a: Array, b: Array, i: int = 1, j: int = 0) -> Array:
     return jax.lax.dot_general(a, b, (((i,), (j,)), ((), ())), preferred_element_type=jnp.float32)
 
 
-def _contract_forward(a: Array, b: Array, i: int, j: int) -> tuple[Array, tuple[Array, Array]]:
-    return contract(a, b, i, j), (a, b)
+def _matmul_f32_forward(a: Array, b: Array, i: int, j: int) -> tuple[Array, tuple[Array, Array]]:
+    return matmul_f32(a, b, i, j), (a, b)
 
 
-def _contract_backward(i: int, j: int, saved: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
+def _matmul_f32_backward(i: int, j: int, saved: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
     a, b = saved
     g = g.astype(a.dtype)
-    da = contract(g, b, 1, 1 - j) if i == 1 else contract(b, g, 1 - j, 1)
-    db = contract(a, g, 1 - i, 0) if j == 0 else contract(g, a, 0, 1 - i)
+    da = matmul_f32(g, b, 1, 1 - j) if i == 1 else matmul_f32(b, g, 1 - j, 1)
+    db = matmul_f32(a, g, 1 - i, 0) if j == 0 else matmul_f32(g, a, 0, 1 - i)
     return da.astype(a.dtype), db.astype(b.dtype)
 
 
-contract.defvjp(_contract_forward, _contract_backward)
+matmul_f32.defvjp(_matmul_f32_forward, _matmul_f32_backward)
 
 
-def product(spec: str, a: Array, b: Array) -> Array:
+def einsum_f32(spec: str, a: Array, b: Array) -> Array:
     """`jnp.einsum` of two arrays with a float32 result, also for bfloat16 arrays.
 
     On a CPU they are widened first: XLA's CPU backend (jax 0.10 to 0.12) refuses some batched bfloat16 products with a
@@ -213,14 +213,14 @@ def attend(
         parts.append(("pnck", *prefix))
     scores = []
     for axes, keys, _, visible in parts:
-        score = product(f"pgtnrk,{axes}->pgnrtc", q, keys)
+        score = einsum_f32(f"pgtnrk,{axes}->pgnrtc", q, keys)
         score = softcap(score, config.attention_softcap)
         scores.append(jnp.where(visible[:, :, None, None], score, -1e30))
     top = jax.lax.stop_gradient(jnp.stack([score.max(-1) for score in scores]).max(0))[..., None]
     weights = [jnp.exp(score - top) for score in scores]
     total = sum(weight.sum(-1) for weight in weights)  # [P, G, N, R, T]
     attended = sum(
-        product(f"pgnrtc,{axes}->pgtnrk", weight.astype(values.dtype), values)
+        einsum_f32(f"pgnrtc,{axes}->pgtnrk", weight.astype(values.dtype), values)
         for weight, (axes, _, values, _) in zip(weights, parts, strict=True)
     )
     attended = attended / jnp.moveaxis(total, 4, 2)[..., None]

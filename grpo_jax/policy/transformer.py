@@ -22,7 +22,7 @@ from flax import nnx
 
 from grpo_jax.experiment import LoRAConfig
 from grpo_jax.policy.config import ModelConfig
-from grpo_jax.policy.layers import Array, Layer, Linear, Norm, contract, softcap
+from grpo_jax.policy.layers import Array, Layer, Linear, Norm, matmul_f32, softcap
 from grpo_jax.policy.rope import inverse_frequencies
 
 # Up to so many layers training unrolls too: a loop copies each one's weights and stacks what the backward pass needs,
@@ -62,7 +62,9 @@ class Transformer(nnx.Module):
     def logits(self, hidden: Array) -> Array:
         """Hidden states [..., D] to float32 logits [..., V]."""
         rows = hidden.reshape(-1, hidden.shape[-1]).astype(self.embed[...].dtype)
-        logits = contract(rows, self.embed[...], 1, 1) if self.head is None else contract(rows, self.head.kernel[...])
+        logits = (
+            matmul_f32(rows, self.embed[...], 1, 1) if self.head is None else matmul_f32(rows, self.head.kernel[...])
+        )
         logits = logits.reshape(*hidden.shape[:-1], -1)
         return softcap(logits, self.config.final_softcap)
 
@@ -144,12 +146,12 @@ def forward(
         angles = positions[..., None].astype(jnp.float32) * inverse_frequencies(rope, c.head_dim)
         rotations.append((jnp.cos(angles) * rope.attention_factor, jnp.sin(angles) * rope.attention_factor))
         window = c.sliding_window if sliding else None
-        own_mask = sees(positions, own_positions, own_valid, window)
+        own_mask = causal_mask(positions, own_positions, own_valid, window)
         if segments is not None:
             own_mask &= segments[..., :, None] == segments[..., None, :]
         own_masks.append(own_mask)
         if prefix is not None:
-            prefix_masks.append(sees(positions, prefix.positions[:, None, :], prefix.valid[:, None, :], window))
+            prefix_masks.append(causal_mask(positions, prefix.positions[:, None, :], prefix.valid[:, None, :], window))
 
     def layer_step(x: Array, layer: Layer, kind: int | Array, prefix_kv: tuple | None, cache_kv: tuple | None) -> tuple:
         def choose(options: list) -> Array | tuple:
@@ -197,7 +199,7 @@ def unstack(model: Transformer) -> list[Layer]:
     return [nnx.merge(graph, jax.tree.map(lambda leaf, i=i: leaf[i], stacked)) for i in layers]
 
 
-def sees(queries: Array, keys: Array, valid: Array, window: int | None) -> Array:
+def causal_mask(queries: Array, keys: Array, valid: Array, window: int | None) -> Array:
     """Causal visibility [..., T, C] of keys at positions [..., C] for queries at [..., T], within `window` if given."""
     distance = queries[..., :, None] - keys[..., None, :]
     visible = (distance >= 0) & valid[..., None, :]

@@ -22,7 +22,7 @@ from safetensors.numpy import save_file
 from grpo_jax.errors import UserError
 from grpo_jax.policy import gguf
 from grpo_jax.policy.config import ModelConfig, from_hf, to_hf
-from grpo_jax.policy.layout import Tensor, assemble, disassemble
+from grpo_jax.policy.hf_mapping import Tensor, assemble, disassemble
 from grpo_jax.policy.tokenizer import Tokenizer, from_directory, from_gguf
 
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}

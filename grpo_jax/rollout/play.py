@@ -8,17 +8,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from grpo_jax import devices
+from grpo_jax import sharding as devices
 from grpo_jax.errors import RunError, UserError
 from grpo_jax.experiment import SamplingConfig
 from grpo_jax.policy import Policy
+from grpo_jax.policy.lora import Model
+from grpo_jax.policy.lora import split as split_params
 from grpo_jax.policy.tokenizer import Messages, Tokenizer
-from grpo_jax.policy.trainable import Model
-from grpo_jax.policy.trainable import split as split_params
 from grpo_jax.policy.transformer import KeyValues, Params
 from grpo_jax.rollout.episodes import Episode, Rollout, collect
 from grpo_jax.rollout.prompts import Prompts, bucket, encode_prompts
-from grpo_jax.sampler import Noise, Rows, Settings, Turn, first_turn, next_turn
+from grpo_jax.sampler.decode import Noise, Rows, Settings, Turn, first_turn, next_turn
 from grpo_jax.tasks import Example, Task
 
 

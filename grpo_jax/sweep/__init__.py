@@ -19,7 +19,7 @@ from rich.console import Console
 
 from grpo_jax.errors import RunError, UserError
 from grpo_jax.experiment import Ablation, PlannedRun
-from grpo_jax.sweep.board import Board
+from grpo_jax.sweep.progress import Board
 
 WORKER = (sys.executable, "-m", "grpo_jax.sweep.worker")
 POLL = 0.2  # s between two looks at the processes

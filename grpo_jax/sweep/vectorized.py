@@ -25,17 +25,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from grpo_jax import devices
-from grpo_jax.dynamic_sampling import Round
+from grpo_jax import sharding as devices
+from grpo_jax.algorithms import LESSONS, Lesson, on_policy
+from grpo_jax.algorithms.dynamic_sampling import Round
+from grpo_jax.algorithms.lesson import reward_arrays, schedule
+from grpo_jax.algorithms.objectives import Batch
 from grpo_jax.errors import RunError, UserError
 from grpo_jax.experiment import Experiment, variant_of
-from grpo_jax.logs import RunLog
-from grpo_jax.methods import LESSONS, Lesson, on_policy
-from grpo_jax.methods.lesson import reward_arrays, schedule
-from grpo_jax.objectives import Batch
 from grpo_jax.policy import Policy
 from grpo_jax.rollout import single_turn
-from grpo_jax.sampler import Noise, Settings, Turn, first_turn
+from grpo_jax.runs.log import RunLog
+from grpo_jax.sampler.decode import Noise, Settings, Turn, first_turn
 from grpo_jax.sweep import array_rewards
 from grpo_jax.training import Result, Run, source_policy, summarize
 from grpo_jax.update import State, make_optimizer, make_update

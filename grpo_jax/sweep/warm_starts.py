@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from grpo_jax.experiment import EvaluationConfig, Experiment, RewardConfig, SamplingConfig, variant_of
-from grpo_jax.fingerprint import fingerprint
+from grpo_jax.experiment.fingerprint import fingerprint
 from grpo_jax.sweep import is_finished
 
 

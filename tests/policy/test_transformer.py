@@ -16,7 +16,7 @@ from grpo_jax.experiment import LoRAConfig
 from grpo_jax.logprobs import completion_logprobs
 from grpo_jax.policy import transformer
 from grpo_jax.policy.config import ModelConfig, RopeConfig
-from grpo_jax.policy.layers import contract
+from grpo_jax.policy.layers import matmul_f32
 from grpo_jax.policy.transformer import KeyValues, bind, forward, prefill, unstack
 
 LORA = LoRAConfig(rank=3, alpha=6.0, targets=("q", "down"))
@@ -279,10 +279,10 @@ def test_matrix_products_and_their_gradients_are_float32s_to_the_rounding_of_the
     weights = jnp.asarray(rng.normal(size=(rows, columns)), jnp.bfloat16).astype(jnp.float32)
     wide_a, wide_b = (np.asarray(x, np.float64) for x in (a, b))
     wide_a, wide_b = wide_a if i else wide_a.T, wide_b.T if j else wide_b
-    product = jax.jit(contract, static_argnums=(2, 3))(a, b, i, j)
+    product = jax.jit(matmul_f32, static_argnums=(2, 3))(a, b, i, j)
     assert product.dtype == jnp.float32
     np.testing.assert_allclose(product, wide_a @ wide_b, rtol=1e-5, atol=1e-5)
-    da, db = jax.grad(lambda a, b: (contract(a, b, i, j) * weights).sum(), (0, 1))(a, b)
+    da, db = jax.grad(lambda a, b: (matmul_f32(a, b, i, j) * weights).sum(), (0, 1))(a, b)
     assert (da.dtype, da.shape, db.dtype, db.shape) == (a.dtype, a.shape, b.dtype, b.shape)
     tolerance = {"float32": 1e-5, "bfloat16": 2**-8}[dtype]  # the gradients are rounded once, to the dtype
     expected = weights @ wide_b.T, wide_a.T @ weights

@@ -22,7 +22,7 @@ from grpo_jax import sweep
 from grpo_jax.errors import RunError, UserError
 from grpo_jax.experiment import Ablation, load_ablation
 from grpo_jax.sweep import worker
-from grpo_jax.sweep.board import Board, latest_metrics
+from grpo_jax.sweep.progress import Board, latest_metrics
 
 FILE = (
     Path(letters.__file__).read_text()

@@ -1,1 +1,0 @@
-"""What runs' files say: statistics, tables, plots."""

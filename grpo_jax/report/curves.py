@@ -1,0 +1,84 @@
+"""Learning curves of several runs: a line for each arm, with a band that says how far its seeds differ."""
+
+from collections.abc import Mapping, Sequence
+from itertools import cycle, product
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from grpo_jax import statistics
+from grpo_jax.errors import UserError
+from grpo_jax.report.plots import BLUE, GREEN, GREY, ORANGE, PURPLE, STYLE, Series, label_right, series, smooth
+from grpo_jax.runs.files import read_rows, writing
+
+COLOURS = (BLUE, ORANGE, GREEN, PURPLE, "#b83280", "#0e7c86", GREY)
+DASHES = {"-": "", "--": "╌ ", ":": "┈ "}  # when colours are used up; a dashed line's label begins with such a dash
+
+
+def seed_curves(arms: Mapping[str, Sequence[Path]], metric: str, path: Path) -> Path:
+    """Draws `metric` over the updates, the mean of each arm's runs with its 95 % interval, and returns `path`.
+
+    More arms than there are colours have no intervals: they would hide one another, and the table has them.
+
+    Raises `UserError` if no run has the metric.
+    """
+    bands = {name: found for name, runs in arms.items() if len(found := seed_band(metric_curves(runs, metric)))}
+    if not bands:
+        raise UserError(f"none of the runs has a metric {metric!r}, so there is no curve to draw.")
+    banded = len(bands) <= len(COLOURS)
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(8, max(4, len(bands) / 4)), layout="constrained")  # a label takes a quarter of an inch
+        axes, labels = figure.subplots(), []
+        looks = cycle(product(DASHES, COLOURS))
+        for (name, found), (dash, colour) in zip(bands.items(), looks, strict=False):
+            if banded:
+                axes.fill_between(found.steps, found.low, found.high, color=colour, alpha=0.18, linewidth=0)
+            axes.plot(
+                found.steps,
+                found.values,
+                color=colour,
+                linewidth=2,
+                linestyle=dash,
+                marker="o" if len(found) < 12 else None,
+            )
+            num = len(arms[name])
+            labels.append((found.values[-1], f"{DASHES[dash]}{name} {found.values[-1]:.2f} (n = {num})", colour))
+        shown = np.concatenate([found.values for found in bands.values()])
+        edges = np.concatenate([np.r_[found.low, found.high] for found in bands.values()]) if banded else shown
+        room = max(np.ptp(shown), 0.1)  # two seeds have an interval so wide that it would flatten every curve
+        axes.set_ylim(max(edges.min(), shown.min() - room) - 0.03, min(edges.max(), shown.max() + room) + 0.03)
+        axes.set_title(f"{metric}: mean over seeds{', 95 % interval' if banded else ''}")
+        axes.set_xlabel("updates")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        label_right(axes, labels)
+        with writing(path):
+            figure.savefig(path, dpi=150)
+    return path
+
+
+def seed_band(curves: Sequence[Series]) -> Series:
+    """The mean of several seeds' curves at the steps that all have, with Student's 95 % interval over the seeds.
+
+    The interval is that of the mean at each step on its own. A single seed has none: its bounds are the value itself.
+    """
+    if not curves:
+        return Series(*np.zeros((4, 0)))
+    steps = curves[0].steps
+    for curve in curves[1:]:
+        steps = np.intersect1d(steps, curve.steps)
+    values = np.stack([curve.values[np.isin(curve.steps, steps)] for curve in curves])
+    if len(curves) == 1:
+        return Series(steps, values[0], values[0], values[0])
+    found = [statistics.mean(column) for column in values.T]
+    return Series(steps, *np.array([(each.value, each.low, each.high) for each in found]).reshape(-1, 3).T)
+
+
+def metric_curves(runs: Sequence[Path], metric: str) -> list[Series]:
+    """The metric of every run that has it; one of each step, noisy, is smoothed."""
+    found = [each for run in runs if len(each := series(read_rows(run / "metrics.jsonl"), metric))]
+    if metric.startswith("evaluation/"):
+        return found
+    return [Series(c.steps, smooth(c.values, max(1.0, len(c) / 50)), c.low, c.high) for c in found]

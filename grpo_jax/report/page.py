@@ -1,0 +1,306 @@
+"""One self-contained HTML page about a run or an ablation: nothing on it is loaded from anywhere.
+
+What a model said is hostile here. The template escapes whatever is written into it, the data lie in JSON whose `<` is
+spelled out, the script makes text nodes only, and the page's own policy forbids every script but that one.
+"""
+
+import base64
+import hashlib
+import importlib.resources
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import numpy as np
+
+from grpo_jax import statistics
+from grpo_jax.errors import UserError
+from grpo_jax.experiment import load_ablation
+from grpo_jax.report.completion_plots import advantage_map, group_picture, reward_histograms
+from grpo_jax.report.curves import metric_curves, seed_curves
+from grpo_jax.report.data import (
+    arm_charts,
+    completions,
+    defaults,
+    differences,
+    flat,
+    heat_maps,
+    run_charts,
+)
+from grpo_jax.report.plots import learning_curve, series
+from grpo_jax.runs.files import jsonable, read_rows, write_text
+
+MINUS = "−"
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """The runs of a sweep: directories by arm, in the order of the seeds, and what they are compared by.
+
+    `seeds` has the seed of each directory; `missing` says which planned runs have none.
+    """
+
+    arms: dict[str, list[Path]]
+    metric: str
+    baseline: str
+    seeds: dict[Path, int] = field(default_factory=dict)
+    missing: list[str] = field(default_factory=list)
+
+
+def report(directory: Path, output: Path | None = None) -> Path:
+    """Writes the page about a run, or about the sweep whose runs lie in `directory`, and returns its path.
+
+    Raises `UserError` if the directory holds neither.
+    """
+    if (directory / "run.json").is_file():
+        page = run_page(directory)
+    else:
+        page = ablation_page(directory, read_sweep(directory))
+    output = output or directory / "report.html"
+    write_text(output, render(page))
+    return output
+
+
+def draw(directory: Path) -> list[Path]:
+    """Draws the plots of a run, or of the sweep in `directory`, as PNG files there; returns their paths."""
+    if (directory / "run.json").is_file():
+        pictures = [learning_curve(directory)]
+        if rows := list(read_rows(directory / "completions.jsonl")):
+            pictures += [reward_histograms(directory), advantage_map(directory)]
+            pictures += [group_picture(directory, step) for step in sorted({rows[0]["step"], rows[-1]["step"]})]
+        return pictures
+    sweep = read_sweep(directory)
+    metrics = dict.fromkeys([sweep.metric, "reward"])
+    return [
+        seed_curves(sweep.arms, metric, directory / f"{metric.replace('/', '_')}.png")
+        for metric in metrics
+        if any(metric_curves(runs, metric) for runs in sweep.arms.values())
+    ]
+
+
+def render(page: Mapping[str, Any]) -> str:
+    """The page as HTML, from what `run_page` and `ablation_page` return."""
+    files = importlib.resources.files("grpo_jax.report")
+    html, style, script = ((files / f"page.{kind}").read_text("utf-8") for kind in ("html", "css", "js"))
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    values = {"style": style, "script": script, "script_hash": f"sha256-{digest}"}
+    return environment.from_string(html).render(jsonable(page), **values)
+
+
+def run_page(run: Path) -> dict[str, Any]:
+    """What the template shows of a run, finished or not."""
+    info, config, summary = (_json(run / f"{name}.json") for name in ("run", "config", "summary"))
+    rows = list(read_rows(run / "completions.jsonl"))
+    charts, metrics = run_charts(run, summary.get("references", {}))
+    said, note = completions({run.resolve().name: rows})
+    status = info.get("status", "unknown")
+    return {
+        "title": run.resolve().name,
+        "facts": _facts(info, config),
+        "warnings": []
+        if status == "finished"
+        else [" ".join(filter(None, [f"The run is {status}.", info.get("error")]))],
+        "command": info.get("command"),
+        "scores": [table for split in ("held_out", "train") if (table := _score_table(run, split))],
+        "data": {"charts": charts, "metrics": metrics, "heat": heat_maps(rows), "completions": said},
+        "completions_note": note,
+        "difference": {
+            "title": "Config: what differs from the defaults",
+            "columns": ["default", "this run"],
+            "rows": differences({"default": defaults(), "this run": flat(config)}),
+        },
+        "configs": {
+            "the whole config": json.dumps(config, indent=2, ensure_ascii=False),
+            "versions and machine": json.dumps(info, indent=2, ensure_ascii=False),
+        },
+    }
+
+
+def ablation_page(directory: Path, sweep: Sweep) -> dict[str, Any]:
+    """What the template shows of an ablation: its arms against the baseline."""
+    first = {arm: runs[0] for arm, runs in sweep.arms.items()}
+    configs = {arm: _json(run / "config.json") for arm, run in first.items()}
+    charts, metrics = arm_charts(sweep.arms, sweep.metric)
+    runs = {
+        f"{arm}, seed {sweep.seeds[run]}": list(read_rows(run / "completions.jsonl"))
+        for arm, directories in sweep.arms.items()
+        for run in directories
+    }
+    said, note = completions({name: rows for name, rows in runs.items() if rows})
+    unfinished = [
+        f"{arm}, seed {sweep.seeds[run]} is {status}."
+        for arm, directories in sweep.arms.items()
+        for run in directories
+        if (status := _json(run / "run.json").get("status", "missing")) != "finished"
+    ]
+    baseline = sweep.baseline
+    columns = {baseline: flat(configs[baseline])} | {arm: flat(config) for arm, config in configs.items()}
+    return {
+        "title": f"Ablation {directory.resolve().name}",
+        "facts": [
+            f"{len(sweep.arms)} arms, {sum(map(len, sweep.arms.values()))} runs, compared by {sweep.metric}",
+            *_facts(_json(first[baseline] / "run.json"), configs[baseline])[1:],
+        ],
+        "warnings": [*unfinished, *sweep.missing],
+        "command": None,
+        "scores": [_arm_table(sweep)],
+        "data": {"charts": charts, "metrics": metrics, "heat": [], "completions": said},
+        "completions_note": note,
+        "difference": {
+            "title": f"Config: what differs from the baseline ({baseline})",
+            "columns": list(columns),
+            "rows": differences(columns, ignore=["seed"]),
+        },
+        "configs": {f"the config of {arm}": json.dumps(config, indent=2) for arm, config in configs.items()},
+    }
+
+
+def read_sweep(directory: Path) -> Sweep:
+    """The runs of a sweep's directory, by the ablation of which each of them holds a copy.
+
+    Raises `UserError` if no run of a sweep lies there.
+    """
+    found: dict[tuple[str, int], Path] = {}
+    for path in sorted(directory.glob("*/run.json")):
+        info = _json(path)
+        given = dict(each.split("=", 1) for each in info.get("overrides", ()) if "=" in each)
+        if "arm" in given:
+            found[given["arm"], info["seed"]] = path.parent
+            example, source, budget = path.parent, info.get("source"), given.get("budget")
+    if not found:
+        raise UserError(
+            f"{str(directory)!r} is the directory of neither a run nor a sweep: no run.json says that it is."
+        )
+    ablation = load_ablation(example / "experiment.py", budget, home=Path(source) if source else None)
+    arms: dict[str, list[Path]] = {arm: [] for arm in ablation.arms}
+    seeds, missing = {}, []
+    for planned in ablation.runs():
+        # The copy's own functions have another module's name, so that a key may differ: the arm and the seed do not.
+        others = [found[arm, planned.seed] for arm in planned.arms if (arm, planned.seed) in found]
+        run = next((run for run in (directory / planned.key, *others) if (run / "run.json").is_file()), None)
+        if run is None:
+            missing.append(f"{' = '.join(planned.arms)}, seed {planned.seed} has not begun.")
+            continue
+        seeds[run] = planned.seed
+        for arm in planned.arms:
+            arms[arm].append(run)
+    arms = {arm: runs for arm, runs in arms.items() if runs}
+    baseline = ablation.baseline_arm if ablation.baseline_arm in arms else next(iter(arms))
+    return Sweep(arms, ablation.metric, baseline, seeds, missing)
+
+
+def _arm_table(sweep: Sweep) -> dict[str, Any]:
+    """A row for each arm: the mean over its seeds of the metric's last value, and the paired difference."""
+    values = {arm: _final(runs, sweep) for arm, runs in sweep.arms.items()}
+    found = {arm: statistics.mean(list(known.values())) for arm, known in values.items() if known}
+    bounds = [b for e in found.values() for b in (e.value, e.low, e.high) if np.isfinite(b)]
+    low, high = (0.0, 1.0) if sweep.metric.endswith("success") else (min(bounds, default=0), max(bounds, default=1))
+    rows = []
+    for arm, known in values.items():
+        if not known:
+            rows.append({"name": arm, "note": "no seed is finished", "cells": ["0", "–", "–", "–"], "place": None})
+            continue
+        mean, difference, verdict = found[arm], "–", "the baseline"
+        if arm != sweep.baseline:
+            verdict = "no seed in common with the baseline"
+            base = values[sweep.baseline]
+            if common := [seed for seed in known if seed in base]:
+                paired = statistics.paired_difference([known[s] for s in common], [base[s] for s in common])
+                difference, verdict = _interval(paired, signed=True), statistics.verdict(paired)
+        cells = [str(len(known)), f"{mean.value:.3f}", _interval(mean, bounds=True), difference]
+        place = _place(mean.value, mean.low, mean.high, low, high)
+        rows.append({"name": arm, "note": verdict, "cells": cells, "place": place})
+    return {
+        "title": f"{sweep.metric} at the end",
+        "columns": ["seeds", "mean", "95 % interval", "paired difference"],
+        "rows": rows,
+        "note": f"Means over seeds with Student's interval; differences to {sweep.baseline} are paired by seed.",
+    }
+
+
+def _final(runs: Sequence[Path], sweep: Sweep) -> dict[int, float]:
+    """The last value of the metric by seed, of the runs that are finished."""
+    finals = {}
+    for run in runs:
+        found = series(read_rows(run / "metrics.jsonl"), sweep.metric)
+        if len(found) and _json(run / "run.json").get("status") == "finished":
+            finals[sweep.seeds[run]] = float(found.values[-1])
+    return finals
+
+
+def _score_table(run: Path, split: str) -> dict[str, Any] | None:
+    """The evaluations before and after the training, and the control's; None where there is none."""
+    prefix = "evaluation" if split == "held_out" else f"evaluation/{split}"
+    rows = [row for row in read_rows(run / "metrics.jsonl") if f"{prefix}/success" in row]
+    if not rows:
+        return None
+    control = [row for row in read_rows(run / "control" / "metrics.jsonl") if f"{prefix}/success" in row]
+    shown = {"before": rows[0]}
+    if len(rows) > 1:
+        shown[f"after {rows[-1]['step']} updates"] = rows[-1]
+    if control:
+        shown["control"] = control[-1]
+    first = rows[0]
+    how = "greedy" if first[f"{prefix}/temperature"] == 0 else f"temperature {first[f'{prefix}/temperature']:g}"
+    num_prompts, num_samples = first[f"{prefix}/num_prompts"], first[f"{prefix}/num_samples"]
+    asked = f"{num_prompts} prompt{'s' * (num_prompts > 1)} × {num_samples} sample{'s' * (num_samples > 1)}, {how}."
+    return {
+        "title": f"Evaluation on {split.replace('_', '-')} prompts",
+        "columns": ["success", "95 % interval", "reward", "tokens"],
+        "rows": [_score_row(name, row, prefix) for name, row in shown.items()],
+        "note": f"{asked} The intervals take the prompts for a sample, and know samples of one prompt to be kin.",
+    }
+
+
+def _score_row(name: str, row: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    value, low, high = (row[f"{prefix}/success{end}"] for end in ("", "_low", "_high"))
+    reward, length = row.get(f"{prefix}/reward"), row[f"{prefix}/mean_length"]
+    cells = [
+        f"{100 * value:.1f} %",
+        f"{100 * low:.1f} – {100 * high:.1f} %",
+        "–" if reward is None else f"{reward:.3f}",
+        f"{length:.1f}",
+    ]
+    return {"name": name, "note": "", "cells": cells, "place": _place(value, low, high, 0.0, 1.0)}
+
+
+def _place(value: float, low: float, high: float, start: float, end: float) -> dict[str, float]:
+    """Where an interval and its value stand between start and end, in percent."""
+    left, middle, right = (100 * float(np.clip((x - start) / (end - start or 1), 0, 1)) for x in (low, value, high))
+    return {"low": round(left, 2), "width": round(right - left, 2), "value": round(middle, 2)}
+
+
+def _interval(found: statistics.Estimate, *, signed: bool = False, bounds: bool = False) -> str:
+    low, high = (f"{x:+.3f}" if signed else f"{x:.3f}" for x in (found.low, found.high))
+    if not np.isfinite(found.low):
+        return "–" if bounds else f"{found.value:+.3f}"
+    text = f"{low} – {high}" if bounds else f"{found.value:+.3f} [{low}, {high}]"
+    return text.replace("-", MINUS)
+
+
+def _facts(info: Mapping[str, Any], config: Mapping[str, Any]) -> list[str]:
+    """A few lines on what was run, when, on what, from which code."""
+    git, device, task = info.get("git") or {}, info.get("device") or {}, config.get("task") or {}
+    commit = f"commit {git['commit'][:12]}{' with changes' if git.get('dirty') else ''}" if git else "no commit known"
+    begun = [info.get("status"), f"started {info['started']}" if info.get("started") else None]
+    where = f"{device.get('count', '?')} × {device.get('kind', 'unknown device')}"
+    what = [f"task {task.get('name')}" if task.get("name") else None, f"method {config['method']}" if config else None]
+    seed = f"seed {info['seed']}" if "seed" in info else None
+    return [
+        " · ".join(filter(None, [*begun, seed])),
+        " · ".join(
+            filter(None, [*what, where, f"jax {info['versions']['jax']}" if "versions" in info else None, commit])
+        ),
+    ]
+
+
+def _json(path: Path) -> dict[str, Any]:
+    """A file of a run directory, or nothing where it is missing or torn."""
+    try:
+        return json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError):
+        return {}

@@ -1,0 +1,1 @@
+"""Rewards compared and attacked before any training."""

@@ -1,0 +1,324 @@
+"""Attacks on a reward: answers that say nothing about their prompt, and what they earn all the same.
+
+Whatever a reward pays for such an answer a policy can find, and then it collapses onto it. An attack is worth what it
+earns *where it is wrong*: a constant answer that happens to be right is no exploit. It is found on some examples of the
+task and judged on others, so that a lucky hit on one prompt does not count as a discovery.
+"""
+
+import itertools
+import math
+import random
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from grpo_jax.errors import UserError
+from grpo_jax.experiment import Experiment
+from grpo_jax.policy import Tokenizer
+from grpo_jax.reward_lab.readings import score_variants
+from grpo_jax.rewards import RewardFunction
+from grpo_jax.rollout import Episode, completion
+from grpo_jax.tasks import Example, Task
+
+Answer = str | Callable[[Example], str]
+"""What is said in every turn: always the same, or made from the example."""
+
+Value = Callable[[Sequence[str]], np.ndarray]
+"""What constant answers [N] are worth [N]; nan for one that cannot be said or is always right."""
+
+VOCABULARY, SYMBOLS, AT_ONCE = 512, 64, 512  # answers and symbols that a search may draw on; completions per call
+HANDFUL, STARTS = 64, 4  # neighbours looked at together; starts of each kind
+
+
+@dataclass(frozen=True)
+class Attack:
+    """The best answer of a family against one variant of the reward.
+
+    `text` is what is said (of an echo, on the first example); `value` the mean reward over the examples on which it is
+    wrong; `success` the share of examples on which it is right.
+    """
+
+    family: str
+    text: str
+    value: float
+    success: float
+
+
+@dataclass(frozen=True)
+class Honest:
+    """What honest attempts from one source earn under one variant: the rewards [N]."""
+
+    source: str
+    values: np.ndarray
+
+    @property
+    def mean(self) -> float:
+        """What an attack must not exceed: if it earns more, a policy gains by giving up these attempts for it."""
+        return float(self.values.mean()) if self.values.size else math.nan
+
+    def is_beaten_by(self, value: float) -> bool:
+        """Whether an attack that earns `value` (nan: none) outscores these attempts."""
+        return value > self.mean + 1e-9
+
+    def share_below(self, value: float) -> float:
+        """The share of these attempts that earn less than `value`."""
+        return float((self.values < value - 1e-9).mean()) if self.values.size else math.nan
+
+
+@dataclass(frozen=True)
+class Target:
+    """An experiment's rewards, as an attacker meets them: answers go in, rewards come out."""
+
+    experiment: Experiment
+    extra: Mapping[str, RewardFunction]
+    tokenizer: Tokenizer
+
+    @property
+    def task(self) -> Task:
+        return self.experiment.task
+
+    def earn(self, answers: Sequence[Answer], examples: Sequence[Example]) -> tuple[dict[str, np.ndarray], np.ndarray]:
+        """Rewards [N, E] by variant, and success [N, E], of N answers to each of E examples.
+
+        nan where a reward fails or does not apply, and in the whole row of an answer that the tokenizer cannot encode:
+        no policy could say it.
+        """
+        shape = (len(answers), len(examples))
+        known: dict[str, np.ndarray] = {}
+        success = np.zeros(shape, bool)
+        rows = max(AT_ONCE // len(examples), 1)
+        for start in range(0, len(answers), rows):
+            played = [
+                (i, e, episode)
+                for i, answer in enumerate(answers[start : start + rows], start)
+                for e, example in enumerate(examples)
+                if (episode := self._say(answer, example)) is not None
+            ]
+            if not played:
+                continue
+            at = tuple(np.array([(i, e) for i, e, _ in played]).T)
+            arguments = _arguments([examples[e] for _, e, _ in played], [episode for *_, episode in played])
+            scores = score_variants(arguments, 1, self.experiment, self.extra, on_failure="drop")
+            for name, values in scores.items():
+                known.setdefault(name, np.full(shape, math.nan))[at] = values
+            success[at] = self.task.success(**arguments)
+        return known, success
+
+    def _say(self, answer: Answer, example: Example) -> Episode | None:
+        """Plays an episode in which the policy says `answer` in every turn."""
+        text, episode, reply = answer if isinstance(answer, str) else answer(example), Episode(), self.task.reply
+        try:
+            ids = [*self.tokenizer.encode(text), *self.tokenizer.stop_ids[:1]]
+        except UserError:
+            return None
+        for turn in range(self.task.max_turns):
+            episode.say(ids, [0.0] * len(ids), text)
+            heard = reply(example, episode.turns) if reply and turn + 1 < self.task.max_turns else None
+            if heard is None:
+                break
+            episode.hear([], heard)
+        return episode
+
+
+def wrong_value(rewards: np.ndarray, success: np.ndarray) -> np.ndarray:
+    """The mean of rewards [N, E] over the examples on which each answer is wrong -> [N]; nan where there is none."""
+    counts = ~success & ~np.isnan(rewards)
+    total = np.where(counts, rewards, 0.0).sum(1)
+    return np.where(counts.any(1), total / np.maximum(counts.sum(1), 1), math.nan)
+
+
+def attack(
+    target: Target,
+    variants: Sequence[str],
+    *,
+    search_on: Sequence[Example],
+    judge_on: Sequence[Example],
+    demonstrations: Sequence[str],
+    completions: Sequence[str],
+    max_tokens: int,
+    budget: int,
+    seed: int = 0,
+) -> dict[str, list[Attack]]:
+    """The best attack of each family on each variant, judged on `judge_on`.
+
+    Args:
+      search_on, judge_on: the examples that a family's best is chosen on, and those that it is judged on.
+      demonstrations, completions: honest answers, from which the symbols and the starts of the search are taken.
+      max_tokens: the longest answer that the policy can give in a turn.
+      budget: how many completions the search may score for each variant.
+    """
+    rng = random.Random(seed)
+    vocabulary = list(dict.fromkeys([*demonstrations, *completions]))
+    symbols = [s for s, _ in Counter("".join([*demonstrations, *completions])).most_common(SYMBOLS)]
+    candidates = families(vocabulary, demonstrations or completions, symbols, target.tokenizer, max_tokens)
+    tried: dict[str, tuple[dict[str, np.ndarray], np.ndarray]] = {
+        family: target.earn(answers, search_on) for family, answers in candidates.items() if answers
+    }
+    found: dict[str, list[Attack]] = {}
+    for name in variants:
+        best: dict[str, Answer] = {}
+        for family, (rewards, success) in tried.items():
+            values = wrong_value(rewards[name], success) if name in rewards else np.array([math.nan])
+            if not np.isnan(values).all():
+                best[family] = candidates[family][int(np.nanargmax(values))]
+
+        def value(texts: Sequence[str], name: str = name) -> np.ndarray:
+            rewards, success = target.earn(texts, search_on)
+            return wrong_value(rewards[name], success) if name in rewards else np.full(len(texts), math.nan)
+
+        starts = _starts(best.values(), vocabulary, symbols, rng)
+        text = search(value, starts, symbols, max(budget // len(search_on), 1), rng)
+        if text is not None:
+            best["best constant found"] = text
+        found[name] = [_judge(target, name, family, answer, judge_on) for family, answer in best.items()]
+    return found
+
+
+def families(
+    vocabulary: Sequence[str], demonstrations: Sequence[str], symbols: Sequence[str], tokenizer: Tokenizer, limit: int
+) -> dict[str, list[Answer]]:
+    """Answers by kind. Each stands both alone and in the template that all demonstrations share, if they share one.
+
+    Args:
+      vocabulary: honest answers to be given blindly, whatever the prompt.
+      demonstrations: what honest answers look like.
+      limit: the most tokens of an answer.
+    """
+    prefix, suffix = template(demonstrations)
+    middles = [len(text) - len(prefix) - len(suffix) for text in demonstrations] or [1]
+    length = sorted(middles)[len(middles) // 2]
+    ids = list(dict.fromkeys(i for text in vocabulary for i in tokenizer.encode(text)))[:SYMBOLS]
+    room = max(limit - len(tokenizer.encode(prefix)) - len(tokenizer.encode(suffix)) - 1, 1)
+    repeated = [tokenizer.decode([i] * room) for i in ids]
+
+    def framed(texts: Iterable[str]) -> list[Answer]:
+        texts = list(texts)
+        return list(dict.fromkeys([*texts, *(prefix + text + suffix for text in texts)]))
+
+    def echo(frame: Callable[[str], str], whole: bool) -> Answer:
+        return lambda example: frame(_prompt_text(example["prompt"], whole))
+
+    return {
+        "empty": framed(["", " "]),
+        "echoed prompt": [
+            echo(frame, whole) for whole in (False, True) for frame in (str, lambda text: prefix + text + suffix)
+        ],
+        "repeated letter": framed(symbol * length for symbol in symbols if not symbol.isspace()),
+        "repeated token": framed(repeated),
+        "over-long": [text * times for text in vocabulary[:SYMBOLS] for times in (2, max(limit, 2))],
+        "honest, but blind": list(vocabulary[:VOCABULARY]),
+    }
+
+
+def template(texts: Sequence[str]) -> tuple[str, str]:
+    """The longest beginning and the longest end that all different texts share, such as tags around an answer."""
+    texts = list(dict.fromkeys(texts))
+    if len(texts) < 2:
+        return "", ""
+    prefix = _shared_start(texts)
+    return prefix, _shared_start([text[len(prefix) :][::-1] for text in texts])[::-1]
+
+
+def search(value: Value, starts: Iterable[str], symbols: Sequence[str], budget: int, rng: random.Random) -> str | None:
+    """Hill climbing from each start in turn: the best text among at most `budget` that are tried, None if none counts.
+
+    A step replaces, or drops, one character. Of the neighbours, in random order, the best of the first handful that
+    holds an improvement is taken: with hundreds of neighbours, looking at all of them would cost most of the budget.
+    """
+    best, best_value = None, -math.inf
+
+    def look(texts: Sequence[str]) -> tuple[str, float]:
+        nonlocal budget
+        texts = texts[:budget]
+        budget -= len(texts)
+        values = np.nan_to_num(value(texts), nan=-math.inf)
+        top = int(np.argmax(values))
+        return texts[top], float(values[top])
+
+    for start in starts:
+        if budget <= 0:
+            break
+        text, height = look([start])
+        improved = True
+        while improved and budget > 0:
+            improved = False
+            near = neighbours(text, symbols)
+            rng.shuffle(near)
+            for first in range(0, len(near), HANDFUL):
+                if budget <= 0:
+                    break
+                other, other_height = look(near[first : first + HANDFUL])
+                if other_height > height:
+                    text, height, improved = other, other_height, True
+                    break
+        if height > best_value:
+            best, best_value = text, height
+    return best
+
+
+def neighbours(text: str, symbols: Sequence[str]) -> list[str]:
+    """All texts that differ from `text` in one character, or lack one."""
+    places = range(len(text))
+    replaced = [text[:i] + symbol + text[i + 1 :] for i in places for symbol in symbols if symbol != text[i]]
+    return replaced + [text[:i] + text[i + 1 :] for i in places]
+
+
+def warning(variant: str, attacks: Sequence[Attack], honest: Sequence[Honest]) -> str | None:
+    """One sentence on the attacks that outscore an honest attempt of some source under a variant; None if none does."""
+    known = [source for source in honest if source.values.size]
+    over = [attack for attack in attacks if any(source.is_beaten_by(attack.value) for source in known)]
+    if not over:
+        return None
+    over = sorted(over, key=lambda attack: -attack.value)
+    found = ", ".join(f"{attack.value:.3f} for {_short(attack.text)} ({attack.family})" for attack in over)
+    means = " and ".join(f"{source.mean:.3f} ({source.source})" for source in known)
+    return (
+        f"{variant} pays answers that ignore the prompt and are wrong {found}; honest attempts earn {means} on average."
+    )
+
+
+def _judge(target: Target, variant: str, family: str, answer: Answer, examples: Sequence[Example]) -> Attack:
+    rewards, success = target.earn([answer], examples)
+    value = wrong_value(rewards[variant], success)[0] if variant in rewards else math.nan
+    text = answer if isinstance(answer, str) else answer(examples[0])
+    return Attack(family, text, float(value), float(success.mean()))
+
+
+def _starts(
+    answers: Iterable[Answer], vocabulary: Sequence[str], symbols: Sequence[str], rng: random.Random
+) -> list[str]:
+    """Where a search begins: the best answers so far, some honest ones, and random strings of an honest length."""
+    known = [answer for answer in answers if isinstance(answer, str)]
+    some = rng.sample(vocabulary, min(STARTS, len(vocabulary)))
+    noise = ["".join(rng.choices(symbols, k=len(text))) for text in some] if symbols else []
+    return list(dict.fromkeys([*known, *some, *noise]))
+
+
+def _arguments(examples: Sequence[Example], episodes: Sequence[Episode]) -> dict[str, list[Any]]:
+    """What reward functions are called with, for one episode of each of the examples."""
+    columns = sorted({key for example in examples for key in example} - {"prompt"})
+    return {
+        "prompts": [example["prompt"] for example in examples],
+        "completions": [completion(*pair) for pair in zip(examples, episodes, strict=True)],
+        "completion_ids": [[i for i, trained in zip(e.ids, e.trained, strict=True) if trained] for e in episodes],
+        **{key: [example.get(key) for example in examples] for key in columns},
+    }
+
+
+def _prompt_text(prompt: str | Sequence[Mapping[str, str]], whole: bool) -> str:
+    """The prompt's text, of a chat the last message or all of them."""
+    if isinstance(prompt, str):
+        return prompt
+    return "\n".join(message["content"] for message in (prompt if whole else prompt[-1:]))
+
+
+def _shared_start(texts: Sequence[str]) -> str:
+    columns = itertools.takewhile(lambda characters: len(set(characters)) == 1, zip(*texts, strict=False))
+    return "".join(first for first, *_ in columns)
+
+
+def _short(text: str) -> str:
+    return repr(text if len(text) <= 40 else text[:39] + "…")

@@ -1,0 +1,152 @@
+"""Groups of completions to study: sampled from a policy, or read from a file; and rewards by name."""
+
+import importlib
+import json
+import sys
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from grpo_jax.algorithms.lesson import schedule
+from grpo_jax.errors import UserError
+from grpo_jax.experiment import Experiment
+from grpo_jax.policy import Policy, Tokenizer
+from grpo_jax.rewards import RewardFunction, turns
+from grpo_jax.rollout import encode_prompts, make_actor, rollout
+from grpo_jax.runs.files import read_rows
+from grpo_jax.tasks import Example, Task
+
+
+@dataclass(frozen=True)
+class Groups:
+    """P groups of G completions, the members of a group side by side.
+
+    Attributes:
+      label: where they are from, e.g. "temperature 0.7".
+      arguments: what reward functions are called with: lists of P * G entries (see `Rollout.reward_arguments`).
+      group_size: G.
+      prompts: [P] which prompt a group belongs to; groups of one prompt share an entry.
+    """
+
+    label: str
+    arguments: Mapping[str, Sequence[Any]]
+    group_size: int
+    prompts: Sequence[int]
+
+
+def sample_groups(
+    policy: Policy, experiment: Experiment, *, temperatures: Sequence[float], num_prompts: int, num_groups: int
+) -> list[Groups]:
+    """Samples `num_groups` groups of each of `num_prompts` training prompts, at every temperature.
+
+    They are the prompts and the noise of training's first steps: at the experiment's own temperature and number of
+    prompts, the first group of each prompt is the very one that step 0 trains on.
+    """
+    task, size = experiment.task, experiment.group_size
+    num_prompts = min(num_prompts, len(task.train))
+    prompts = encode_prompts(
+        task, policy.require_tokenizer(), policy.config.max_positions, experiment.sampling.max_tokens
+    )
+    indices, ids = schedule(experiment.seed, 0, num_prompts, len(task.train))
+    actor = make_actor(policy, 1)
+    found = []
+    for temperature in temperatures:
+        sampling = replace(experiment.sampling, temperature=temperature)
+        arguments: dict[str, list[Any]] = defaultdict(list)
+        for group in range(num_groups):
+            samples = range(group * size, (group + 1) * size)
+            played = rollout(
+                actor, task, prompts, "train", indices, ids, samples, sampling, seed=experiment.seed, step=0
+            )
+            for name, values in played.reward_arguments().items():
+                arguments[name] += values
+        found.append(Groups(f"temperature {temperature:g}", dict(arguments), size, ids * num_groups))
+    return found
+
+
+def read_groups(path: Path, experiment: Experiment, tokenizer: Tokenizer) -> Groups:
+    """Reads saved completions, such as a run's `completions.jsonl`: JSON lines with `prompt` and `completion`.
+
+    Rows of the same `step` and `prompt_id` (or of the same prompt, where they have none) are a group, and all groups
+    must be of one size. A reward's columns are those of the task's example that the row is of: the one with its prompt
+    and, where a prompt is that of several, with the columns or the `prompt_id` that the row has. Raises `UserError`
+    where that cannot be done.
+    """
+    if not path.is_file():
+        raise UserError(f"there is no file of completions {str(path)!r}.")
+    task = experiment.task
+    examples: dict[str, dict[str, Example]] = defaultdict(dict)  # by prompt, each once
+    for example in [*task.train, *task.held_out]:
+        examples[_key(example["prompt"])][_key(example)] = example
+    by_group: dict[Any, list[tuple[Example, Any]]] = defaultdict(list)
+    for number, row in enumerate(read_rows(path), 1):
+        if not {"prompt", "completion"} <= set(row):
+            raise UserError(f"{path}:{number} lacks a prompt or a completion.")
+        by_group[row.get("step"), row.get("prompt_id", _key(row["prompt"]))].append(
+            (_example(row, task, examples, f"{path}:{number}"), row["completion"])
+        )
+    sizes = sorted({len(rows) for rows in by_group.values()})
+    if len(sizes) != 1 or sizes[0] < 2:
+        raise UserError(
+            f"{path} must hold groups of one size, at least 2, but has "
+            f"{'no rows' if not sizes else f'groups of {sizes[0]} to {sizes[-1]} completions'}."
+        )
+    rows = [row for group in by_group.values() for row in group]
+    columns = sorted({key for example, _ in rows for key in example} - {"prompt"})
+    arguments = {
+        "prompts": [example["prompt"] for example, _ in rows],
+        "completions": [completion for _, completion in rows],
+        "completion_ids": [_ids(completion, tokenizer) for _, completion in rows],
+        **{key: [example.get(key) for example, _ in rows] for key in columns},
+    }
+    # A group of its own prompt each: the policy that spoke may have changed from one step to the next.
+    return Groups(path.name, arguments, sizes[0], range(len(by_group)))
+
+
+def _example(row: Mapping[str, Any], task: Task, examples: Mapping[str, Mapping[str, Example]], where: str) -> Example:
+    """The example that a saved row is of."""
+    candidates = [
+        example
+        for example in examples.get(_key(row["prompt"]), {}).values()
+        if all(example[key] == row[key] for key in row.keys() & example.keys())
+    ]
+    if len(candidates) > 1 and isinstance(row.get("prompt_id"), int):  # a run's rows: see `methods.lesson.schedule`
+        candidates = [task.train[row["prompt_id"] % len(task.train)]]
+    if len(candidates) != 1:
+        raise UserError(
+            f"{where}: the prompt is that of {len(candidates) or 'no'} examples of {task.name}, so the columns that "
+            "the rewards need are not known."
+        )
+    return candidates[0]
+
+
+def _key(value: Any) -> str:
+    return json.dumps(value, sort_keys=True, default=str)
+
+
+def _ids(completion: Any, tokenizer: Tokenizer) -> list[int]:
+    """The ids of a saved text. They need not be those that were sampled; rewards that count tokens are served."""
+    return [i for turn in turns(completion) for i in tokenizer.encode(turn)]
+
+
+def import_rewards(names: Iterable[str], folder: Path) -> dict[str, RewardFunction]:
+    """The functions named `module:function`; a module may lie in `folder`. Raises `UserError` if there is none."""
+    found: dict[str, RewardFunction] = {}
+    sys.path.insert(0, str(folder.resolve()))
+    try:
+        for name in names:
+            module, colon, function = name.partition(":")
+            if not colon:
+                raise UserError(f"--rewards {name!r} is not of the form module:function, e.g. rewards:exact.")
+            try:
+                reward = getattr(importlib.import_module(module), function, None)
+            except Exception as error:
+                raise UserError(f"--rewards {name!r}: {type(error).__name__}: {error}") from error
+            if not callable(reward):
+                raise UserError(f"--rewards {name!r}: the module {module} has no function {function!r}.")
+            found[function if function not in found else name] = reward
+    finally:
+        sys.path.pop(0)
+    return found

@@ -1,0 +1,1 @@
+"""Parameters, prompts and noise names to completions and their log-probabilities."""

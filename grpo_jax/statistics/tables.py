@@ -1,0 +1,257 @@
+"""The table of an ablation, from its run directories alone, with all that is needed to make it again.
+
+The same directories give the same table, byte for byte. What is missing or failed is named below it, and runs are not
+mixed silently: arms are only comparable if the same code trained them and the same questions were asked of them.
+"""
+
+import csv
+import io
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from grpo_jax import statistics
+from grpo_jax.errors import UserError
+from grpo_jax.experiment import Ablation, PlannedRun, to_dict
+from grpo_jax.experiment.fingerprint import fingerprint
+from grpo_jax.runs.files import read_rows
+from grpo_jax.statistics import Difference, Estimate
+
+Layout = Literal["md", "csv", "latex"]
+
+
+@dataclass(frozen=True)
+class Row:
+    """An arm: how many seeds are finished, their mean and interquartile mean, and the difference to the baseline.
+
+    `difference` and `better`, the chance that a run of this arm beats one of the baseline, are None for the baseline
+    and where there is no pair; `tokens` is the mean number of tokens that a run sampled in training.
+    """
+
+    arm: str
+    seeds: int
+    mean: Estimate | None
+    iqm: Estimate | None
+    difference: Difference | None
+    better: float | None
+    tokens: float | None
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows in the order of the arms, `notes` on what made them (name, text), and what is `missing`, one line each."""
+
+    metric: str
+    baseline: str
+    rows: list[Row]
+    notes: list[tuple[str, str]]
+    missing: list[str]
+
+
+@dataclass(frozen=True)
+class _Finished:
+    """What a finished run left behind: its metric, how many tokens it sampled, and where it came from."""
+
+    value: float
+    tokens: float
+    commit: str
+    device: str
+
+
+def collect(ablation: Ablation, directory: Path, *, command: str, allow_mixed: bool = False) -> Table:
+    """Reads every run of an ablation and compares its arms with the baseline, seed by seed.
+
+    Raises:
+      UserError: if no run is finished or none has the metric; and, unless `allow_mixed`, if runs differ in their
+        commit, or arms in the held-out examples that they are evaluated on.
+    """
+    planned = ablation.runs()
+    finished: dict[str, _Finished] = {}
+    missing = []
+    for run in planned:
+        status = _status(directory / run.key)
+        if status == "finished":
+            finished[run.key] = _read(directory / run.key, run, ablation.metric)
+        else:
+            missing.append(f"{' = '.join(run.arms)} seed {run.seed} ({run.key}): {status}")
+    if not finished:
+        raise UserError(f"none of the {len(planned)} runs in {str(directory)!r} is finished: run `{command}` first.")
+    if not allow_mixed:
+        _require_one([(run, finished[run.key].commit) for run in planned if run.key in finished], "commit")
+        _require_one([(run, fingerprint(list(run.config.task.held_out))) for run in planned], "held-out data")
+
+    by_arm = {arm: {run.seed: finished[run.key] for run in planned if arm in run.arms and run.key in finished}
+              for arm in ablation.arms}  # fmt: skip
+    rows = [_row(arm, runs, by_arm[ablation.baseline_arm], ablation.baseline_arm) for arm, runs in by_arm.items()]
+    keys = {arm: [run.key for run in planned if arm in run.arms] for arm in ablation.arms}
+    notes = [
+        ("command", command),
+        ("commit", ", ".join(sorted({run.commit for run in finished.values()}))),
+        ("device", ", ".join(sorted({run.device for run in finished.values()}))),
+        ("seeds", ", ".join(map(str, ablation.seeds))),
+        ("budget", f"equal {ablation.budget}"),
+        ("config", fingerprint([run.key for run in planned])),
+        *((f"runs of {arm}", " ".join(arm_keys)) for arm, arm_keys in keys.items()),
+    ]
+    return Table(ablation.metric, ablation.baseline_arm, rows, notes, missing)
+
+
+def render(table: Table, layout: Layout) -> str:
+    """The table as text that ends with a newline."""
+    return _RENDER[layout](table)
+
+
+def _row(arm: str, runs: Mapping[int, _Finished], baseline: Mapping[int, _Finished], baseline_arm: str) -> Row:
+    if not runs:
+        return Row(arm, 0, None, None, None, None, None)
+    values = [run.value for run in runs.values()]
+    difference, better = None, None
+    pairs = [seed for seed in runs if seed in baseline]
+    if arm != baseline_arm and pairs:
+        difference = statistics.paired_difference(
+            [runs[seed].value for seed in pairs], [baseline[seed].value for seed in pairs]
+        )
+        better = statistics.probability_of_improvement(values, [run.value for run in baseline.values()])
+    tokens = sum(run.tokens for run in runs.values()) / len(runs)
+    return Row(
+        arm, len(runs), statistics.mean(values), statistics.stratified_bootstrap(values), difference, better, tokens
+    )
+
+
+def _status(run_dir: Path) -> str:
+    try:
+        info = json.loads((run_dir / "run.json").read_text())
+    except (OSError, ValueError):
+        return "not run"
+    return f"failed: {info.get('error')}" if info["status"] == "failed" else info["status"]
+
+
+def _read(run_dir: Path, run: PlannedRun, metric: str) -> _Finished:
+    info = json.loads((run_dir / "run.json").read_text())
+    if json.loads((run_dir / "config.json").read_text())["task"] != json.loads(json.dumps(to_dict(run.config.task))):
+        raise UserError(f"{str(run_dir)!r} was trained on other data than its ablation's file now describes.")
+    rows = list(read_rows(run_dir / "metrics.jsonl"))
+    values = [row[metric] for row in rows if row.get(metric) is not None]
+    if not values:
+        known = sorted({name for row in rows for name in row} - {"step"})
+        raise UserError(f"{str(run_dir)!r} has no metric {metric!r}; it has {', '.join(known)}.")
+    tokens = [row["num_sampled_tokens"] for row in rows if "num_sampled_tokens" in row]
+    # Runs of earlier versions did not count their tokens.
+    return _Finished(
+        float(values[-1]), float(tokens[-1]) if tokens else math.nan, _commit(info["git"]), info["device"]["kind"]
+    )
+
+
+def _commit(git: Mapping[str, Any] | None) -> str:
+    if git is None:
+        return "none (outside of a git repository)"
+    return git["commit"] + (" with uncommitted changes" if git["dirty"] else "")
+
+
+def _require_one(found: Sequence[tuple[PlannedRun, str]], what: str) -> None:
+    (first, expected), *others = found
+    for run, value in others:
+        if value != expected:
+            raise UserError(
+                f"the {what} of {run.arms[0]} seed {run.seed} is {value}, that of {first.arms[0]} seed {first.seed} "
+                f"{expected}: such runs are compared only with --allow-mixed."
+            )
+
+
+# Layouts -------------------------------------------------------------------------------------------------------------
+
+EXPLANATION = (
+    "mean: Student's 95 % interval over seeds; IQM: interquartile mean, bootstrap interval; difference: paired by seed "
+    "with the baseline, Student's interval; P(better): over all pairs of runs; p: exact sign-flip test, which n seeds "
+    "cannot bring below 2 / 2^n. Intervals are of one comparison each, not of all together."
+)
+
+
+def _cells(row: Row, table: Table) -> list[str]:
+    if row.mean is None or row.iqm is None:
+        return [row.arm, "0", "–", "–", "–", "–", "–", "–", "no finished run"]
+    cells = [row.arm, str(row.seeds), _interval(row.mean), _interval(row.iqm)]
+    if row.difference is None or row.better is None:
+        cells += ["–", "–", "–"]
+    else:
+        p = row.difference.p_value
+        cells += [_interval(row.difference, "+"), f"{row.better:.2f}", "< .001" if p < 0.001 else f"{p:.3f}"]
+    tokens = "–" if row.tokens is None or math.isnan(row.tokens) else f"{row.tokens:,.0f}"
+    return [*cells, tokens, _verdict(row, table)]
+
+
+def _verdict(row: Row, table: Table) -> str:
+    if row.arm == table.baseline:
+        return "baseline"
+    return "no pair with the baseline" if row.difference is None else statistics.verdict(row.difference)
+
+
+def _header(table: Table) -> list[str]:
+    return ["arm", "seeds", f"{table.metric} [95 %]", "IQM [95 %]", "difference [95 %]", "P(better)", "p",
+            "sampled tokens", "verdict"]  # fmt: skip
+
+
+def _interval(estimate: Estimate, sign: str = "") -> str:
+    if math.isinf(estimate.low):
+        return f"{estimate.value:{sign}.3f} [–]"
+    return f"{estimate.value:{sign}.3f} [{estimate.low:{sign}.3f}, {estimate.high:{sign}.3f}]"
+
+
+def _markdown(table: Table) -> str:
+    def line(cells: Sequence[str]) -> str:
+        return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+    header = _header(table)
+    lines = [line(header), "|" + "---|" * len(header), *(line(_cells(row, table)) for row in table.rows), ""]
+    lines += [f"- missing: {text}" for text in table.missing]
+    lines += [f"- {name}: `{text}`" for name, text in table.notes]
+    return "\n".join([*lines, "", EXPLANATION, ""])
+
+
+def _csv(table: Table) -> str:
+    out = io.StringIO()
+    out.writelines(f"# {name}: {text}\n" for name, text in (*table.notes, *(("missing", m) for m in table.missing)))
+    writer = csv.writer(out, lineterminator="\n")
+    numbers = ["mean", "mean_low", "mean_high", "iqm", "iqm_low", "iqm_high", "difference", "difference_low"]
+    numbers += ["difference_high", "p_better", "p_value", "detectable", "sampled_tokens"]
+    writer.writerow(["arm", "metric", "seeds", *numbers, "verdict"])
+    for row in table.rows:
+        values: list[float | None] = []
+        for estimate in (row.mean, row.iqm, row.difference):
+            values += [None] * 3 if estimate is None else [estimate.value, estimate.low, estimate.high]
+        tests = (None, None) if row.difference is None else (row.difference.p_value, row.difference.detectable)
+        values += [row.better, *tests, row.tokens]
+        cells = ["" if value is None or math.isnan(value) else f"{value:.6g}" for value in values]
+        verdict = _cells(row, table)[-1]
+        writer.writerow([row.arm, table.metric, row.seeds, *cells, verdict])
+    return out.getvalue()
+
+
+_LATEX = {"\\": r"\textbackslash{}", "≥": r"$\geq$", "–": "--", "−": "$-$", "~": r"\textasciitilde{}",
+          "^": r"\textasciicircum{}", "<": "$<$", ">": "$>$", **{c: f"\\{c}" for c in "_%&#{}$"}}  # fmt: skip
+
+
+def _latex(table: Table) -> str:
+    def line(cells: Sequence[str]) -> str:
+        return "  " + " & ".join("".join(_LATEX.get(c, c) for c in cell) for cell in cells) + r" \\"
+
+    comments = [f"% {name}: {text}" for name, text in (*table.notes, *(("missing", m) for m in table.missing))]
+    header = _header(table)
+    columns = "l" + "r" * (len(header) - 2) + "l"
+    return "\n".join([
+        *comments,
+        rf"\begin{{tabular}}{{{columns}}}",
+        r"  \toprule",
+        line(header),
+        r"  \midrule",
+        *(line(_cells(row, table)) for row in table.rows),
+        r"  \bottomrule",
+        r"\end{tabular}",
+        "",
+    ])  # fmt: skip
+
+
+_RENDER: dict[Layout, Callable[[Table], str]] = {"md": _markdown, "csv": _csv, "latex": _latex}

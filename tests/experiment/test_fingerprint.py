@@ -1,0 +1,68 @@
+"""Names for configurations: equal for what is equal, in every process, and different for what is different."""
+
+import functools
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from grpo_jax.experiment import LoRAConfig, LossConfig
+from grpo_jax.experiment.fingerprint import fingerprint
+
+
+def scaled(factor):
+    return lambda x: factor * x
+
+
+def recursive(n):
+    def again():
+        return recursive, again
+
+    return again
+
+
+ONE, TWO = (lambda x: x + 1), (lambda x: x + 2)
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (1, 1.0),
+        (1, True),
+        ("1", 1),
+        ((1, 2), [1, 2]),
+        ([[1], 2], [[1, 2]]),
+        ({"a": 1}, {"a": 2}),
+        (LossConfig(beta=0.1), LossConfig(beta=0.2)),
+        (LoRAConfig(), None),
+        (ONE, TWO),
+        (scaled(2), scaled(3)),
+        (functools.partial(max, 1), functools.partial(max, 2)),
+        (np.arange(3), np.arange(3.0)),
+        (len, max),
+    ],
+)
+def test_what_is_different_has_another_name(one, other):
+    assert fingerprint(one) != fingerprint(other)
+
+
+def test_what_is_equal_has_the_same_name():
+    assert fingerprint(scaled(2)) == fingerprint(scaled(2))
+    assert fingerprint({"a": 1, "b": 2}) == fingerprint({"b": 2, "a": 1})
+    assert fingerprint(LossConfig(beta=0.1)) == fingerprint(LossConfig(beta=0.1))
+    assert fingerprint({1, 2, 3}) == fingerprint({3, 2, 1})
+
+
+def test_a_function_that_closes_over_itself_has_a_name():
+    assert len(fingerprint(recursive(1))) == 12
+
+
+def test_the_name_is_the_same_in_another_process():
+    code = "from grpo_jax.rewards.wordle import *; from grpo_jax.tasks.wordle import *; import grpo_jax.experiment.fingerprint as f;"
+    code += "print(f.fingerprint([single_guess(), partial_credit, frozenset('abc')]))"
+    names = {
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+        for _ in range(2)
+    }
+    assert len(names) == 1

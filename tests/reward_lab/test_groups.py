@@ -1,0 +1,111 @@
+"""Groups are sampled as training samples them, or read back from what a run has saved."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from grpo_jax import training
+from grpo_jax.algorithms.lesson import schedule
+from grpo_jax.errors import UserError
+from grpo_jax.experiment import EvaluationConfig, Experiment, PolicyConfig, SamplingConfig, ScratchConfig
+from grpo_jax.policy.tokenizer import CharacterTokenizer
+from grpo_jax.reward_lab.groups import import_rewards, read_groups, sample_groups
+from grpo_jax.rollout import encode_prompts, make_actor, rollout
+from grpo_jax.tasks import Task
+
+TOKENIZER = CharacterTokenizer("abc")
+
+
+def spoken(*, completions, **_) -> list[float]:
+    return [float(len(c)) for c in completions]
+
+
+def make_task(prompts: list[str]) -> Task:
+    examples = [{"prompt": prompt, "number": i} for i, prompt in enumerate(prompts)]
+    return Task("talk", examples, examples[:1], success=lambda *, completions, **_: [False] * len(completions))
+
+
+def make_experiment(prompts: list[str]) -> Experiment:
+    return Experiment(
+        task=make_task(prompts),
+        rewards={"spoken": spoken},
+        policy=PolicyConfig(scratch=ScratchConfig("abc", hidden_size=8, num_layers=1, num_heads=1)),
+        steps=1,
+        prompts_per_step=2,
+        group_size=3,
+        devices=1,
+        sampling=SamplingConfig(max_tokens=4),
+        evaluation=EvaluationConfig(num_prompts=1),
+    )
+
+
+def saved(path: Path, rows: list[dict]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_the_first_groups_are_those_that_training_begins_with_and_can_be_read_back(tmp_path):
+    experiment = make_experiment(["a", "b", "c"])
+    policy = training.source_policy(experiment)
+    indices, ids = schedule(experiment.seed, 0, experiment.prompts_per_step, 3)  # as training has it
+    prompts = encode_prompts(experiment.task, TOKENIZER, policy.config.max_positions, experiment.sampling.max_tokens)
+    first = rollout(
+        make_actor(policy, 1), experiment.task, prompts, "train", indices, ids, range(3), experiment.sampling,
+        seed=experiment.seed, step=0,
+    ).reward_arguments()  # fmt: skip
+    once, hot = sample_groups(policy, experiment, temperatures=[1.0, 5.0], num_prompts=2, num_groups=2)
+    assert once.arguments["completions"][:6] == first["completions"]
+    assert (once.group_size, len(once.prompts)) == (3, 4) and once.prompts[:2] == once.prompts[2:]
+    assert once.arguments["completions"][6:] != once.arguments["completions"][:6]
+    assert hot.label == "temperature 5" and hot.arguments["completions"] != once.arguments["completions"]
+
+    rows = [
+        {"step": 0, "prompt_id": ids[i // 3], "prompt": prompt, "completion": said}
+        for i, (prompt, said) in enumerate(zip(first["prompts"], first["completions"], strict=True))
+    ]
+    read = read_groups(saved(tmp_path / "x.jsonl", rows), experiment, TOKENIZER)
+    assert read.arguments["number"] == first["number"]
+    assert read.arguments["completions"] == first["completions"]
+
+
+def test_the_columns_of_saved_rows_are_found_by_their_prompt_their_own_columns_or_their_id(tmp_path):
+    rows = [{"prompt": "b", "completion": text} for text in ("a", "ab")]
+    groups = read_groups(saved(tmp_path / "x.jsonl", rows), make_experiment(["a", "b"]), TOKENIZER)
+    assert groups.arguments["number"] == [1, 1] and groups.arguments["completion_ids"] == [[3], [3, 4]]
+    same = make_experiment(["a", "a", "a"])
+    by_column = saved(tmp_path / "x.jsonl", [{"prompt": "a", "completion": t, "number": 2} for t in "ab"])
+    assert read_groups(by_column, same, TOKENIZER).arguments["number"] == [2, 2]
+    by_id = saved(tmp_path / "x.jsonl", [{"prompt": "a", "completion": t, "prompt_id": 3 + 1} for t in "ab"])
+    assert read_groups(by_id, same, TOKENIZER).arguments["number"] == [1, 1]
+
+
+def test_steps_are_groups_of_their_own(tmp_path):
+    rows = [{"prompt": "a", "completion": "a", "step": s} for s in (0, 0, 1, 1)]
+    groups = read_groups(saved(tmp_path / "x.jsonl", rows), make_experiment(["a"]), TOKENIZER)
+    assert (groups.group_size, list(groups.prompts)) == (2, [0, 1])
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([], "has no rows"),
+        ([{"prompt": "a", "completion": "a"}], "groups of 1 to 1 completions"),
+        ([{"prompt": p, "completion": "a"} for p in "aabbb"], "groups of 2 to 3 completions"),
+        ([{"prompt": "a"}], "x.jsonl:1 lacks a prompt or a completion"),
+        ([{"prompt": "z", "completion": "a"}], "x.jsonl:1: the prompt is that of no examples of talk"),
+        ([{"prompt": "c", "completion": "a"}], "x.jsonl:1: the prompt is that of 2 examples"),
+    ],
+)
+def test_a_file_that_cannot_be_read_as_groups_is_one_sentence(tmp_path, rows, message):
+    with pytest.raises(UserError, match=message):
+        read_groups(saved(tmp_path / "x.jsonl", rows), make_experiment(["a", "b", "c", "c"]), TOKENIZER)
+
+
+def test_rewards_are_named_by_module_and_function_beside_the_experiment(tmp_path):
+    (tmp_path / "mine_for_groups.py").write_text("def one(*, completions, **_): return [1.0] * len(completions)")
+    found = import_rewards(["mine_for_groups:one", "grpo_jax.rewards.wordle:binary"], tmp_path)
+    assert list(found) == ["one", "binary"] and found["one"](completions=["a"]) == [1.0]
+    for name, message in (("one", "module:function"), ("mine_for_groups:two", "no function"), ("nowhere:f", "nowhere")):
+        with pytest.raises(UserError, match=message):
+            import_rewards([name], tmp_path)

@@ -1,0 +1,158 @@
+"""What is saved comes back as it was, and what cannot come back is said in one sentence."""
+
+import os
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from grpo_jax.runs import checkpoints
+from grpo_jax.errors import RunError, UserError
+
+
+def make_state(scale: float = 1.0, width: int = 4) -> dict:
+    trainable = {
+        "layers": {"q": {"kernel": scale * jnp.arange(3.0 * width).reshape(3, width)}},
+        "norm": [jnp.full((5,), scale, jnp.bfloat16)],
+        "none": np.zeros((0, 2), np.float32),
+    }
+    return {"trainable": trainable, "optimizer": optax.adamw(1e-3).init(trainable), "step": 7}
+
+
+def assert_same(a, b):
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        assert np.asarray(x).dtype == np.asarray(y).dtype
+        np.testing.assert_array_equal(np.asarray(x), np.asarray(y))
+
+
+def test_a_state_comes_back_bit_for_bit_with_its_structure(tmp_path):
+    state = make_state(0.1)
+    checkpoints.save(tmp_path / "c", 7, state)
+    step, restored = checkpoints.restore(tmp_path / "c", make_state(0.0))
+    assert step == 7 and type(restored["step"]) is int
+    assert_same(restored, state)
+
+
+def test_shapes_alone_are_enough_to_restore(tmp_path):
+    state = make_state()
+    checkpoints.save(tmp_path, 1, state)
+    like = jax.eval_shape(lambda: {key: state[key] for key in ("trainable", "optimizer")}) | {"step": 0}
+    assert_same(checkpoints.restore(tmp_path, like)[1], state)
+
+
+def test_what_earlier_versions_did_not_save_is_that_of_the_caller(tmp_path):
+    checkpoints.save(tmp_path, 1, make_state())
+    wanted = {**make_state(), "tokens": 5}
+    assert checkpoints.restore(tmp_path, wanted, later=("tokens",))[1]["tokens"] == 5
+    checkpoints.save(tmp_path, 2, {**make_state(), "tokens": 8})
+    assert checkpoints.restore(tmp_path, wanted, later=("tokens",))[1]["tokens"] == 8
+
+
+def test_the_newest_two_remain_and_the_newest_is_restored(tmp_path):
+    for step in (10, 20, 100):
+        checkpoints.save(tmp_path, step, make_state(step))
+    assert sorted(os.listdir(tmp_path)) == ["100", "20"]
+    assert checkpoints.latest_step(tmp_path) == 100
+    assert checkpoints.restore(tmp_path, make_state())[1]["trainable"]["layers"]["q"]["kernel"][0, 1] == 100
+    assert checkpoints.restore(tmp_path, make_state(), step=20)[0] == 20
+
+
+def test_a_saved_step_is_left_as_it_is(tmp_path):
+    checkpoints.save(tmp_path, 3, make_state(1.0))
+    checkpoints.save(tmp_path, 3, make_state(2.0))
+    assert_same(checkpoints.restore(tmp_path, make_state())[1], make_state(1.0))
+
+
+def test_a_leaf_with_a_sharding_comes_back_on_its_devices(tmp_path):
+    checkpoints.save(tmp_path, 0, {"w": jnp.arange(16.0)})
+    sharding = NamedSharding(Mesh(np.array(jax.devices()), ("x",)), PartitionSpec("x"))
+    like = {"w": jax.ShapeDtypeStruct((16,), jnp.float32, sharding=sharding)}
+    _, restored = checkpoints.restore(tmp_path, like)
+    assert restored["w"].sharding == sharding
+    np.testing.assert_array_equal(restored["w"], np.arange(16.0))
+
+
+def test_without_a_checkpoint_there_is_no_step_and_nothing_to_restore(tmp_path):
+    assert checkpoints.latest_step(tmp_path) is None
+    assert checkpoints.latest_step(tmp_path / "absent") is None
+    assert not (tmp_path / "absent").exists()
+    with pytest.raises(UserError, match="there is no checkpoint in"):
+        checkpoints.restore(tmp_path / "absent", make_state())
+
+
+@pytest.mark.parametrize(
+    ("like", "says"),
+    [
+        (lambda: make_state(width=5), r"layers/q/kernel' with shape \[3, 4\], where \[3, 5\] is wanted"),
+        (lambda: make_state() | {"extra": 1}, "holds no 'extra'"),
+        (lambda: {"step": 0}, "'optimizer/0/count', which this policy and optimizer do not have"),
+        (
+            lambda: (
+                make_state() | {"trainable": jax.tree.map(lambda x: x.astype("float16"), make_state()["trainable"])}
+            ),
+            "'trainable/layers/q/kernel' as float32, where float16 is wanted",
+        ),
+    ],
+    ids=["shape", "missing", "unknown", "dtype"],
+)
+def test_a_state_that_differs_is_named_leaf_by_leaf(tmp_path, like, says):
+    checkpoints.save(tmp_path, 1, make_state())
+    with pytest.raises(UserError, match=says):
+        checkpoints.restore(tmp_path, like())
+
+
+@pytest.mark.parametrize("harm", ["truncated", "foreign"])
+def test_a_damaged_checkpoint_is_refused_and_the_one_before_it_is_pointed_at(tmp_path, harm):
+    for step in (1, 2):
+        checkpoints.save(tmp_path, step, {"w": jnp.arange(1000.0)})
+    if harm == "foreign":
+        (tmp_path / "3").mkdir()
+        (tmp_path / "3" / "weights.bin").write_bytes(b"not of Orbax")
+    else:
+        for path in (tmp_path / "2").rglob("d/*"):
+            path.write_bytes(path.read_bytes()[:10])
+    with pytest.raises(UserError, match=r"cannot be read.*remove its folder to go back to step [12]\)\.$") as caught:
+        checkpoints.restore(tmp_path, {"w": jnp.zeros(1000)})
+    assert "\n" not in str(caught.value)
+    assert checkpoints.restore(tmp_path, {"w": jnp.zeros(1000)}, step=1)[0] == 1
+
+
+def test_a_save_that_is_killed_leaves_the_checkpoint_before_it(tmp_path):
+    # The process dies as soon as Orbax has begun to write the second step, before it can rename it into place.
+    code = f"""
+import os, pathlib, threading, time
+import numpy as np
+from grpo_jax.runs import checkpoints
+state = {{"w": np.random.default_rng(0).normal(size=5_000_000)}}
+checkpoints.save({str(tmp_path)!r}, 1, {{"w": np.ones(3)}})
+def kill():
+    while not any("tmp" in p.name for p in pathlib.Path({str(tmp_path)!r}).iterdir()):
+        time.sleep(0.0005)
+    os._exit(9)
+threading.Thread(target=kill, daemon=True).start()
+checkpoints.save({str(tmp_path)!r}, 2, state)
+"""
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 9
+    assert checkpoints.latest_step(tmp_path) == 1
+    np.testing.assert_array_equal(checkpoints.restore(tmp_path, {"w": np.zeros(3)})[1]["w"], np.ones(3))
+    checkpoints.save(tmp_path, 2, {"w": np.zeros(3)})
+    assert checkpoints.latest_step(tmp_path) == 2
+
+
+def test_a_place_that_cannot_be_written_is_one_sentence(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(RunError, match="the checkpoint of step 4 cannot be written to"):
+        checkpoints.save(tmp_path / "file", 4, {"w": np.zeros(3)})
+
+
+def test_orbax_says_nothing(tmp_path, capfd, caplog):
+    checkpoints.save(tmp_path, 1, make_state())
+    checkpoints.restore(tmp_path, make_state())
+    assert caplog.records == []
+    assert capfd.readouterr() == ("", "")

@@ -1,0 +1,477 @@
+"""What a run writes: whole, once, and whatever a model says; and what it shows."""
+
+import io
+import json
+import os
+import shutil
+import struct
+import subprocess
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from rich.console import Console
+from tensorboardX.proto.event_pb2 import Event
+
+from grpo_jax.runs import log as logs
+from grpo_jax.errors import RunError, UserError
+from grpo_jax.experiment import Experiment
+from grpo_jax.runs.display import Display
+from grpo_jax.runs.log import RunLog
+from grpo_jax.runs import display, files
+
+HOSTILE = "[bold]x[/bold] \x1b[31mred\x1b[0m \x07\r\u202eevil | <b>&#60;</b>\nnext"
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """As much of `grpo_jax.evaluation.Evaluation` as a log needs."""
+
+    success: float = 0.5
+    success_low: float = 0.4
+    success_high: float = 0.6
+    reward: float = 0.55
+    mean_length: float = 7.0
+    mean_turns: float = 1.0
+    split: str = "held_out"
+    num_prompts: int = 128
+    num_samples: int = 1
+    temperature: float = 0.0
+    pass_at_k: dict = field(default_factory=lambda: {1: 0.5})
+
+    def to_dict(self) -> dict:
+        return asdict(self)
+
+
+def experiment(steps: int = 4) -> Experiment:
+    task = SimpleNamespace(name="toy", train=[{"prompt": "a"}], held_out=[])
+    return Experiment(task=task, rewards={"length": len}, steps=steps, seed=3)
+
+
+def completions(text: str = "abc", prompts: int = 2, group: int = 2) -> list[dict]:
+    return [
+        {"prompt_id": p, "sample": g, "prompt": "say", "completion": text, "rewards": {"length": 1.0}}
+        | {"reward": 1.0 + g, "advantage": g - 0.5, "tokens": 3}
+        for p in range(prompts)
+        for g in range(group)
+    ]
+
+
+def screen(terminal: bool = False) -> Console:
+    return Console(file=io.StringIO(), force_terminal=terminal, width=120, highlight=False)
+
+
+def shown(renderable) -> str:
+    console = screen()
+    console.print(renderable)
+    return console.file.getvalue()
+
+
+def rows(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def events(run_dir: Path) -> list[Event]:
+    """Parses TFRecords: length (8 bytes), its checksum (4), the event, its checksum (4)."""
+    found = []
+    for path in sorted(run_dir.glob("events.out.tfevents*")):
+        data = path.read_bytes()
+        while data:
+            (length,) = struct.unpack("<Q", data[:8])
+            found.append(Event.FromString(data[12 : 12 + length]))
+            data = data[16 + length :]
+    return found
+
+
+def scalars(run_dir: Path, tag: str) -> dict[int, float]:
+    """As TensorBoard reads them: a session's start hides what was logged at its step and later."""
+    found: dict[int, float] = {}
+    for event in events(run_dir):
+        if event.session_log.status:
+            found = {step: value for step, value in found.items() if step < event.step}
+        for value in event.summary.value:
+            if value.tag == tag and value.HasField("simple_value"):
+                found[event.step] = value.simple_value
+    return found
+
+
+def open_log(run_dir: Path, **options) -> RunLog:
+    return RunLog(run_dir, options.pop("experiment", experiment()), **{"quiet": True, **options})
+
+
+# The directory -------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_directory_explains_the_run(tmp_path):
+    source = tmp_path / "toy.py"
+    source.write_text("config = ...")
+    run = tmp_path / "runs" / "a"
+    with open_log(run, source=source, overrides=["seed=3"]):
+        during = json.loads((run / "run.json").read_text())
+    after = json.loads((run / "run.json").read_text())
+    assert (during["status"], during["finished"]) == ("running", None)
+    assert after["status"] == "finished" and after["finished"] >= after["started"]
+    assert (after["source"], after["overrides"], after["seed"]) == (str(source), ["seed=3"], 3)
+    assert {"python", "jax", "jaxlib", "flax", "optax", "transformers", "grpo_jax"} <= set(after["versions"])
+    assert after["device"]["platform"] == "cpu"
+    assert (run / "experiment.py").read_text() == "config = ..."
+    assert json.loads((run / "config.json").read_text())["steps"] == 4
+
+
+def test_the_commit_of_the_experiments_repository_is_recorded_and_whether_it_is_dirty(tmp_path):
+    source = tmp_path / "toy.py"
+    source.write_text("config = 1")
+    with open_log(tmp_path / "a", source=source):
+        pass
+    assert json.loads((tmp_path / "a" / "run.json").read_text())["git"] is None
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b"]
+    for arguments in (["init", "-q"], ["add", "toy.py"], ["commit", "-qm", "one"]):
+        subprocess.run(git + arguments, check=True)
+    for name, text in (("clean", "config = 1"), ("dirty", "config = 2")):
+        source.write_text(text)
+        with open_log(tmp_path / name, source=source):
+            pass
+        recorded = json.loads((tmp_path / name / "run.json").read_text())["git"]
+        assert len(recorded["commit"]) == 40 and recorded["dirty"] == (name == "dirty")
+
+
+def test_a_directory_with_a_run_in_it_is_not_touched(tmp_path):
+    (tmp_path / "precious").write_text("x")
+    with pytest.raises(UserError, match="is not empty: choose another with --run-dir, or add --resume"):
+        open_log(tmp_path).__enter__()
+    assert os.listdir(tmp_path) == ["precious"]
+
+
+@pytest.mark.parametrize(
+    ("error", "status"), [(KeyboardInterrupt(), "interrupted"), (ValueError("no luck"), "failed"), (None, "finished")]
+)
+def test_the_status_says_how_a_run_ended(tmp_path, error, status):
+    try:
+        with open_log(tmp_path) as log:
+            log.step(0, {"reward": 1.0})
+            if error is not None:
+                raise error
+    except (KeyboardInterrupt, ValueError):
+        pass
+    info = json.loads((tmp_path / "run.json").read_text())
+    assert info["status"] == status and info["finished"]
+    assert info.get("error") == ("no luck" if status == "failed" else None)
+
+
+# Records -------------------------------------------------------------------------------------------------------------
+
+
+def test_a_step_and_an_evaluation_are_on_disk_at_once(tmp_path):
+    with open_log(tmp_path) as log:
+        log.evaluation(0, Evaluation())
+        log.step(0, {"reward": np.float32(0.5), "kl": float("nan")}, completions(), {"rewards": np.array([1.0, 2.0])})
+        evaluated, step = rows(tmp_path / "metrics.jsonl")
+        assert step == {"step": 0, "reward": 0.5, "kl": None}  # JSON has no nan
+        assert evaluated["evaluation/success_low"] == 0.4 and evaluated["evaluation/pass_at_k/1"] == 0.5
+        written = rows(tmp_path / "completions.jsonl")
+        assert len(written) == 4 and written[3] | {"step": 0} == completions()[3] | {"step": 0}
+        assert scalars(tmp_path, "reward") == {0: 0.5} and scalars(tmp_path, "kl") == {}
+        assert scalars(tmp_path, "evaluation/success") == {0: 0.5}
+
+
+def test_an_evaluation_of_another_split_does_not_pass_for_a_held_out_one(tmp_path):
+    with open_log(tmp_path) as log:
+        log.evaluation(2, Evaluation(split="train"))
+    [row] = rows(tmp_path / "metrics.jsonl")
+    assert row["evaluation/train/success"] == 0.5 and "evaluation/success" not in row
+
+
+def test_histograms_leave_out_what_is_not_finite(tmp_path):
+    arrays = {"rewards": np.array([[1.0, np.nan], [3.0, np.inf]]), "lengths": np.array([np.nan]), "same": np.ones(5)}
+    with open_log(tmp_path) as log:
+        log.step(0, {}, None, arrays)
+    found = {v.tag: v.histo for e in events(tmp_path) for v in e.summary.value if v.HasField("histo")}
+    assert set(found) == {"rewards", "same"}
+    assert (found["rewards"].min, found["rewards"].max, found["rewards"].num) == (1.0, 3.0, 2)
+
+
+def test_sample_texts_come_now_and_then_and_hold_no_markup_of_the_models(tmp_path):
+    with open_log(tmp_path, experiment=experiment(steps=60)) as log:
+        for step in range(60):
+            log.step(step, {}, completions(HOSTILE))
+    texts = {e.step: v.tensor.string_val[0].decode() for e in events(tmp_path) for v in e.summary.value}
+    assert sorted(texts) == list(range(0, 60, 3))
+    assert texts[0].splitlines()[2:4] == ["| completion | reward | advantage |", "|---|---|---|"]
+    assert len(texts[0].splitlines()) == 4 + 2  # one prompt's group of two
+    for part in ("<b>", "[bold]", "\x1b", " | &#60"):
+        assert part not in texts[0]
+
+
+@given(st.text() | st.floats() | st.lists(st.floats()) | st.dictionaries(st.text(), st.floats()))
+def test_anything_becomes_strict_json(value):
+    json.loads(json.dumps(files.jsonable({"value": value})), parse_constant=pytest.fail)
+
+
+def test_arrays_and_paths_become_json():
+    assert files.jsonable({1: np.arange(2), "p": Path("a"), "n": np.float32("inf")}) == {
+        "1": [0, 1],
+        "p": "a",
+        "n": None,
+    }
+
+
+# Resuming ------------------------------------------------------------------------------------------------------------
+
+
+def interrupted_run(run_dir: Path) -> None:
+    """Steps 0 to 4 with an evaluation before step 0, 2 and 4; as if the last checkpoint were the one of step 2."""
+    with pytest.raises(KeyboardInterrupt), open_log(run_dir) as log:
+        for step in range(5):
+            if step % 2 == 0:
+                log.evaluation(step, Evaluation(success=step / 10))
+            log.step(step, {"reward": float(step)}, completions())
+        raise KeyboardInterrupt
+
+
+def test_a_resumed_run_repeats_nothing(tmp_path):
+    interrupted_run(tmp_path)
+    with open_log(tmp_path, resume=True, overrides=["steps=4"]) as log:
+        log.step(2, {"reward": 20.0}, completions())
+        log.step(3, {"reward": 30.0}, completions())
+    metrics = rows(tmp_path / "metrics.jsonl")
+    assert [row["reward"] for row in metrics if "reward" in row] == [0.0, 1.0, 20.0, 30.0]
+    assert [row["step"] for row in metrics if "evaluation/success" in row] == [0, 2]
+    assert [row["step"] for row in rows(tmp_path / "completions.jsonl")] == [0] * 4 + [1] * 4 + [2] * 4 + [3] * 4
+    assert scalars(tmp_path, "reward") == {0: 0.0, 1: 1.0, 2: 20.0, 3: 30.0}
+    assert scalars(tmp_path, "evaluation/success") == pytest.approx({0: 0.0, 2: 0.2})
+    info = json.loads((tmp_path / "run.json").read_text())
+    assert info["status"] == "finished" and info["resumed"][0]["overrides"] == ["steps=4"]
+
+
+def test_an_evaluation_that_is_made_again_replaces_the_first_and_nothing_else(tmp_path):
+    interrupted_run(tmp_path)
+    with open_log(tmp_path, resume=True) as log:
+        log.evaluation(0, Evaluation(success=0.7))  # before the run finds its checkpoint
+        log.evaluation(2, Evaluation(success=0.9))
+        log.evaluation(2, Evaluation(success=0.8, split="train"))
+        log.step(2, {"reward": 20.0})
+        log.evaluation(3, Evaluation(success=1.0))
+    metrics = rows(tmp_path / "metrics.jsonl")
+    assert [row["evaluation/success"] for row in metrics if "evaluation/success" in row] == [0.7, 0.9, 1.0]
+    assert [row["reward"] for row in metrics if "reward" in row] == [0.0, 1.0, 20.0]
+    assert sum("evaluation/train/success" in row for row in metrics) == 1
+    assert [row["step"] for row in metrics] == sorted(row["step"] for row in metrics)
+
+
+def test_resuming_a_finished_run_changes_nothing_but_its_last_evaluation(tmp_path):
+    with open_log(tmp_path) as log:
+        for step in range(4):
+            log.step(step, {"reward": float(step)})
+        log.evaluation(4, Evaluation(success=0.1))
+    with open_log(tmp_path, resume=True) as log:
+        log.evaluation(4, Evaluation(success=0.2))
+    metrics = rows(tmp_path / "metrics.jsonl")
+    assert [row["step"] for row in metrics] == [0, 1, 2, 3, 4]
+    assert metrics[-1]["evaluation/success"] == 0.2
+
+
+def test_a_line_that_a_crash_cut_off_is_dropped_on_resuming(tmp_path):
+    interrupted_run(tmp_path)
+    for name in ("metrics.jsonl", "completions.jsonl"):
+        with (tmp_path / name).open("a") as file:
+            file.write('{"step": 5, "rew')
+    with open_log(tmp_path, resume=True) as log:
+        log.step(5, {"reward": 5.0})
+    assert rows(tmp_path / "metrics.jsonl")[-1] == {"step": 5, "reward": 5.0}
+    assert len(rows(tmp_path / "completions.jsonl")) == 5 * 4
+
+
+def test_a_broken_line_in_the_middle_is_named(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 0}\n{"step"\n{"step": 2}\n')
+    with pytest.raises(UserError, match=r"metrics.jsonl:2 is not a line of JSON"):
+        list(files.read_rows(tmp_path / "metrics.jsonl"))
+
+
+def test_resuming_from_the_copy_in_the_run_directory_keeps_it(tmp_path):
+    source = tmp_path / "toy.py"
+    source.write_text("config = 1")
+    run = tmp_path / "run"
+    for options in ({"source": source}, {"source": run / "experiment.py", "resume": True}):
+        with open_log(run, **options):
+            pass
+    assert (run / "experiment.py").read_text() == "config = 1"
+
+
+# When the disk is full -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs the device that is always full")
+def test_a_full_disk_is_one_sentence(tmp_path):
+    sentence = r"^cannot write .*metrics.jsonl: No space left on device\.$"
+    with pytest.raises(RunError, match=sentence), open_log(tmp_path) as log:
+        (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
+        log.step(0, {"reward": 1.0})
+    assert json.loads((tmp_path / "run.json").read_text())["status"] == "failed"
+
+
+def test_a_full_disk_leaves_no_half_written_line(tmp_path, monkeypatch):
+    path = tmp_path / "metrics.jsonl"
+    files.append_rows(path, [{"step": 0}])
+    opened = Path.open
+
+    def full(self, *arguments, **options):
+        file = opened(self, *arguments, **options)
+
+        class Full:  # writes three bytes, then nothing more
+            def __enter__(self):
+                return self
+
+            def __exit__(self, *_):
+                file.close()
+
+            def write(self, data):
+                if file.tell() > 12:
+                    raise OSError(28, "No space left on device")
+                return file.write(data[:3])
+
+            def __getattr__(self, name):
+                return getattr(file, name)
+
+        return Full()
+
+    monkeypatch.setattr(Path, "open", full)
+    with pytest.raises(RunError, match="No space left"):
+        files.append_rows(path, [{"step": 1}])
+    monkeypatch.undo()
+    assert path.read_text() == '{"step": 0}\n'
+
+
+def test_what_cannot_be_replaced_stays_as_it_was(tmp_path, monkeypatch):
+    path = tmp_path / "run.json"
+    files.write_json(path, {"a": 1})
+
+    def full(_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(RunError, match=r"cannot write .*run.json: No space left on device\."):
+        files.write_json(path, {"a": 2})
+    assert json.loads(path.read_text()) == {"a": 1}
+    assert os.listdir(tmp_path) == ["run.json"]
+
+
+def test_a_directory_that_cannot_be_made_is_one_sentence(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RunError, match=r"^cannot write .*: Not a directory\.$"):
+        open_log(tmp_path / "file" / "run").__enter__()
+
+
+def test_the_first_failure_is_told_even_if_its_status_cannot_be_written(tmp_path):
+    with pytest.raises(ValueError, match="the real reason"), open_log(tmp_path / "run"):
+        shutil.rmtree(tmp_path / "run")
+        raise ValueError("the real reason")
+
+
+# The display ---------------------------------------------------------------------------------------------------------
+
+
+def test_without_a_terminal_there_is_a_plain_line_every_so_often():
+    seconds = iter(np.arange(0.0, 1000.0, 1.0))
+    console = screen()
+    display = Display(40, title="control", console=console, every=10, clock=lambda: next(seconds))
+    for step in range(40):
+        display.update(step, {"reward": step / 40, "tokens_per_second": 1234.4})
+    lines = console.file.getvalue().splitlines()
+    assert 4 <= len(lines) <= 8
+    assert lines[0].startswith("control step 1/40  reward 0.00  1,234 tokens/s")
+    assert "control step 40/40" in lines[-1]
+    assert "(+0.12)" in lines[-1]  # the last five rewards against the five before: 5 steps of 1/40 each
+    assert "\x1b" not in console.file.getvalue()
+
+
+def test_progress_towards_a_budget_of_tokens_is_counted_in_tokens():
+    for terminal, shown in ((False, "training step 2 (1,100 of 1,000 tokens)"), (True, "1100/1000")):
+        console = screen(terminal=terminal)
+        display = Display(640, 1000, console=console)
+        for step, tokens in enumerate((550, 1100)):
+            display.update(step, {"reward": 0.5, "num_sampled_tokens": tokens})
+        assert shown in console.file.getvalue()
+
+
+def test_on_a_terminal_there_is_a_bar_with_the_latest_group():
+    console = screen(terminal=True)
+    display = Display(2, console=console)
+    display.note("compiling")
+    display.update(0, {"reward": 0.25}, completions("first"))
+    display.evaluation(1, Evaluation())
+    display.update(1, {"reward": 0.5}, completions(HOSTILE))
+    output = console.file.getvalue()
+    for part in ("compiling", "2/2", "reward 0.50", "success 50%", "[bold]x[/bold]", "held-out"):
+        assert part in output
+    assert "\x1b[31mred" not in output and "\x07" not in output and "\u202e" not in output
+
+
+def test_runs_one_after_the_other_inside_another_each_have_their_display(tmp_path):
+    console = screen(terminal=True)
+    with open_log(tmp_path, quiet=False, console=console) as outer:
+        for title in ("warm start", "control"):
+            with open_log(tmp_path / title, quiet=False, console=console, title=title) as inner:
+                for step in range(4):
+                    inner.step(step, {"loss": 1.0})
+            if title == "warm start":
+                for step in range(4):
+                    outer.step(step, {"reward": 1.0})
+    assert all(part in console.file.getvalue() for part in ("warm start", "control", "training", "loss 1.000"))
+
+
+def test_a_quiet_run_shows_nothing(tmp_path):
+    console = screen()
+    with open_log(tmp_path, console=console) as log:
+        log.note("hello")
+        log.evaluation(0, Evaluation())
+        log.step(0, {"reward": 1.0}, completions())
+    assert console.file.getvalue() == ""
+
+
+# Tables --------------------------------------------------------------------------------------------------------------
+
+
+def test_a_group_before_and_after_is_one_table():
+    text = shown(display.group_table({"before": completions("no", prompts=1), "after": completions("yes", prompts=1)}))
+    assert "prompt: say" in text
+    assert text.index("before") < text.index("no") < text.index("after") < text.index("yes")
+    assert "2.000" in text and "+0.50" in text and "-0.50" in text
+
+
+def test_a_completion_cannot_write_markup_or_escape_sequences():
+    row = completions(HOSTILE, prompts=1, group=1)[0] | {"prompt": [{"role": "user", "content": "[red]why\x1b[2J"}]}
+    text = shown(display.group_table({"": [row]}))
+    assert r"[bold]x[/bold] \x1b[31mred\x1b[0m \x07\r\u202eevil | <b>&#60;</b>⏎next" in text
+    assert r"[red]why\x1b[2J" in text
+    assert "\x1b" not in text
+
+
+@given(st.text())
+def test_no_text_reaches_the_terminal_unprintable(text):
+    assert display.visible(text).plain.isprintable()
+
+
+def test_a_large_group_is_cut_and_says_so():
+    text = shown(display.group_table({"before": completions(prompts=1, group=20)}))
+    assert text.count("abc") == 8 and "and 12 more" in text
+
+
+def test_episodes_of_several_turns_and_missing_rewards_are_shown():
+    turns = [{"role": "assistant", "content": "crane"}, {"role": "user", "content": "XGXXG"}]
+    row = completions(prompts=1, group=1)[0] | {"completion": turns, "reward": float("nan"), "advantage": None}
+    text = shown(display.group_table({"after": [row]}))
+    assert "crane⏎XGXXG" in text and text.count("–") == 2
+
+
+def test_the_summary_gives_each_policy_its_interval_and_leaves_out_the_absent():
+    text = shown(display.summary_table({"before": Evaluation(0.04, 0.01, 0.09), "after": Evaluation(), "control": None}))
+    assert "128 held-out prompts, greedy" in text
+    assert "4.0 %" in text and "1.0 – 9.0 %" in text and "40.0 – 60.0 %" in text
+    assert "control" not in text
+    assert "turns" not in text and "4.12" in shown(display.summary_table({"after": Evaluation(mean_turns=4.125)}))
+    sampled = Evaluation(num_samples=8, temperature=0.7)
+    assert "128 held-out prompts × 8 samples, temperature 0.7" in shown(display.summary_table({"after": sampled}))

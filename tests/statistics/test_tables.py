@@ -1,0 +1,159 @@
+"""Tables of ablations, from run directories that are written here by hand."""
+
+import csv
+import dataclasses
+import io
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from scipy import stats
+
+from grpo_jax.errors import UserError
+from grpo_jax.experiment import Ablation, Experiment, to_dict
+from grpo_jax.statistics import tables
+
+TASK = SimpleNamespace(name="toy", train=[{"prompt": "a"}], held_out=[{"prompt": "b"}])
+BASE = Experiment(task=TASK, rewards={"length": len}, prompts_per_step=2, group_size=3)
+ABLATION = Ablation(
+    base=BASE, arms={"base": {}, "a_b & c": {"loss.beta": 0.1}, "flat": {"group_size": 2}}, seeds=(0, 1, 2)
+)
+SUCCESS = {"base": [0.1, 0.2, 0.3], "a_b & c": [0.3, 0.41, 0.52], "flat": [0.3, 0.1, 0.2]}
+COMMAND = "grpo-jax sweep toy.py"
+
+
+def write_runs(directory: Path, ablation: Ablation = ABLATION, *, commits: dict[str, str] | None = None) -> None:
+    for run in ablation.runs():
+        run_dir = directory / run.key
+        run_dir.mkdir()
+        arm = run.arms[0]
+        git = {"commit": (commits or {}).get(arm, "c0ffee"), "dirty": False}
+        info = {"status": "finished", "git": git, "device": {"kind": "cpu"}}
+        (run_dir / "run.json").write_text(json.dumps(info))
+        (run_dir / "config.json").write_text(json.dumps(to_dict(run.config)))
+        group = run.config.group_size
+        rows = [
+            {"step": 0, "evaluation/success": 0.0},
+            {"step": 0, "reward": 0.5, "num_sampled_tokens": 8 * group},
+            {"step": 1, "reward": 0.5, "num_sampled_tokens": 18 * group},
+            {"step": 2, "evaluation/success": SUCCESS[arm][ablation.seeds.index(run.seed)]},
+        ]
+        (run_dir / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def collect(directory: Path, ablation: Ablation = ABLATION, **options) -> tables.Table:
+    return tables.collect(ablation, directory, command=COMMAND, **options)
+
+
+def test_arms_are_compared_with_the_baseline_seed_by_seed(tmp_path):
+    write_runs(tmp_path)
+    base, better, flat = collect(tmp_path).rows
+    assert base.difference is None and (base.mean.value, base.iqm.value) == (pytest.approx(0.2), pytest.approx(0.2))
+    expected = stats.ttest_rel(SUCCESS["a_b & c"], SUCCESS["base"]).confidence_interval(0.95)
+    assert (better.difference.low, better.difference.high) == pytest.approx(tuple(expected))
+    assert (better.difference.value, better.better, better.difference.p_value) == (pytest.approx(0.21), 17 / 18, 2 / 8)
+    assert not flat.difference.is_shown
+    assert (base.tokens, flat.tokens) == (54, 36)  # of a run's last step
+
+
+def test_tokens_that_a_run_did_not_count_are_unknown_and_not_none(tmp_path):
+    write_runs(tmp_path)
+    for path in tmp_path.glob("*/metrics.jsonl"):
+        path.write_text(path.read_text().replace("num_sampled_tokens", "renamed"))
+    assert " | – | baseline |" in tables.render(collect(tmp_path), "md")
+    assert tables.render(collect(tmp_path), "csv").count(",nan") == 0
+
+
+def test_markdown_says_who_won_and_what_made_it(tmp_path):
+    write_runs(tmp_path)
+    text = tables.render(collect(tmp_path), "md")
+    lines = text.splitlines()
+    assert lines[2].startswith("| base | 3 | 0.200 [-0.048, 0.448] |") and lines[2].endswith("| 54 | baseline |")
+    assert lines[3].endswith("| better than the baseline |")
+    assert "no difference shown (could have seen ≥ " in lines[4]
+    for note in (f"- command: `{COMMAND}`", "- commit: `c0ffee`", "- seeds: `0, 1, 2`", "- budget: `equal steps`"):
+        assert note in lines
+    assert f"- runs of flat: `{' '.join(run.key for run in ABLATION.runs() if run.arms == ('flat',))}`" in lines
+
+
+def test_csv_holds_the_numbers(tmp_path):
+    write_runs(tmp_path)
+    table = collect(tmp_path)
+    lines = tables.render(table, "csv").splitlines()
+    assert f"# command: {COMMAND}" in lines
+    rows = list(csv.DictReader(io.StringIO("\n".join(line for line in lines if not line.startswith("#")))))
+    assert [row["arm"] for row in rows] == list(ABLATION.arms)
+    assert float(rows[1]["difference_low"]) == pytest.approx(table.rows[1].difference.low, rel=1e-5)
+    assert rows[0]["difference"] == "" and rows[1]["verdict"] == "better than the baseline"
+
+
+def test_latex_uses_booktabs_and_escapes_names(tmp_path):
+    write_runs(tmp_path)
+    text = tables.render(collect(tmp_path), "latex")
+    assert r"\toprule" in text and r"\midrule" in text and r"\bottomrule" in text
+    assert r"a\_b \& c & 3 &" in text and r"$\geq$" in text
+    assert "% commit: c0ffee" in text
+
+
+def test_the_same_directories_give_the_same_bytes(tmp_path):
+    write_runs(tmp_path)
+    for layout in ("md", "csv", "latex"):
+        assert tables.render(collect(tmp_path), layout) == tables.render(collect(tmp_path), layout)
+
+
+def test_runs_of_two_commits_are_mixed_only_when_told_to(tmp_path):
+    write_runs(tmp_path, commits={"flat": "decade"})
+    with pytest.raises(UserError, match="the commit of flat seed 0 is decade, that of base seed 0 c0ffee"):
+        collect(tmp_path)
+    assert ("commit", "c0ffee, decade") in collect(tmp_path, allow_mixed=True).notes
+
+
+def test_arms_that_are_asked_other_questions_are_mixed_only_when_told_to(tmp_path):
+    other = SimpleNamespace(name="toy", train=TASK.train, held_out=[{"prompt": "z"}])
+    ablation = dataclasses.replace(ABLATION, arms={"base": {}, "flat": {"task": other}})
+    write_runs(tmp_path, ablation)
+    with pytest.raises(UserError, match="the held-out data of flat seed 0"):
+        collect(tmp_path, ablation)
+    assert len(collect(tmp_path, ablation, allow_mixed=True).rows) == 2
+
+
+def test_arms_may_differ_in_what_they_are_trained_on(tmp_path):
+    fewer = SimpleNamespace(name="toy", train=[{"prompt": "c"}], held_out=TASK.held_out)
+    ablation = dataclasses.replace(ABLATION, arms={"base": {}, "flat": {"task": fewer}})
+    write_runs(tmp_path, ablation)
+    assert len(collect(tmp_path, ablation).rows) == 2
+
+
+def test_what_is_missing_or_failed_is_named_and_pairs_are_those_that_are_left(tmp_path):
+    write_runs(tmp_path)
+    keys = {(run.arms[0], run.seed): run.key for run in ABLATION.runs()}
+    (tmp_path / keys["flat", 1] / "run.json").write_text('{"status": "failed", "error": "no reward today"}')
+    (tmp_path / keys["flat", 2] / "run.json").unlink()
+    table = collect(tmp_path)
+    assert table.missing == [
+        f"flat seed 1 ({keys['flat', 1]}): failed: no reward today",
+        f"flat seed 2 ({keys['flat', 2]}): not run",
+    ]
+    assert (table.rows[2].seeds, table.rows[2].difference.num_pairs) == (1, 1)
+    assert "could have seen" not in tables.render(table, "md").splitlines()[4]
+    assert f"- missing: flat seed 2 ({keys['flat', 2]}): not run" in tables.render(table, "md")
+    assert "% missing: flat seed 1" in tables.render(table, "latex")
+
+
+def test_an_arm_without_a_finished_run_stays_in_the_table(tmp_path):
+    write_runs(tmp_path)
+    for run in ABLATION.runs():
+        if run.arms == ("base",):
+            (tmp_path / run.key / "run.json").unlink()
+    text = tables.render(collect(tmp_path), "md")
+    assert "| base | 0 | – | – | – | – | – | – | no finished run |" in text
+    assert "no pair with the baseline" in text
+
+
+def test_no_runs_and_no_such_metric_are_one_sentence(tmp_path):
+    with pytest.raises(UserError, match=rf"none of the 9 runs .* is finished: run `{COMMAND}` first"):
+        collect(tmp_path)
+    write_runs(tmp_path)
+    with pytest.raises(UserError, match=r"has no metric 'evaluation/sucess'; it has .*evaluation/success"):
+        collect(tmp_path, dataclasses.replace(ABLATION, metric="evaluation/sucess"))
