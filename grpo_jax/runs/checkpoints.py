@@ -46,12 +46,12 @@ def latest_step(directory: str | Path) -> int | None:
 
 
 def restore(
-    directory: str | Path, like: Any, *, step: int | None = None, later: Collection[str] = ()
+    directory: str | Path, like: Any, *, step: int | None = None, optional_leaves: Collection[str] = ()
 ) -> tuple[int, Any]:
     """Reads the checkpoint of `step` (default: the newest) into the structure of `like` and returns (step, state).
 
     `like` is a pytree of arrays, `jax.ShapeDtypeStruct`s or numbers. A leaf that has a sharding comes back as a
-    `jax.Array` placed so, a number as a number, any other leaf as a NumPy array. `later` names leaves that earlier
+    `jax.Array` placed so, a number as a number, any other leaf as a NumPy array. `optional_leaves` names leaves that earlier
     versions did not save: where the checkpoint lacks them, those of `like` stand.
     Raises `UserError` if there is no checkpoint, if it cannot be read, or if a leaf's name, shape or dtype differs.
     """
@@ -63,7 +63,7 @@ def restore(
     with _manager(directory) as manager:
         try:
             found = dict(manager.item_metadata(step).tree)
-            wanted = {name: leaf for name, leaf in leaves.items() if name in found or name not in later}
+            wanted = {name: leaf for name, leaf in leaves.items() if name in found or name not in optional_leaves}
             _compare(place, wanted, found)
             arguments = {name: _restore_arguments(wanted[name]) for name in found}
             stored = manager.restore(step, args=ocp.args.PyTreeRestore(restore_args=arguments))
