@@ -75,7 +75,7 @@ def replicas_for(num_prompts: int, wanted: int | None = None, micro_batches: int
     Raises:
       UserError: if there are fewer devices than wanted, or they cannot share the prompts in whole micro-batches.
     """
-    available = jax.local_device_count()
+    available = len(jax.local_devices())
     n = available if wanted is None else wanted
     if n > available:
         raise UserError(
@@ -91,7 +91,7 @@ def replicas_for(num_prompts: int, wanted: int | None = None, micro_batches: int
 
 def up_to(limit: int | None) -> Replicas:
     """Replicas on all local devices, or on `limit` of them where there are more."""
-    available = jax.local_device_count()
+    available = len(jax.local_devices())
     return Replicas(available if limit is None else min(limit, available))
 
 

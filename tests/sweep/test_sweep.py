@@ -21,7 +21,7 @@ import grpo_jax
 from grpo_jax import sweep
 from grpo_jax.errors import RunError, UserError
 from grpo_jax.experiment import Ablation, load_ablation
-from grpo_jax.sweep import worker
+from grpo_jax.sweep import processes, worker
 from grpo_jax.sweep.progress import SweepProgress, latest_metrics
 
 FILE = (
@@ -68,7 +68,7 @@ def ablation(source) -> Ablation:
 def stand_in(monkeypatch, tmp_path) -> None:
     path = tmp_path / "worker.py"
     path.write_text(STAND_IN)
-    monkeypatch.setattr(sweep, "WORKER", (sys.executable, str(path)))
+    monkeypatch.setattr(processes, "WORKER", (sys.executable, str(path)))
     monkeypatch.setenv("PYTHONPATH", str(Path(grpo_jax.__file__).parents[1]))
 
 
@@ -101,7 +101,7 @@ def test_processes_that_run_together_share_the_cores(source, ablation, stand_in,
 
 
 def test_a_process_that_was_killed_says_by_what(source, ablation, monkeypatch, tmp_path):
-    monkeypatch.setattr(sweep, "WORKER", (sys.executable, "-c", "import os; os.kill(os.getpid(), 9)"))
+    monkeypatch.setattr(processes, "WORKER", (sys.executable, "-c", "import os; os.kill(os.getpid(), 9)"))
     out = io.StringIO()
     with pytest.raises(RunError, match="4 of 4 runs failed"):
         sweep.sweep(source, ablation, tmp_path, console=Console(file=out, width=200))
@@ -156,7 +156,7 @@ def test_a_sweep_killed_in_the_middle_and_gone_on_with_is_one_left_alone(source,
 
 
 def test_a_run_of_a_sweep_can_be_restored(source, tmp_path):
-    from grpo_jax import training
+    from grpo_jax.runs.restore import restore
 
     source.write_text(
         FILE
@@ -166,7 +166,7 @@ def test_a_run_of_a_sweep_can_be_restored(source, tmp_path):
     )
     [run] = [run for run in load_ablation(source).runs() if run.arms == ("hot",) and run.seed == 3]
     worker.run(source, "hot", [3], tmp_path, budget="steps")
-    config, _ = training.restore(tmp_path / run.key)
+    config, _ = restore(tmp_path / run.key)
     assert (config.sampling.temperature, config.seed) == (2.0, 3)
 
 

