@@ -1,9 +1,9 @@
-"""Rewards to advantages: how much better each completion did than the others of its group.
+"""Advantages from rewards: how much better each completion is than the others of its group.
 
     advantage = (reward - baseline) / scale
 
-(GRPO: Shao et al. 2024, https://arxiv.org/abs/2402.03300, section 4.1.2.) What the literature has under other names
-are choices of the two:
+(GRPO: Shao et al. 2024, https://arxiv.org/abs/2402.03300, section 4.1.2.) Other methods of the literature differ in the
+choice of baseline and scale:
 
     baseline        scale
     mean            group    GRPO
@@ -14,9 +14,8 @@ are choices of the two:
     mean            whiten   REINFORCE++-baseline; and, of rewards combined by `normalize_then_sum`, GDPO,
                              https://arxiv.org/abs/2601.05242 (TRL's multi_objective_aggregation)
 
-Everything is measured from the smallest
-reward upwards. That makes equal rewards exactly equal to their mean, on every device and however XLA orders a sum, and
-keeps all digits of small differences between large rewards.
+All calculations use the difference to the smallest reward. So equal rewards are exactly equal to their mean, on every
+device and for every order in which XLA computes a sum, and small differences between large rewards keep all digits.
 """
 
 import inspect
@@ -44,23 +43,25 @@ def group_advantages(
 ) -> chex.Array:
     """Calculates the advantages of P groups of G completions each.
 
-    Where the scale is 0 the advantage is 0: a group of equal rewards says nothing about its members. Rewards count as
-    equal when they differ by rounding alone, that is by less than two float32 epsilons (2.4e-7) of the largest.
-    Nothing is added to the scale, so advantages do not depend on the rewards' unit; TRL adds 1e-4 to it and always
-    takes `ddof=1`. A NaN or infinite reward spreads through its group (with `batch` and `whiten`, through the batch):
-    it is an error upstream that must not pass for a 0. To leave a completion out, mask it.
+    If the scale is 0, the advantage is 0: equal rewards give no information about the members of a group. Rewards count
+    as equal if they differ only by rounding, that is, by less than two float32 epsilons (2.4e-7) of the largest.
+    Nothing is added to the scale, so advantages do not depend on the unit of the rewards. TRL adds 1e-4 to the scale
+    and always uses `ddof=1`. A NaN or infinite reward makes the advantages of its group NaN or infinite (with `batch`
+    and `whiten`, those of the whole batch): it is an error in earlier code and must not become a 0. To exclude a
+    completion, mask it.
 
     Args:
       rewards: rewards, shape `[P, G]`; row p holds the G completions of one prompt.
       scale: `group` divides by the standard deviation of the group's rewards; `batch` by that of all rewards of the
         batch; `whiten` subtracts the batch's mean of r - baseline and divides by the batch's standard deviation of it;
-        `none` divides by 1.
-      baseline: `mean` subtracts the group's mean; `leave_one_out` the mean of the *other* members, which leaves the
-        gradient unbiased; `none` subtracts nothing.
-      ddof: the standard deviation's divisor is n - ddof: 0 for the population's, 1 for the sample's.
-      mask: True for the completions that count, shape `[P, G]`; None for all. A completion that does not count is in
-        no mean and no standard deviation, its reward may be anything, and its advantage is 0.
-      axis_name: the mapped axis over which `batch` and `whiten` extend, when each device holds P whole groups.
+        `none` does not divide.
+      baseline: `mean` subtracts the group's mean; `leave_one_out` the mean of the *other* members, so that the
+        gradient is unbiased; `none` subtracts nothing.
+      ddof: the divisor of the variance is n - ddof: 0 for the population, 1 for the sample.
+      mask: True for the completions that count, shape `[P, G]`; None for all. A completion that does not count is not
+        part of any mean or standard deviation. Its reward can be any value, and its advantage is 0.
+      axis_name: the mapped axis over which the batch is distributed, for `batch` and `whiten`. Each device has P whole
+        groups.
 
     Returns:
       Advantages, float32, shape `[P, G]`.
@@ -147,9 +148,9 @@ def compute_advantages(
 
 
 def whiten(x: chex.Array, mask: chex.Array, *, ddof: int = 0, axis_name: str | None = None) -> chex.Array:
-    """The unmasked entries with mean 0 and standard deviation 1 over the whole batch, or 0 if they are all equal.
+    """Scales the unmasked entries to mean 0 and standard deviation 1 over the whole batch, or to 0 if all are equal.
 
-    Masked entries hold anything finite.
+    Masked entries of the result have no meaning, but are finite.
     """
     rise = rise_above_lowest(x, mask, axis=None, axis_name=axis_name)
     centred = rise - masked_mean(rise, mask, axis=None, axis_name=axis_name)
@@ -157,19 +158,19 @@ def whiten(x: chex.Array, mask: chex.Array, *, ddof: int = 0, axis_name: str | N
 
 
 def rise_above_lowest(x: chex.Array, mask: chex.Array, *, axis: Axis, axis_name: str | None = None) -> chex.Array:
-    """How far each entry lies above the smallest one along `axis`: exactly 0 for entries that differ by rounding alone.
+    """Subtracts the smallest entry along `axis`. The result is exactly 0 if all entries differ only by rounding.
 
-    Masked entries get 0. NaN and infinity are passed on.
+    Masked entries become 0. NaN and infinity are propagated.
     """
     lowest = _across(jax.lax.pmin, jnp.min(x, axis=axis, keepdims=True, where=mask, initial=jnp.inf), axis_name)
     highest = _across(jax.lax.pmax, jnp.max(x, axis=axis, keepdims=True, where=mask, initial=-jnp.inf), axis_name)
     rounding = 2 * jnp.finfo(x.dtype).eps * jnp.maximum(jnp.abs(lowest), jnp.abs(highest))
-    counts = mask & ~(highest - lowest < rounding)  # written so that NaN counts
+    counts = mask & ~(highest - lowest < rounding)  # negated, so that NaN counts
     return jnp.where(counts, x - lowest, 0.0)
 
 
 def masked_mean(x: chex.Array, mask: chex.Array, *, axis: Axis, axis_name: str | None = None) -> chex.Array:
-    """The mean of the unmasked entries along `axis` (kept as 1), or 0 if there are none."""
+    """Calculates the mean of the unmasked entries along `axis` (kept with size 1), or 0 if there are none."""
     total = _across(jax.lax.psum, jnp.sum(x, axis=axis, keepdims=True, where=mask), axis_name)
     n = _across(jax.lax.psum, jnp.sum(mask, axis=axis, keepdims=True), axis_name)
     return total / jnp.maximum(n, 1)
@@ -178,9 +179,10 @@ def masked_mean(x: chex.Array, mask: chex.Array, *, axis: Axis, axis_name: str |
 def masked_std(
     rise: chex.Array, mask: chex.Array, *, ddof: int, axis: Axis, axis_name: str | None = None
 ) -> chex.Array:
-    """The standard deviation, with divisor n - ddof, of unmasked entries that are 0 or above (`axis` kept as 1).
+    """Calculates the standard deviation of the unmasked entries along `axis` (kept with size 1).
 
-    Calculated in units of the largest entry, so that no square overflows or vanishes.
+    The entries must be 0 or above; the divisor of the variance is n - ddof. The calculation is in units of the largest
+    entry, so that no square overflows or underflows.
     """
     largest = _across(jax.lax.pmax, jnp.max(rise, axis=axis, keepdims=True, where=mask, initial=0.0), axis_name)
     unit = divide_or_zero(rise, largest)
@@ -191,7 +193,7 @@ def masked_std(
 
 
 def divide_or_zero(x: chex.Array, y: chex.Array) -> chex.Array:
-    """x / y, and 0 where y is 0."""
+    """Calculates x / y, with 0 where y is 0."""
     return jnp.where(y == 0, 0.0, x / jnp.where(y == 0, 1.0, y))
 
 

@@ -1,4 +1,4 @@
-"""Advantages against the article's figures, TRL's own code, float64 arithmetic, and the laws that they obey."""
+"""Advantages compared with the article's figures, TRL's code and float64 arithmetic; and their general properties."""
 
 import functools
 from pathlib import Path
@@ -13,6 +13,7 @@ from hypothesis.extra import numpy as hnp
 
 from grpo_jax.advantages import group_advantages
 from grpo_jax.errors import UserError
+from grpo_jax.experiment import RewardConfig
 from grpo_jax.rewards.scoring import score
 
 GOLDEN = np.load(Path(__file__).parent / "golden" / "losses.npz")
@@ -59,7 +60,7 @@ def tolerance(expected):
 
 @eager_or_jit
 def test_the_articles_group_of_eight(advantages):
-    # FOUND, NOUDI, FOUND, "WORD ", CROWN, INDOM, DONUT, FROWN against POUND. Mean 3.4 / 8 = 0.425; population variance
+    # FOUND, NOUDI, FOUND, "WORD ", CROWN, INDOM, DONUT, FROWN; secret POUND. Mean 3.4 / 8 = 0.425; population variance
     # (2 * 0.8^2 + 0.6^2 + 0 + 2 * 0.2^2 + 0.3^2 + 0.5^2) / 8 - 0.425^2 = 0.2575 - 0.180625 = 0.076875, std 0.27726.
     rewards = np.array([[0.8, 0.6, 0.8, 0.0, 0.2, 0.3, 0.5, 0.2]])
     printed = np.array([[1.3525, 0.6312, 1.3525, -1.5328, -0.8115, -0.4508, 0.2705, -0.8115]])
@@ -200,7 +201,7 @@ def test_a_reward_that_is_no_number_shows(advantages, bad):
 
 @pytest.mark.parametrize("scale", ["group", "batch", "none"])
 def test_agrees_with_trl_but_for_its_epsilon(scale):
-    # TRL divides by std + 1e-4 where we divide by std. Its own epsilon is taken out here; nothing else differs.
+    # TRL divides by std + 1e-4, we divide by std. Its epsilon is removed here; nothing else differs.
     rewards, golden = GOLDEN["rewards"], GOLDEN[f"advantages_by_scale/{scale}"]
     std = np.nanstd(rewards, axis=None if scale == "batch" else 1, ddof=1, keepdims=True)
     epsilon = 1.0 if scale == "none" else (std + 1e-4) / np.where(std < 1e-9, 1, std)
@@ -210,31 +211,27 @@ def test_agrees_with_trl_but_for_its_epsilon(scale):
 
 
 def test_gdpo_agrees_with_trl_but_for_its_epsilon():
-    # Each reward standardised in its group, their weighted sum whitened over the batch. TRL's 1e-4 beside the spread of
-    # the rewards (10^4) is nothing, and beside that of the sum it is taken out by scaling both to the same spread.
+    # Each reward is standardised in its group; the weighted sum is whitened over the batch. TRL's 1e-4 is negligible
+    # compared with the std of the rewards (10^4). For the std of the sum it is removed by scaling both to the same std.
     rewards, golden, weights = GOLDEN["several_rewards"], GOLDEN["normalize_then_sum"], GOLDEN["reward_weights"]
     functions = {str(i): lambda i=i, **_: [None if np.isnan(r) else r for r in rewards[..., i].flat] for i in range(3)}
-    nothing = [""] * 32
-    scores = score(
-        functions,
-        {str(i): w for i, w in enumerate(weights)},
-        prompts=nothing, completions=nothing, completion_ids=nothing, columns={}, combine="normalize_then_sum",
-        group_size=8,
-    )  # fmt: skip
+    arguments = dict.fromkeys(("prompts", "completions", "completion_ids"), [""] * 32)
+    config = RewardConfig(weights={str(i): float(w) for i, w in enumerate(weights)}, combine="normalize_then_sum")
+    scores = score(functions, arguments, config, group_size=8)
     for ddof in (0, 1):
-        result = np.asarray(group_advantages(np.reshape(scores.signal, (4, 8)), scale="whiten", ddof=ddof))
+        result = np.asarray(group_advantages(np.reshape(scores.advantage_rewards, (4, 8)), scale="whiten", ddof=ddof))
         np.testing.assert_allclose(result.std(ddof=ddof), 1, rtol=1e-6)
     np.testing.assert_allclose(result, golden / golden.std(ddof=1), rtol=1e-5, atol=1e-6)
 
 
 def test_reinforce_plus_plus_by_hand():
-    # Rewards 1, 3 and 0, 8: mean 3, squares 4 + 0 + 9 + 25 = 38. Less the groups' means: -1, 1, -4, 4, squares 34.
+    # Rewards 1, 3 and 0, 8: mean 3, squares 4 + 0 + 9 + 25 = 38. Minus the groups' means: -1, 1, -4, 4, squares 34.
     rewards = np.array([[1.0, 3.0], [0.0, 8.0]])
     deviations = np.array([[-2, 0], [-3, 5]]) / (38 / 4) ** 0.5
     np.testing.assert_allclose(group_advantages(rewards, baseline="none", scale="whiten"), deviations, rtol=1e-6)
     centred = np.array([[-1, 1], [-4, 4]]) / (34 / 4) ** 0.5
     np.testing.assert_allclose(group_advantages(rewards, scale="whiten"), centred, rtol=1e-6)
-    # Lite PPO divides by the spread of the rewards instead, in which the difference between the groups counts.
+    # Lite PPO divides by the std of the rewards instead, which includes the difference between the groups.
     lite = np.array([[-1, 1], [-4, 4]]) / (38 / 4) ** 0.5
     np.testing.assert_allclose(group_advantages(rewards, scale="batch"), lite, rtol=1e-6)
 
@@ -245,7 +242,7 @@ def test_eight_devices_agree_with_one(scale, baseline):
     rng = np.random.default_rng(0)
     rewards = rng.normal(size=(16, 5)).astype(np.float32)
     mask = rng.random((16, 5)) < 0.8
-    mask[2:4] = False  # the second device has nothing that counts
+    mask[2:4] = False  # no completion of the second device counts
     options = dict(scale=scale, baseline=baseline, ddof=1)
     shard = jax.pmap(
         lambda r, m: group_advantages(r, mask=m, axis_name="devices", **options),

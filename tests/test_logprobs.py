@@ -1,14 +1,14 @@
-"""Log-probabilities and entropies: what they equal, and that no array of them times the vocabulary is ever held."""
+"""Log-probabilities and entropies: their values, and that no array of tokens times vocabulary is ever held."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from grpo_jax.logprobs import completion_logprobs, token_logprobs
+from grpo_jax.logprobs import Completions, completion_logprobs, token_logprobs
 from grpo_jax.policy import transformer
 from grpo_jax.policy.config import ModelConfig
-from grpo_jax.policy.transformer import bind, forward
+from grpo_jax.policy.transformer import TokenRows, bind, forward
 
 CONFIG = ModelConfig(
     vocab_size=29,
@@ -50,15 +50,15 @@ def test_they_are_the_log_softmax_of_the_whole_logits(params, temperature):
 
 
 def test_temperature_0_counts_as_1(params):
-    # Greedy decoding reports the log-probabilities of temperature 1, and so must what recomputes them.
+    # Greedy decoding reports the log-probabilities at temperature 1, so recomputed ones must be at temperature 1 too.
     arguments = bind(CONFIG, params), jnp.asarray(HIDDEN), jnp.asarray(TOKENS)
     for greedy, one in zip(token_logprobs(*arguments, temperature=0), token_logprobs(*arguments), strict=True):
         np.testing.assert_array_equal(greedy, one)
 
 
 def test_entropy_worked_by_hand():
-    # A vocabulary of 4 whose embedding is the identity, so that logits are the hidden states. Probabilities 1/2, 1/4,
-    # 1/8, 1/8 have the entropy 1/2 ln 2 + 1/4 ln 4 + 2/8 ln 8 = 1.75 ln 2; equal ones ln 4; certainty 0.
+    # The vocabulary has 4 tokens and its embedding is the identity, so logits are the hidden states. The entropy of the
+    # probabilities 1/2, 1/4, 1/8, 1/8 is 1/2 ln 2 + 1/4 ln 4 + 2/8 ln 8 = 1.75 ln 2; of equal ones ln 4; of 1, 0.
     config = ModelConfig(4, 4, 4, 1, 1, 1, 4, 16, sliding_layers=(False,), tied=True)
     model = bind(config, {**transformer.initialise(config, 0), "embed": jnp.eye(4)})
     hidden = jnp.array([[np.log(0.5), np.log(0.25), np.log(0.125), np.log(0.125)], [3.0] * 4, [200.0, 0.0, 0.0, 0.0]])
@@ -101,7 +101,7 @@ def test_chunks_change_neither_values_nor_gradients(params, chunk):
 
 
 def sizes(jaxpr) -> set[int]:
-    """The sizes of all arrays that a jaxpr computes, those of its inner jaxprs included."""
+    """The sizes of all arrays that a jaxpr and its inner jaxprs compute."""
     found = {int(np.prod(var.aval.shape)) for eqn in jaxpr.eqns for var in eqn.outvars}
     for inner in jax.tree.leaves([list(eqn.params.values()) for eqn in jaxpr.eqns]):
         if hasattr(inner, "eqns"):
@@ -111,19 +111,19 @@ def sizes(jaxpr) -> set[int]:
 
 def test_no_array_of_tokens_times_vocabulary_is_ever_held():
     # 2 prompts x 8 rows x 16 tokens = 256 tokens, a vocabulary of 1021 (prime, so that no other size is a multiple of
-    # it by chance), chunks of 32: nothing may be larger than 32 x 1021, be it forward or backward.
+    # it by chance), chunks of 32: nothing may be larger than 32 x 1021, in either pass.
     config = ModelConfig(**{**vars(CONFIG), "vocab_size": 1021})
     tokens = jnp.ones((2, 8, 16), jnp.int32)
 
     def loss(params, chunk):
-        arguments = jnp.ones((2, 4), jnp.int32), jnp.array([4, 3]), tokens, tokens == 1
-        logprobs, entropy = completion_logprobs(bind(config, params), *arguments, chunk=chunk)
+        completions = Completions(jnp.ones((2, 4), jnp.int32), jnp.array([4, 3]), tokens, tokens == 1)
+        logprobs, entropy = completion_logprobs(bind(config, params), completions, chunk=chunk)
         return logprobs.sum() + entropy.sum()
 
     params = transformer.abstract(config)
     jaxpr = jax.make_jaxpr(jax.grad(loss), static_argnums=1)
     assert max(sizes(jaxpr(params, 32).jaxpr)) == 32 * 1021
-    assert max(sizes(jaxpr(params, 256).jaxpr)) == 256 * 1021  # the measure does see what it looks for
+    assert max(sizes(jaxpr(params, 256).jaxpr)) == 256 * 1021  # the measure finds large arrays when there are some
 
     def temporary(chunk):
         lowered = jax.jit(jax.grad(loss), static_argnums=1).lower(params, chunk)
@@ -136,7 +136,8 @@ def test_no_array_of_tokens_times_vocabulary_is_ever_held():
 @pytest.fixture(scope="module")
 def of_completions(params):
     def values(prompts, tokens):
-        return completion_logprobs(bind(CONFIG, params), prompts, LENGTHS, tokens, VALID, temperature=0.7)
+        completions = Completions(prompts, LENGTHS, tokens, VALID)
+        return completion_logprobs(bind(CONFIG, params), completions, temperature=0.7)
 
     return jax.jit(values)
 
@@ -147,7 +148,7 @@ def test_completions_get_what_a_row_without_padding_gets(params, of_completions)
     for p, g in [(0, 0), (0, 1), (1, 2), (0, 2)]:
         size = int(VALID[p, g].sum())
         row = np.concatenate([PROMPTS[p, : LENGTHS[p]], TOKENS[p, g, :size]])[None, None]
-        hidden, _ = forward(model, row, jnp.arange(row.size)[None, None], jnp.ones(row.shape, bool))
+        hidden, _ = forward(model, TokenRows(row, jnp.arange(row.size)[None, None], jnp.ones(row.shape, bool)))
         whole = jax.nn.log_softmax(model.logits(hidden[0, 0]) / 0.7)[LENGTHS[p] - 1 : -1]
         expected = np.asarray(whole)[np.arange(size), TOKENS[p, g, :size]]
         np.testing.assert_allclose(logprobs[p, g, :size], expected, rtol=0, atol=2e-5)
@@ -163,7 +164,8 @@ def test_places_without_a_token_are_finite_and_affect_no_other(of_completions):
 
 
 def test_completions_of_one_token_need_no_forward_of_their_own(params):
-    values = completion_logprobs(bind(CONFIG, params), PROMPTS, LENGTHS, TOKENS[..., :1], VALID[..., :1])
-    whole = completion_logprobs(bind(CONFIG, params), PROMPTS, LENGTHS, TOKENS, VALID)
+    model = bind(CONFIG, params)
+    values = completion_logprobs(model, Completions(PROMPTS, LENGTHS, TOKENS[..., :1], VALID[..., :1]))
+    whole = completion_logprobs(model, Completions(PROMPTS, LENGTHS, TOKENS, VALID))
     for one, all_of_them in zip(values, whole, strict=True):
         np.testing.assert_allclose(one, all_of_them[..., :1], rtol=0, atol=1e-6)

@@ -1,16 +1,18 @@
 """Losses on preference pairs: DPO and its relatives, and the Bradley-Terry loss of a reward model.
 
-Rows come in pairs, the chosen completion before the rejected one: row 2i is preferred to row 2i + 1.
+Rows are in pairs, the chosen completion before the rejected one: row 2i is preferred to row 2i + 1.
 
     sigmoid  -log sigmoid(beta * margin)           DPO, https://arxiv.org/abs/2305.18290, eq. 7
     robust   the same, unbiased under label noise  https://arxiv.org/abs/2403.00409, eq. 12
     ipo      (mean margin - 1 / (2 beta))^2        https://arxiv.org/abs/2310.12036, eq. 17
 
-The margin is log p/p_ref of the chosen completion less that of the rejected one; IPO's is of means over tokens, as in
-TRL, whose authors had that from the paper's (with sums, its target 1 / (2 beta) would depend on the length).
+The margin is log p/p_ref of the chosen completion minus log p/p_ref of the rejected one. Each is a sum over tokens. For
+IPO each is a mean over tokens, as in TRL, whose authors learned this from the authors of the paper. (With sums, its
+target 1 / (2 beta) would depend on the length.)
 
-`label_smoothing` e with `sigmoid` is cDPO (Mitchell 2023, https://ericmitchell.ai/cdpo.pdf): the target is that the
-label is right with probability 1 - e. TRL's `sigmoid` of 1.16 does not read it; there, only `robust` and `aot` do.
+`label_smoothing` e with `sigmoid` is cDPO (Mitchell 2023, https://ericmitchell.ai/cdpo.pdf): the label is assumed to be
+correct with probability 1 - e. The `sigmoid` loss of TRL 1.16 ignores `label_smoothing`; only its `robust` and `aot`
+losses use it.
 """
 
 from collections.abc import Callable
@@ -33,21 +35,21 @@ def dpo_loss(
     num_pairs: chex.Numeric | None = None,
     axis_name: str | None = None,
 ) -> tuple[chex.Array, dict[str, chex.Array]]:
-    """Calculates these pairs' contribution to the mean DPO, robust DPO or IPO loss over the whole batch's pairs.
+    """Calculates the contribution of these pairs to the DPO, robust DPO or IPO loss: a mean over the batch's pairs.
 
     Args:
       logprobs: log-probabilities of the completions' tokens under the policy, shape `[B, T]`, rows 2i chosen and 2i + 1
-        rejected. Gradients flow through these alone.
+        rejected. Gradients flow only through these.
       ref_logprobs: the same under the reference policy, shape `[B, T]`.
-      mask: True for the tokens that count, shape `[B, T]`; what is elsewhere touches nothing, NaN included.
+      mask: True for the tokens that count, shape `[B, T]`. Values at other tokens, even NaN, have no effect.
       config: `loss_type`, `beta` and `label_smoothing`.
       pairs: False for a pair that does not count, shape `[B / 2]`. None: all count.
-      num_pairs: how many pairs of the whole batch count, over micro-batches and devices. None to count them here, and
-        over `axis_name`.
-      axis_name: the mapped axis over which the batch extends.
+      num_pairs: number of pairs of the whole batch that count, over all micro-batches and devices. None to count them
+        here, and over `axis_name`.
+      axis_name: the mapped axis over which the batch is distributed.
 
     Returns:
-      The loss, a scalar to be *summed* over micro-batches and devices; and TRL's metrics, which sum likewise:
+      The loss, a scalar to be *summed* over micro-batches and devices; and TRL's metrics, to be summed in the same way:
       `loss`, `rewards/chosen` and `rewards/rejected` (beta * log p/p_ref), `rewards/accuracies` (chosen above
       rejected), `rewards/margins`, `logps/chosen`, `logps/rejected`.
     """
@@ -95,11 +97,11 @@ def bradley_terry_loss(
     num_pairs: chex.Numeric | None = None,
     axis_name: str | None = None,
 ) -> tuple[chex.Array, dict[str, chex.Array]]:
-    """Calculates these pairs' contribution to a reward model's mean loss: -log sigmoid(chosen - rejected).
+    """Calculates the contribution of these pairs to a reward model's mean loss, -log sigmoid(chosen - rejected).
 
-    (Bradley & Terry 1952; Ouyang et al. 2022, https://arxiv.org/abs/2203.02155, eq. 1.) The loss knows differences
-    alone; `center_rewards_coefficient` * (chosen + rejected)^2 keeps the rewards around 0 (Eisenstein et al. 2023,
-    https://arxiv.org/abs/2312.09244, eq. 2).
+    (Bradley & Terry 1952; Ouyang et al. 2022, https://arxiv.org/abs/2203.02155, eq. 1.) The loss depends only on
+    differences of rewards. The term `center_rewards_coefficient` * (chosen + rejected)^2 keeps the rewards around 0
+    (Eisenstein et al. 2023, https://arxiv.org/abs/2312.09244, eq. 2).
 
     Args:
       rewards: the model's scores, shape `[B]`, entries 2i chosen and 2i + 1 rejected.
@@ -125,7 +127,7 @@ def _margins(rows: chex.Array) -> chex.Array:
 def _pair_mean(
     pairs: chex.Array | None, num_pairs: chex.Numeric | None, axis_name: str | None, size: int
 ) -> Callable[[chex.Array], chex.Array]:
-    """The function that takes a value per pair to these pairs' contribution to the whole batch's mean."""
+    """Returns a function: one value per pair -> the contribution of these pairs to the mean over the whole batch."""
     pairs = jnp.ones(size, bool) if pairs is None else jnp.asarray(pairs, bool)
     if num_pairs is None:
         num_pairs = pairs.sum() if axis_name is None else jax.lax.psum(pairs.sum(), axis_name)

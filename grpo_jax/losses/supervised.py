@@ -12,19 +12,19 @@ def loss(
     num_tokens: chex.Numeric | None = None,
     axis_name: str | None = None,
 ) -> tuple[chex.Array, dict[str, chex.Array]]:
-    """Calculates these sequences' contribution to the token-mean negative log-likelihood of the whole batch.
+    """Calculates the contribution of these sequences to the mean negative log-likelihood of the whole batch's tokens.
 
     Args:
-      logprobs: log-probabilities of the demonstrated tokens under the policy, shape `[B, T]`. Where `mask` is False
-        they may be anything, NaN included: they touch neither the value nor the gradient.
-      mask: True for the tokens that are learned, shape `[B, T]`.
-      num_tokens: how many tokens the whole batch learns, over micro-batches and devices. None to count them here, and
-        over `axis_name`.
-      axis_name: the mapped axis over which the batch extends.
+      logprobs: log-probabilities of the demonstrated tokens under the policy, shape `[B, T]`. Where `mask` is False,
+        any value is allowed, even NaN: it affects neither the loss nor the gradient.
+      mask: True for the tokens to learn, shape `[B, T]`.
+      num_tokens: number of tokens to learn in the whole batch, over all micro-batches and devices. None to count them
+        here, and over `axis_name`.
+      axis_name: the mapped axis over which the batch is distributed.
 
     Returns:
-      The loss, a scalar to be *summed* over micro-batches and devices; and the metrics `loss` and `num_tokens` (learned
-      tokens), which sum likewise.
+      The loss, a scalar to be *summed* over micro-batches and devices; and the metrics `loss` and `num_tokens` (number
+      of learned tokens), to be summed in the same way.
     """
     chex.assert_rank([logprobs, mask], 2)
     chex.assert_equal_shape([logprobs, mask])

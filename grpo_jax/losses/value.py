@@ -1,8 +1,8 @@
-"""What PPO adds to a policy gradient: the KL penalty in the reward, advantages from a critic, and the critic's loss.
+"""The parts of PPO besides the policy gradient: the KL penalty in the reward, advantages from a critic, its loss.
 
-The RLHF recipe of Ziegler et al. 2019 (https://arxiv.org/abs/1909.08593) and Ouyang et al. 2022
-(https://arxiv.org/abs/2203.02155): a completion is an episode of one action per token, whose reward comes with its last
-token, and every token pays for leaving the reference policy.
+This is the RLHF method of Ziegler et al. 2019 (https://arxiv.org/abs/1909.08593) and Ouyang et al. 2022
+(https://arxiv.org/abs/2203.02155). A completion is an episode with one action per token. The reward of the completion
+comes with its last token, and every token has a penalty for its distance from the reference policy.
 """
 
 import chex
@@ -13,42 +13,44 @@ import jax.numpy as jnp
 def token_rewards(
     rewards: chex.Array, logprobs: chex.Array, ref_logprobs: chex.Array, mask: chex.Array, kl_coef: float
 ) -> chex.Array:
-    """Rewards per token: -kl_coef * (log p - log p_ref) at each, and the completion's own reward at the last.
+    """Calculates a reward per token: -kl_coef * (log p - log p_ref), plus the reward of the sequence at its last token.
 
     Args:
-      rewards: one for each sequence, shape `[B]`.
+      rewards: one reward for each sequence, shape `[B]`.
       logprobs: log-probabilities under the policy that sampled, shape `[B, T]`.
       ref_logprobs: the same under the reference policy, shape `[B, T]`.
       mask: True for the tokens that the policy sampled, shape `[B, T]`.
-      kl_coef: the weight of the KL (k1's estimate, whose sum over a completion is its log-ratio).
+      kl_coef: weight of the KL. (The estimate is k1; its sum over a completion is the completion's log-ratio.)
 
     Returns:
       Shape `[B, T]`, 0 where `mask` is False.
     """
     chex.assert_rank([rewards, logprobs, ref_logprobs, mask], [1, 2, 2, 2])
     penalty = jnp.where(mask, kl_coef * (jnp.asarray(logprobs, jnp.float32) - ref_logprobs), 0.0)
-    later = jnp.cumsum(mask[:, ::-1], axis=1)[:, ::-1] - mask  # how many sampled tokens come after this one
+    later = jnp.cumsum(mask[:, ::-1], axis=1)[:, ::-1] - mask  # number of sampled tokens after this one
     return jnp.where(mask & (later == 0), jnp.asarray(rewards, jnp.float32)[:, None], 0.0) - penalty
 
 
 def gae(
     rewards: chex.Array, values: chex.Array, mask: chex.Array, gamma: float, lam: float
 ) -> tuple[chex.Array, chex.Array]:
-    """Generalised advantage estimation (Schulman et al. 2015, https://arxiv.org/abs/1506.02438, eq. 16).
+    """Calculates generalised advantage estimates (Schulman et al. 2015, https://arxiv.org/abs/1506.02438, eq. 16).
 
         delta_t = r_t + gamma * V_(t+1) - V_t        A_t = delta_t + gamma * lam * A_(t+1)
 
-    The episode ends after its last sampled token, where both V and A are 0. Tokens that the policy did not sample (an
-    environment's, padding) are no steps: what follows a token is the next sampled one.
+    The episode ends after its last sampled token; V and A are 0 there. Tokens that the policy did not sample (those of
+    an environment, padding) are not steps: the step after a token is the next sampled token.
 
     Args:
-      rewards: reward that comes with each token, shape `[B, T]`.
+      rewards: the reward of each token, shape `[B, T]`.
       values: the critic's value of the state in which each token was sampled, shape `[B, T]`.
       mask: True for the tokens that the policy sampled, shape `[B, T]`.
-      gamma, lam: the discount, and the weight of longer looks ahead: 0 trusts the critic, 1 the rewards.
+      gamma: the discount factor.
+      lam: the weight of later deltas: with 0 the estimate relies on the critic, with 1 on the rewards.
 
     Returns:
-      Advantages, and returns A + V that the critic is to predict, each `[B, T]`, 0 where `mask` is False. Constants.
+      Advantages A, and returns A + V, which are the critic's targets. Both have the shape `[B, T]` and are 0 where
+      `mask` is False. No gradients flow through them.
     """
     chex.assert_rank([rewards, values, mask], 2)
     chex.assert_equal_shape([rewards, values, mask])
@@ -77,25 +79,25 @@ def value_loss(
     num_tokens: chex.Numeric | None = None,
     axis_name: str | None = None,
 ) -> tuple[chex.Array, dict[str, chex.Array]]:
-    """Calculates these tokens' contribution to the critic's loss: half the mean squared error, the worse of two.
+    """Calculates the contribution of these tokens to the critic's loss, half the mean squared error with clipping.
 
-    The other error is that of the value held within `cliprange_value` of what it was when the batch was sampled, so
-    that a value cannot profit from going further in one step (as PPO's own code does:
-    https://arxiv.org/abs/1707.06347; Ziegler et al. 2019).
+    The error of a token is the larger of two: that of the value, and that of the value clipped to within
+    `cliprange_value` of the old value. So a value gains nothing from a larger change in one step. The code of PPO does
+    the same (https://arxiv.org/abs/1707.06347; Ziegler et al. 2019).
 
     Args:
-      values: the critic's values now, shape `[B, T]`. Gradients flow through these alone.
-      old_values: its values before the first update on this batch, shape `[B, T]`.
-      returns: what it is to predict, shape `[B, T]`.
+      values: the critic's current values, shape `[B, T]`. Gradients flow only through these.
+      old_values: the critic's values before the first update on this batch, shape `[B, T]`.
+      returns: the critic's targets, shape `[B, T]`.
       mask: True for the tokens that count, shape `[B, T]`.
-      cliprange_value: the range, or None for no clipping.
-      num_tokens: how many tokens the whole batch counts, over micro-batches and devices. None to count them here, and
-        over `axis_name`.
-      axis_name: the mapped axis over which the batch extends.
+      cliprange_value: the largest change of a value; None for no clipping.
+      num_tokens: number of tokens of the whole batch that count, over all micro-batches and devices. None to count them
+        here, and over `axis_name`.
+      axis_name: the mapped axis over which the batch is distributed.
 
     Returns:
-      The loss and the metrics `value_loss` and `value_clip_ratio` (the share of tokens whose clipped error was the
-      worse), all to be *summed* over micro-batches and devices.
+      The loss, and the metrics `value_loss` and `value_clip_ratio` (the fraction of tokens whose clipped error was the
+      larger one), all to be *summed* over micro-batches and devices.
     """
     chex.assert_rank([values, old_values, returns, mask], 2)
     chex.assert_equal_shape([values, old_values, returns, mask])

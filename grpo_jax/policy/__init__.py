@@ -27,10 +27,16 @@ __all__ = ["Policy", "Tokenizer", "export", "fresh_adapters", "load", "merge"]
 
 @dataclass(frozen=True)
 class Policy:
-    """A decoder, its parameters by dotted path, and what turns text into tokens for it.
+    """A policy: a decoder's config, its parameters by dotted path, and its tokenizer.
 
-    The parameters are not part of any module: `transformer.bind(policy.config, params, policy.lora)` is the module with
-    some parameters in it, inside a pure function.
+    The parameters are not part of a module. Inside a pure function, `transformer.bind(policy.config, params,
+    policy.lora)` returns the module with the given parameters.
+
+    Attributes:
+      config: the shape and the options of the decoder.
+      params: its parameters, those of the adapters included.
+      lora: the configuration of the adapters; None without adapters.
+      make_tokenizer: makes the tokenizer; None if the source of the weights had none.
     """
 
     config: ModelConfig
@@ -40,23 +46,30 @@ class Policy:
 
     @cached_property
     def tokenizer(self) -> Tokenizer | None:
-        """The tokenizer, made when it is first asked for; None if the source of the weights had none."""
+        """The tokenizer, made at the first access; None if the source of the weights had none."""
         return None if self.make_tokenizer is None else self.make_tokenizer()
 
     def require_tokenizer(self) -> Tokenizer:
-        """The tokenizer, or a `UserError` if there is none."""
+        """Returns the tokenizer. Raises `UserError` if there is none."""
         if self.tokenizer is None:
             raise UserError(
-                "this policy has no tokenizer, so it takes token ids but no text: where it was loaded from, there is "
-                "no tokenizer.json."
+                "this policy has no tokenizer, so it takes token ids but no text: there is no tokenizer.json where it "
+                "was loaded from."
             )
         return self.tokenizer
 
     def logits(self, tokens: ArrayLike, mask: ArrayLike) -> jax.Array:
-        """Logits of the next token at every position: [B, S] ids and [B, S] zeros and ones -> [B, S, V] float32.
+        """Computes the logits of the next token at every position, [B, S, V] float32.
 
-        A row is computed as though its tokens with mask 0 were not there, so padding on either side changes nothing;
-        at those tokens the logits mean nothing.
+        A row is computed as if its tokens with mask 0 did not exist. Padding on either side therefore changes nothing.
+        The logits at tokens with mask 0 are meaningless.
+
+        Args:
+          tokens: token ids, [B, S].
+          mask: 1 for the tokens of the row, 0 for padding, [B, S].
+
+        Raises:
+          UserError: if the shapes differ, or an id is not in the vocabulary.
         """
         tokens, mask = jnp.asarray(tokens), jnp.asarray(mask)
         if tokens.ndim != 2 or tokens.shape != mask.shape:
@@ -65,7 +78,7 @@ class Policy:
                 f"{list(mask.shape)}."
             )
         if tokens.size and not 0 <= int(tokens.min()) <= int(tokens.max()) < self.config.vocab_size:
-            raise UserError(f"tokens hold an id outside of the policy's vocabulary [0, {self.config.vocab_size}).")
+            raise UserError(f"tokens has an id outside the policy's vocabulary [0, {self.config.vocab_size}).")
         return _logits(self.config, self.lora, self.params, tokens, mask.astype(bool))
 
 
@@ -75,14 +88,15 @@ def _logits(
 ) -> jax.Array:
     model = transformer.bind(config, params, lora)
     positions = jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0)
-    hidden, _ = transformer.forward(model, *(x[:, None] for x in (tokens, positions, mask)))
+    rows = transformer.TokenRows(*(x[:, None] for x in (tokens, positions, mask)))  # [B, 1, S]
+    hidden, _ = transformer.forward(model, rows)
     return model.logits(hidden[:, 0])
 
 
 def export(policy: Policy, directory: str | Path) -> None:
-    """Writes `directory` as a Hugging Face checkpoint that transformers loads, adapters merged.
+    """Writes the policy to `directory` as a Hugging Face checkpoint that transformers can load. Adapters are merged.
 
-    Raises `UserError` if the directory exists and is not empty. Nothing half-written is ever left there.
+    The directory appears only when it is complete. Raises `UserError` if it exists and is not empty.
     """
     weights.export(directory, policy.config, merge(policy.params, policy.lora), policy.tokenizer)
 
@@ -95,17 +109,18 @@ def load(
     lora: LoRAConfig | None = None,
     scratch: ScratchConfig | None = None,
 ) -> Policy:
-    """Loads a policy, or makes one.
+    """Loads a policy, or makes a new one.
 
     Args:
-      source: a Hugging Face directory or hub name, a `.gguf` file, `package:NAME` for a Python package that holds one,
-        a run directory with an exported policy, or `scratch`. (`training` reads a run's own checkpoint, too.)
-      dtype: of the parameters, `float32` or `bfloat16`; adapters are float32 always.
-      seed: of what is drawn: a policy from scratch, and the adapters.
-      lora: adds adapters, which start as the identity.
-      scratch: the size and the alphabet of a policy from scratch; the defaults if None.
+      source: a Hugging Face directory or hub name, a `.gguf` file, `package:NAME` for a Python package that contains
+        one, a run directory with an exported policy, or `scratch`. (`training` can also read a run's own checkpoint.)
+      dtype: the dtype of the parameters, `float32` or `bfloat16`. Adapters are always float32.
+      seed: the seed for random parameters: those of a policy from scratch, and the adapters.
+      lora: adds adapters. They are the identity at first.
+      scratch: the size and the alphabet of a policy from scratch; None for the defaults.
 
-    Raises `UserError`, in one sentence, if that cannot be done.
+    Raises:
+      UserError: if the policy cannot be loaded. The message is one sentence.
     """
     if dtype not in weights.DTYPES:
         raise UserError(f"dtype {dtype!r} is none of {', '.join(weights.DTYPES)}.")
@@ -115,14 +130,18 @@ def load(
         params = transformer.initialise(config, seed, dtype=dtype, lora=lora)
         return Policy(config, params, lora, partial(CharacterTokenizer, scratch.alphabet))
     config, arrays, make_tokenizer = weights.read(source, dtype)
-    params = {path: jnp.asarray(arrays.pop(path)) for path in list(arrays)}  # popped: never two whole copies
+    params = {path: jnp.asarray(arrays.pop(path)) for path in list(arrays)}  # pop, so that two whole copies never exist
     if lora is not None:
         params |= fresh_adapters(config, lora, seed)
-    return Policy(config, params, lora, make_tokenizer and cache(make_tokenizer))  # made once, however often replaced
+    # Cached, so that copies of the policy made by `dataclasses.replace` share one tokenizer.
+    return Policy(config, params, lora, make_tokenizer and cache(make_tokenizer))
 
 
 def fresh_adapters(config: ModelConfig, lora: LoRAConfig, seed: int) -> Params:
-    """Fresh adapters as `layers.Linear` makes them, from one draw: fourteen would each compile for a second."""
+    """Makes fresh adapters like those of `layers.Linear`.
+
+    One draw makes all of them: fourteen draws would each compile for a second.
+    """
     leaves = transformer.abstract(config, lora=lora)
     shapes = {path: leaf.shape for path, leaf in sorted(leaves.items()) if path.endswith(".lora_a")}
     ends = np.cumsum([np.prod(shape) for shape in shapes.values()])

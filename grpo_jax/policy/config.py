@@ -1,7 +1,7 @@
-"""What a decoder is, read from a Hugging Face `config.json` and written back as one.
+"""The config of a decoder, read from a Hugging Face `config.json` and written back to one.
 
-`ModelConfig` says everything that changes a logit and nothing else. An option that would change the numbers and is not
-implemented is refused, never ignored: a policy that loads is the policy that was asked for.
+`ModelConfig` has all options that change a logit and no others. An option that changes the numbers and is not
+implemented is an error and is never ignored. So a policy that loads computes what its config asks for.
 """
 
 from collections.abc import Mapping
@@ -34,8 +34,8 @@ _ARCHITECTURES = {
     "gemma3_text": "Gemma3ForCausalLM",
 }
 
-# What transformers assumes where a config.json is silent. Sizes have no default, but for Gemma 3, whose published
-# configs really leave them out.
+# The values that transformers assumes for missing keys of a config.json. Sizes have no default, except for Gemma 3,
+# whose published configs leave them out.
 _QWEN = {"use_sliding_window": False, "sliding_window": 4096, "max_window_layers": 28}
 _GEMMA = {"tie_word_embeddings": True, "hidden_activation": "gelu_pytorch_tanh", "query_pre_attn_scalar": 256}
 _DEFAULTS: dict[str, dict[str, Any]] = {
@@ -70,24 +70,34 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The shape and the options of a decoder. Hashable, so that it can be a static argument of a jitted function.
+    """The shape and the options of a decoder. Hashable, so it can be a static argument of a jitted function.
 
     Attributes:
-        family: transformers' `model_type`, for export.
-        activation: of the gated MLP, `down(activation(gate(x)) * up(x))`.
-        rope: rotary embedding of the layers that see everything, and of sliding ones if `local_rope` is None.
-        local_rope: rotary embedding of sliding layers where it differs (Gemma 3).
-        sliding_window: number of positions that a sliding layer sees, its own included; None if no layer slides.
-        sliding_layers: for each layer whether it slides.
-        qk_norm: an RMS norm over each head of q and k, before the rotation (Qwen 3, Gemma 3).
-        post_norms: RMS norms after attention and after the MLP, before the residual sum (Gemma 2 and 3).
-        norm_offset: a norm multiplies by `norm_offset + scale` (Gemma: 1).
-        embed_scale: multiplies the embedding, after being rounded to the parameters' dtype (Gemma: sqrt(hidden_size)).
-        attention_softcap: c of `c * tanh(scores / c)`, before the mask; None for none.
-        final_softcap: the same for the logits.
-        query_scale: multiplies q·k.
-        tied: the output layer is the transposed embedding.
-        max_positions: the context length that the weights were made for. Nothing stops at it.
+      vocab_size: number of token ids, V.
+      hidden_size: size of the hidden states, D.
+      intermediate_size: size of the MLP, F.
+      num_layers: number of layers, L.
+      num_heads: number of query heads, H.
+      num_kv_heads: number of key/value heads, N; a divisor of `num_heads`.
+      head_dim: size of a head, K.
+      max_positions: the context length that the weights were made for. It is not enforced.
+      family: transformers' `model_type`, for export.
+      norm_eps: added to the mean square in every RMS norm.
+      activation: the activation of the gated MLP, `down(activation(gate(x)) * up(x))`.
+      rope: rotary embedding of the layers with full attention, and of sliding layers if `local_rope` is None.
+      local_rope: rotary embedding of sliding layers if it is a different one (Gemma 3).
+      sliding_window: number of positions that a token in a sliding layer attends to, its own included; None if no layer
+        slides.
+      sliding_layers: for each layer, whether it slides.
+      qkv_bias, o_bias, mlp_bias: whether q, k and v, o, and the MLP have biases.
+      qk_norm: an RMS norm over each head of q and k, before the rotation (Qwen 3, Gemma 3).
+      post_norms: RMS norms after attention and after the MLP, before the residual sum (Gemma 2 and 3).
+      norm_offset: a norm multiplies by `norm_offset + scale` (Gemma: 1).
+      embed_scale: factor of the embedding (Gemma: sqrt(hidden_size)).
+      attention_softcap: c in `c * tanh(scores / c)`, applied before the mask; None for no cap.
+      final_softcap: the same for the logits.
+      query_scale: factor of q·k.
+      tied: the output head is the transposed embedding.
     """
 
     vocab_size: int
@@ -121,18 +131,18 @@ class ModelConfig:
         if self.num_heads % self.num_kv_heads:
             raise UserError(
                 f"num_attention_heads = {self.num_heads} is not a multiple of num_key_value_heads = "
-                f"{self.num_kv_heads}, so the query heads cannot share them evenly."
+                f"{self.num_kv_heads}, so the query heads cannot be divided evenly among the key/value heads."
             )
         if self.head_dim % 2:
-            raise UserError(f"head_dim = {self.head_dim} is odd, and rotary embeddings need an even one.")
+            raise UserError(f"head_dim = {self.head_dim} is odd, but rotary embeddings need an even number.")
         if len(self.sliding_layers) != self.num_layers:
             raise UserError(
-                f"layer_types names {len(self.sliding_layers)} layers, but num_hidden_layers = {self.num_layers}."
+                f"layer_types has {len(self.sliding_layers)} layers, but num_hidden_layers = {self.num_layers}."
             )
 
 
 def from_scratch(scratch: ScratchConfig) -> ModelConfig:
-    """The Llama-shaped config of a policy with one token per character, and pad, begin and end (ids 0, 1 and 2)."""
+    """Returns the config of a small Llama from scratch: one token per character, and pad, begin and end (0, 1, 2)."""
     head_dim = scratch.hidden_size // scratch.num_heads
     return ModelConfig(
         vocab_size=len(scratch.alphabet) + 3,
@@ -150,13 +160,13 @@ def from_scratch(scratch: ScratchConfig) -> ModelConfig:
 
 
 def from_hf(config: Mapping[str, Any]) -> ModelConfig:
-    """Reads the content of a Hugging Face `config.json`, in transformers 5's spelling or an older one.
+    """Reads the content of a Hugging Face `config.json`, with the keys of transformers 5 or of older versions.
 
-    Raises `UserError` for an unknown `model_type`, a missing or malformed size, and any option that would change the
-    numbers and is not implemented here.
+    Raises `UserError` for an unknown `model_type`, a missing or malformed size, and any option that changes the numbers
+    and is not implemented here.
     """
     config = dict(config)
-    if config.get("model_type") == "gemma3":  # the multimodal wrapper; only its text part is a policy
+    if config.get("model_type") == "gemma3":  # the multimodal wrapper, of which only the text part is read
         inner = dict(config.get("text_config") or {})
         for key in ("tie_word_embeddings", "quantization_config"):
             if key in config:
@@ -167,8 +177,8 @@ def from_hf(config: Mapping[str, Any]) -> ModelConfig:
         raise UserError(f"config.json has model_type {family!r}, which is none of {', '.join(_DEFAULTS)}.")
     if config.get("quantization_config"):
         raise UserError(
-            "config.json has a quantization_config: quantised Hugging Face checkpoints cannot be read, so use the "
-            "unquantised one (or a GGUF file, which is dequantised)."
+            "config.json has a quantization_config: quantised Hugging Face checkpoints cannot be read. Use the "
+            "unquantised checkpoint (or a GGUF file, which is dequantised)."
         )
     if config.get("use_bidirectional_attention"):
         raise UserError("config.json has use_bidirectional_attention: true, but a policy is causal.")
@@ -210,7 +220,7 @@ def from_hf(config: Mapping[str, Any]) -> ModelConfig:
         post_norms=gemma,
         norm_offset=1.0 if gemma else 0.0,
         embed_scale=hidden_size**0.5 if gemma else 1.0,
-        # transformers' Gemma 3 carries attn_logit_softcapping in its config and never applies it
+        # Gemma 3's config has attn_logit_softcapping too, but transformers never applies it
         attention_softcap=given["attn_logit_softcapping"] if family == "gemma2" else None,
         final_softcap=given.get("final_logit_softcapping") if gemma else None,
         query_scale=float(given["query_pre_attn_scalar"] if gemma else head_dim) ** -0.5,
@@ -218,7 +228,7 @@ def from_hf(config: Mapping[str, Any]) -> ModelConfig:
     )
 
 
-# Keys where null is a value of its own, not an absence.
+# Keys for which null is a value, not a missing key.
 _NULLABLE = {"sliding_window", "attn_logit_softcapping", "final_logit_softcapping"}
 
 
@@ -233,7 +243,7 @@ def _positive(config: Mapping[str, Any], key: str) -> int:
 
 
 def _sliding(family: str, config: Mapping[str, Any], num_layers: int) -> tuple[int | None, tuple[bool, ...]]:
-    """The sliding window and which layers have it."""
+    """Returns the sliding window, and for each layer whether it has the window."""
     window = None if family == "llama" else config["sliding_window"]
     if family.startswith("qwen") and not config["use_sliding_window"]:
         window = None
@@ -257,10 +267,10 @@ def _sliding(family: str, config: Mapping[str, Any], num_layers: int) -> tuple[i
 
 
 def to_hf(config: ModelConfig) -> dict[str, Any]:
-    """The content of a `config.json` from which `from_hf`, and transformers, read the same decoder.
+    """Returns the content of a `config.json` from which `from_hf` and transformers read the same decoder.
 
-    Rotary embeddings are written in transformers 5's spelling and in the older one, which transformers 4 would
-    otherwise replace by its defaults without a word.
+    Rotary embeddings are written with the keys of transformers 5 and with the older keys. Without the older keys,
+    transformers 4 would silently use its defaults.
     """
     gemma, qwen = config.family.startswith("gemma"), config.family.startswith("qwen")
     written: dict[str, Any] = {

@@ -1,7 +1,7 @@
-"""Reading GGUF files: the metadata as a Hugging Face config, and the tensors dequantised, under Hugging Face names.
+"""Reads GGUF files: the metadata as a Hugging Face config, and the dequantised tensors under Hugging Face names.
 
-The `gguf` package knows the quantised formats and undoes them. The header is parsed here, because the package's reader
-makes a NumPy array of every single token and takes four seconds over a vocabulary that this one reads in a tenth.
+The `gguf` package dequantises the tensors. The header is parsed here, because the package's reader makes a NumPy array
+of every token: it needs four seconds for a vocabulary that this parser reads in a tenth of a second.
 Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
 
@@ -36,13 +36,13 @@ _NAMES = {
 }
 _TOP_NAMES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 
-# Llama 3.1's stretching, which GGUF keeps as a tensor of divisors instead of its four numbers. All of Llama 3.1, 3.2
-# and 3.3 share these three; the fourth is the largest divisor.
+# Llama 3.1's rotary scaling. GGUF stores it as a tensor of divisors instead of its four numbers. Llama 3.1, 3.2 and 3.3
+# all have these three numbers; the fourth, `factor`, is the largest divisor.
 _LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 
 
 class Gguf(NamedTuple):
-    """A parsed file: its metadata by key, and its tensors (in NumPy's order of axes) by GGUF name."""
+    """A parsed file: its metadata by key, and its tensors by GGUF name, with axes in NumPy's order."""
 
     path: Path
     metadata: dict[str, Any]
@@ -50,7 +50,7 @@ class Gguf(NamedTuple):
 
 
 class _Cursor:
-    """Reads little-endian values off a buffer, one after the other."""
+    """Reads little-endian values from a buffer, one after the other."""
 
     def __init__(self, data: mmap.mmap) -> None:
         self.data, self.at = data, 0
@@ -77,14 +77,15 @@ class _Cursor:
 
 
 def parse(path: Path) -> Gguf:
-    """Maps a GGUF file and reads its header; tensors are dequantised when they are read.
+    """Maps a GGUF file into memory and reads its header. Tensors are dequantised when they are read.
 
-    Raises `UserError` if the file is no GGUF file of version 2 or 3, is cut short, or the `gguf` package is missing.
+    Raises `UserError` if the file is not a GGUF file of version 2 or 3, if it is cut short, or if the `gguf` package is
+    not installed.
     """
     try:
         from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, dequantize
     except ImportError:
-        raise UserError(f"{path} needs the package gguf to be read: pip install 'grpo_jax[gguf]'.") from None
+        raise UserError(f"{path} can be read only with the package gguf: pip install 'grpo_jax[gguf]'.") from None
     with path.open("rb") as file:
         if file.read(4) != b"GGUF":
             raise UserError(f"{path} is not a GGUF file: it does not begin with the four letters GGUF.")
@@ -99,7 +100,7 @@ def parse(path: Path) -> Gguf:
         infos = []
         for _ in range(num_tensors):
             name, (num_axes,) = cursor.string(), cursor.numbers("I")
-            shape = cursor.numbers("Q", num_axes)[::-1]  # GGUF names the fastest axis first
+            shape = cursor.numbers("Q", num_axes)[::-1]  # GGUF lists the fastest axis first
             infos.append((name, shape, *cursor.numbers("I"), *cursor.numbers("Q")))
     except (struct.error, KeyError):
         raise UserError(f"{path} is cut short or damaged: its header cannot be read.") from None
@@ -133,12 +134,12 @@ def parse(path: Path) -> Gguf:
 
 
 def hf_config(gguf: Gguf) -> dict[str, Any]:
-    """The file's metadata as the content of a `config.json`, for `config.from_hf`."""
+    """Returns the file's metadata as the content of a `config.json`, for `config.from_hf`."""
     family = gguf.metadata.get("general.architecture")
     if family not in _FAMILIES:
         raise UserError(
-            f"{gguf.path} has the architecture {family!r}: of GGUF files only {', '.join(_FAMILIES)} can be read "
-            "(other families load from a Hugging Face directory)."
+            f"{gguf.path} has the architecture {family!r}: only {', '.join(_FAMILIES)} can be read from a GGUF file "
+            "(other families can be loaded from a Hugging Face directory)."
         )
 
     def get(key: str, default: Any = None) -> Any:
@@ -160,7 +161,7 @@ def hf_config(gguf: Gguf) -> dict[str, Any]:
         "num_key_value_heads": get("attention.head_count_kv", heads),
         "head_dim": head_dim,
         "max_position_embeddings": get("context_length"),
-        # kept in float32: the shortest decimal that rounds to it is what was converted
+        # GGUF stores it in float32. The shortest decimal that rounds to it is the value before the conversion.
         "rms_norm_eps": float(str(np.float32(get("attention.layer_norm_rms_epsilon", 1e-6)))),
         "rope_parameters": {"rope_theta": theta, **_rope_scaling(gguf, get, theta, head_dim)},
         "partial_rotary_factor": get("rope.dimension_count", head_dim) / head_dim,
@@ -178,21 +179,23 @@ def _rope_scaling(gguf: Gguf, get: Any, theta: float, head_dim: int) -> dict[str
         rope = RopeConfig(theta, "llama3", factor, 1.0, 4.0, original_max_positions=8192)
         plain, stretched = (inverse_frequencies(r, head_dim) for r in (RopeConfig(theta), rope))
         if not np.allclose(plain / stretched, divisors, rtol=1e-3):
-            raise UserError(f"{gguf.path} stretches its rotary embeddings in a way that is not Llama 3's (rope_freqs).")
+            raise UserError(f"{gguf.path} scales its rotary embeddings in a way that is not Llama 3's (rope_freqs).")
         return {"rope_type": "llama3", "factor": factor, **_LLAMA3}
     if kind == "none":
         return {"rope_type": "default"}
     if kind == "linear":
         return {"rope_type": "linear", "factor": get("rope.scaling.factor")}
-    raise UserError(f"{gguf.path} has the rope scaling {kind!r}: of GGUF files only linear and Llama 3's can be read.")
+    raise UserError(
+        f"{gguf.path} has the rope scaling {kind!r}: only linear and Llama 3's can be read from a GGUF file."
+    )
 
 
 def hf_tensors(gguf: Gguf, config: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The file's tensors under Hugging Face names, with the rows of q and k in Hugging Face's order."""
+    """Returns the file's tensors under Hugging Face names, with the rows of q and k in Hugging Face's order."""
     tensors = {}
     for name, tensor in gguf.tensors.items():
         if name == "rope_freqs.weight":
-            continue  # part of the config
+            continue  # it is read as part of the config
         *prefix, module, leaf = name.split(".")
         if module in ("attn_q", "attn_k") and config["model_type"] == "llama":
             heads = config["num_attention_heads" if module == "attn_q" else "num_key_value_heads"]
@@ -208,8 +211,12 @@ def hf_tensors(gguf: Gguf, config: Mapping[str, Any]) -> dict[str, Tensor]:
 def unpermute(weight: np.ndarray, heads: int) -> np.ndarray:
     """Undoes llama.cpp's reordering of the rows of a Llama's q and k.
 
-    llama.cpp rotates neighbouring pairs of rows (2 i, 2 i + 1) of a head, Hugging Face the pairs (i, i + K / 2); so a
-    converted file has each head's rows interleaved: [K / 2, 2] where Hugging Face has [2, K / 2].
+    llama.cpp rotates neighbouring rows (2 i, 2 i + 1) of a head together; Hugging Face rotates the rows (i, i + K / 2)
+    together. A converted file therefore has each head's rows interleaved: [K / 2, 2] where Hugging Face has [2, K / 2].
+
+    Args:
+      weight: rows of all heads, [heads * K, ...].
+      heads: number of heads.
     """
     grouped = weight.reshape(heads, -1, 2, *weight.shape[1:])
     return grouped.swapaxes(1, 2).reshape(weight.shape)

@@ -1,8 +1,8 @@
-"""Which tensor of a checkpoint becomes which parameter, and the one routine that checks and assembles them.
+"""The mapping between the tensors of a Hugging Face checkpoint and the policy's parameters.
 
-A checkpoint's tensors carry Hugging Face names, one per layer, with torch's [out, in] matrices; parameters are stacked
-over layers, with [in, out] kernels. Every source of weights comes through `assemble`, so a missing, misshapen or
-unexpected tensor is reported in the same way whatever the file was.
+A checkpoint has one tensor per layer, under Hugging Face names, with torch's [out, in] matrices. The parameters are
+stacked over layers, with [in, out] kernels. Every source of weights is read through `assemble`, so a missing, misshapen
+or unexpected tensor is reported in the same way for every file format.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -16,7 +16,7 @@ from grpo_jax.policy.transformer import abstract
 
 
 class Tensor(NamedTuple):
-    """A tensor of a checkpoint that has not been read yet; `read` returns it with this shape."""
+    """A tensor of a checkpoint that has not been read yet. `read` returns it, with this shape."""
 
     shape: tuple[int, ...]
     read: Callable[[], np.ndarray]
@@ -43,7 +43,7 @@ _FOUR_NORMS = {
 
 
 def tensor_names(config: ModelConfig, path: str) -> list[str]:
-    """The Hugging Face names of the tensors that make up the parameter at `path`: one, or one for each layer."""
+    """Returns the Hugging Face names of the tensors that form the parameter at `path`: one, or one for each layer."""
     whole = {"embed": "model.embed_tokens.weight", "norm.scale": "model.norm.weight", "head.kernel": "lm_head.weight"}
     if path in whole:
         return [whole[path]]
@@ -63,8 +63,8 @@ def is_stacked(path: str) -> bool:
     return path.startswith("layers.")
 
 
-def wanted(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """The shape of every tensor of a checkpoint of this decoder, by Hugging Face name."""
+def tensor_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Returns the shape of every tensor that a checkpoint of this decoder must have, by Hugging Face name."""
     shapes = {}
     for path, leaf in abstract(config).items():
         shape = leaf.shape[1:] if is_stacked(path) else leaf.shape
@@ -74,12 +74,12 @@ def wanted(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 
 def assemble(config: ModelConfig, tensors: Mapping[str, Tensor], dtype: np.dtype, where: str) -> dict[str, np.ndarray]:
-    """Checks `tensors` against the config, then reads them into stacked parameters of `dtype`, one at a time.
+    """Checks `tensors` against the config, then reads them one at a time into stacked parameters of `dtype`.
 
-    `where` names the checkpoint in errors. Raises `UserError` before anything is read if a tensor is missing,
-    misshapen or unexpected.
+    `where` is the name of the checkpoint in error messages. Raises `UserError` before anything is read if a tensor is
+    missing, misshapen or unexpected.
     """
-    _check(wanted(config), tensors, config.family, where)
+    _check(tensor_shapes(config), tensors, config.family, where)
     params = {}
     for path, leaf in abstract(config).items():
         value = np.empty(leaf.shape, dtype)
@@ -100,17 +100,17 @@ def _check(shapes: Mapping[str, tuple[int, ...]], tensors: Mapping[str, Tensor],
                 f"{where} has the tensor {name!r} with shape {list(tensors[name].shape)}, but its config calls for "
                 f"{list(shape)}."
             )
-    strangers = sorted(set(tensors) - set(shapes))
-    if strangers:
-        more = f" (and {len(strangers) - 1} more)" if len(strangers) > 1 else ""
+    unexpected = sorted(set(tensors) - set(shapes))
+    if unexpected:
+        more = f" (and {len(unexpected) - 1} more)" if len(unexpected) > 1 else ""
         raise UserError(
-            f"{where} has the tensor {strangers[0]!r}{more} with shape {list(tensors[strangers[0]].shape)}, which a "
-            f"{family} decoder of this config has no place for."
+            f"{where} has the unexpected tensor {unexpected[0]!r}{more} with shape "
+            f"{list(tensors[unexpected[0]].shape)}: a {family} decoder of this config has no such tensor."
         )
 
 
 def disassemble(config: ModelConfig, params: Mapping[str, np.ndarray]) -> Iterator[tuple[str, Tensor]]:
-    """The tensors that `assemble` would read these parameters from.
+    """Yields the tensors from which `assemble` reads these parameters: the inverse of `assemble`.
 
     Raises `UserError` if the parameters do not fit the config.
     """

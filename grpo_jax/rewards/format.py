@@ -1,4 +1,4 @@
-"""The tags in which an answer stands, and rewards for keeping to them."""
+"""The tags around an answer, and rewards for the correct use of the tags."""
 
 import re
 from collections.abc import Sequence

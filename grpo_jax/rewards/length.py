@@ -1,4 +1,4 @@
-"""Rewards for a completion's length."""
+"""Rewards that depend on the length of a completion."""
 
 from collections.abc import Sequence
 

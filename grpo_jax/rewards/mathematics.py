@@ -1,4 +1,4 @@
-"""Rewards for answers that are whole numbers, in the column `answer`."""
+"""Rewards for integer answers. The correct answer is in the column `answer`."""
 
 import re
 from collections.abc import Sequence
@@ -7,7 +7,9 @@ from grpo_jax.rewards import Completion, text
 from grpo_jax.rewards.format import answer_of, is_answer
 
 FORMAT_CREDIT = 0.1
-_INTEGER = re.compile(r"\s*([+-]?[0-9]{1,18})\s*")  # bounded, so that a policy's endless row of digits is no integer
+_INTEGER = re.compile(
+    r"\s*([+-]?[0-9]{1,18})\s*"
+)  # at most 18 digits, so that an endless row of digits is not read as an integer
 
 
 def integer_of(completion: str) -> int | None:

@@ -1,7 +1,7 @@
-"""Scoring a step's completions: every reward called under one failure policy and a time limit, then combined.
+"""Scores the completions of a step: calls every reward under one failure policy and a time limit, and combines them.
 
-A failure is an exception, a call past its time limit, a result that is not one entry per completion, or an entry that
-is neither None nor a finite number. None means "does not apply" and counts for nothing. A failure never becomes a 0.
+A failure is an exception, a call that exceeds its time limit, a result with the wrong number of values, or a value that
+is neither None nor a finite number. None means "does not apply" and adds nothing. A failure never becomes a 0.
 """
 
 import math
@@ -15,12 +15,13 @@ import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from grpo_jax.errors import RunError, UserError
+from grpo_jax.experiment import RewardConfig
 from grpo_jax.rewards import Completion, RewardFunction, text
 
-_ALARM_INTERVAL = 0.05  # s; alarms repeat past the limit, since a bare `except:` in a reward may swallow the first
+_ALARM_INTERVAL = 0.05  # seconds; alarms repeat, because a bare `except:` in a reward may catch the first one
 
 
 @dataclass(frozen=True)
@@ -28,74 +29,89 @@ class Scores:
     """The rewards of N completions.
 
     Attributes:
-      total: [N] the weighted sum of the rewards as they were returned, nan where the completion is dropped. This is
-        what is reported, so that runs which combine rewards in different ways can be compared.
-      by_name: each reward's own values [N], before weights and normalisation, nan where it does not apply or failed.
-      kept: [N] false where a reward failed under the policy `drop`, and where no reward applies.
+      total: [N] the weighted sum of the rewards as they were returned; nan for a completion that is dropped. This is
+        the reported reward, so that runs that combine rewards in different ways can be compared.
+      by_name: [N] for each reward: its values before weights and normalisation; nan where it does not apply or failed.
+      sample_mask: [N] false for a completion that is dropped: a reward failed under the policy `drop`, or no reward
+        applies.
       failures: for each reward, the number of completions that it failed on.
-      signal: [N] what advantages are made from: the total, or the weighted sum of the standardised rewards.
+      advantage_rewards: [N] the rewards from which advantages are computed: the total, or the weighted sum of the
+        standardised rewards.
     """
 
     total: list[float]
     by_name: dict[str, list[float]]
-    kept: list[bool]
+    sample_mask: list[bool]
     failures: dict[str, int]
-    signal: list[float]
+    advantage_rewards: list[float]
 
 
 def score(
     rewards: Mapping[str, RewardFunction],
-    weights: Mapping[str, float] | None = None,
+    arguments: Mapping[str, Sequence[Any]],
+    config: RewardConfig,
     *,
-    prompts: Sequence[Any],
-    completions: Sequence[Completion],
-    completion_ids: Sequence[Sequence[int]],
-    columns: Mapping[str, Sequence[Any]],
-    combine: Literal["sum", "normalize_then_sum"] = "sum",
     group_size: int,
-    on_failure: Literal["raise", "retry", "drop"] = "raise",
-    retries: int = 2,
-    time_limit: float = 60.0,
 ) -> Scores:
-    """Calls each reward on all N completions and combines what they return, weighted (by 1 where no weight is given).
+    """Calls each reward on all N completions and combines the values that the rewards return.
 
-    `sum` adds the rewards as they are. `normalize_then_sum` first standardises each within every group of `group_size`
-    consecutive completions, (r - mean) / population std over the kept completions to which it applies, so that none
-    drowns the others by its scale (GDPO, Liu et al. 2026, 2601.05242); one that is constant in a group adds 0 there.
+    `config.combine`: `sum` is the weighted sum of the rewards as they are. `normalize_then_sum` (GDPO, Liu et al. 2026,
+    2601.05242) first standardises each reward within each group, (r - mean) / population std, so that no reward
+    dominates the others by its scale. Mean and std are those of the completions of the group that are not dropped and
+    to which the reward applies. A reward that is constant in a group adds 0 there. The weight of a reward is 1 if it is
+    not in `config.weights`.
 
-    `raise` ends the run at a failure; `retry` calls again up to `retries` times first; `drop` masks the completions
-    concerned, which are all of them unless single entries are bad. `time_limit` holds for each call, in seconds. It is
-    kept by SIGALRM, which ends Python code, sleeps, regular expressions and blocking reads; out of its reach are C code
-    that never looks for signals and a reward that sets an alarm of its own. Signals need the main thread: in another
-    this raises `UserError` rather than run without a limit.
+    `config.on_failure`: `raise` ends the run at a failure; `retry` first calls again, up to `config.retries` times;
+    `drop` masks the completions on which the reward failed. These are all N completions, unless only single values are
+    bad.
 
-    Raises `RunError` for a failure that ends the run, with the reward's name, what it did, and on which completion.
+    `config.time_limit` is the limit of each call in seconds. SIGALRM enforces it, which ends Python code, sleeps,
+    regular expressions and blocking reads. It cannot end C code that never checks for signals, or a reward that sets an
+    alarm itself. Signals need the main thread.
+
+    Args:
+      rewards: the reward functions by name.
+      arguments: the keyword arguments of every reward function, N entries each: `prompts`, `completions`,
+        `completion_ids` and every column of the task (see `Rollout.reward_arguments`).
+      config: how rewards are combined, and what happens when one fails.
+      group_size: number of completions in a group. The completions of a group are consecutive.
+
+    Raises:
+      RunError: for a failure that ends the run, with the name of the reward, the failure and the completion.
+      UserError: outside the main thread, because there would be no time limit.
     """
     if threading.current_thread() is not threading.main_thread():
-        raise UserError("rewards must be scored in the main thread: their time limit is kept by a signal.")
-    arguments = {**columns, "prompts": prompts, "completions": completions, "completion_ids": completion_ids}
-    attempts = 1 + retries if on_failure == "retry" else 1
+        raise UserError("rewards must be scored in the main thread, because their time limit is enforced by a signal.")
+    completions = arguments["completions"]
+    attempts = 1 + config.retries if config.on_failure == "retry" else 1
     calls: dict[str, _Call] = {}
     for name, reward in rewards.items():
-        calls[name] = call = _call(reward, arguments, attempts, time_limit)
-        if call.failed and on_failure != "drop":
+        calls[name] = call = _call(reward, arguments, attempts, config.time_limit)
+        if call.failed and config.on_failure != "drop":
             raise RunError(f"reward {name!r} {_explain(call, completions)}") from call.cause
     by_name = {name: call.values for name, call in calls.items()}
     failures = {name: len(call.failed) for name, call in calls.items()}
     failed = {i for call in calls.values() for i in call.failed}
     applies = [any(not math.isnan(values[i]) for values in by_name.values()) for i in range(len(completions))]
-    kept = [a and i not in failed for i, a in enumerate(applies)]
-    factors = {name: (weights or {}).get(name, 1.0) for name in rewards}
-    total = signal = _weighted_sums(by_name, factors, kept)
-    if combine == "normalize_then_sum":
-        standardized = {name: _standardize(values, kept, group_size) for name, values in by_name.items()}
-        signal = _weighted_sums(standardized, factors, kept)
-    return Scores(total, by_name, kept, failures, signal)
+    sample_mask = [a and i not in failed for i, a in enumerate(applies)]
+    weights = {name: config.weights.get(name, 1.0) for name in rewards}
+    total = advantage_rewards = _weighted_sums(by_name, weights, sample_mask)
+    if config.combine == "normalize_then_sum":
+        standardized = {name: _standardize(values, sample_mask, group_size) for name, values in by_name.items()}
+        advantage_rewards = _weighted_sums(standardized, weights, sample_mask)
+    return Scores(total, by_name, sample_mask, failures, advantage_rewards)
 
 
 @dataclass(frozen=True)
 class _Call:
-    """What came of calling a reward: its values (nan for None and failures), where it failed, how, and the error."""
+    """The result of calling a reward.
+
+    Attributes:
+      values: [N] its values; nan for None and failures.
+      failed: the indices of the completions that it failed on.
+      reason: how it failed, as the predicate of a sentence.
+      cause: the exception, if there was one.
+    """
 
     values: list[float]
     failed: Sequence[int] = ()
@@ -129,7 +145,7 @@ def _call_once(reward: RewardFunction, arguments: Mapping[str, Any], time_limit:
 
 
 def _is_finite(entry: Any) -> bool:
-    """Whether the entry is a finite number of any kind: Python's, NumPy's, a scalar array."""
+    """Whether the entry is a finite number: one of Python or NumPy, or a scalar array."""
     try:
         return math.isfinite(entry)
     except (TypeError, ValueError, OverflowError):
@@ -137,25 +153,28 @@ def _is_finite(entry: Any) -> bool:
 
 
 def _weighted_sums(
-    terms: Mapping[str, Sequence[float]], factors: Mapping[str, float], kept: Sequence[bool]
+    terms: Mapping[str, Sequence[float]], weights: Mapping[str, float], sample_mask: Sequence[bool]
 ) -> list[float]:
-    """For each completion the sum of the terms that apply to it; nan where it is dropped."""
+    """Computes, for each completion, the weighted sum of the terms that apply to it; nan if it is dropped."""
 
-    def of(index: int) -> float:
-        return sum(factors[name] * values[index] for name, values in terms.items() if not math.isnan(values[index]))
+    def sum_at(index: int) -> float:
+        return sum(weights[name] * values[index] for name, values in terms.items() if not math.isnan(values[index]))
 
-    return [of(index) if keep else math.nan for index, keep in enumerate(kept)]
+    return [sum_at(index) if included else math.nan for index, included in enumerate(sample_mask)]
 
 
-def _standardize(values: Sequence[float], kept: Sequence[bool], group_size: int) -> list[float]:
-    """(r - mean) / population std of the kept values within each group; nan where there is none."""
-    masked = [value if keep else math.nan for value, keep in zip(values, kept, strict=True)]
+def _standardize(values: Sequence[float], sample_mask: Sequence[bool], group_size: int) -> list[float]:
+    """Computes (r - mean) / population std of the unmasked values within each group; nan where there is no value."""
+    masked = [value if included else math.nan for value, included in zip(values, sample_mask, strict=True)]
     groups = [masked[start : start + group_size] for start in range(0, len(masked), group_size)]
     return [value for group in groups for value in _standardize_group(group)]
 
 
 def _standardize_group(group: Sequence[float]) -> list[float]:
-    """A spread below 1e-9 of the values is a rounding error (0.1 + 0.2 beside 0.3), and its values become 0."""
+    """Standardises the values of one group.
+
+    A std below 1e-9 of the largest value is a rounding error (0.1 + 0.2 beside 0.3). The values then become 0.
+    """
     present = [value for value in group if not math.isnan(value)]
     if not present:
         return list(group)
@@ -165,27 +184,28 @@ def _standardize_group(group: Sequence[float]) -> list[float]:
 
 
 def _explain(call: _Call, completions: Sequence[Completion]) -> str:
+    """Returns the rest of the error message after the name of the reward."""
     first, *others = call.failed
     return (
         f"{call.reason} for completion {first}, {reprlib.repr(text(completions[first]))}"
         f"{f', and {len(others)} more' if others else ''}; it must return one finite number, or None where it does not "
-        "apply, for each completion (reward.on_failure = 'drop' would mask those that it fails on)."
+        "apply, for each completion (reward.on_failure = 'drop' would mask the completions that it fails on)."
     )
 
 
 def _place(error: BaseException) -> str:
-    """The last line of the reward's own file that the error came through, as ` (at file:line)`."""
+    """Returns where in the reward's own file the error occurred, as ` (at file:line)`."""
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename != __file__]
     own = [frame for frame in frames if frame.filename == frames[0].filename]
     return f" (at {Path(own[-1].filename).name}:{own[-1].lineno})" if own else ""
 
 
 class _TimeUp(BaseException):
-    """A reward ran past its limit. Not an `Exception`, so that a reward's own `except Exception` lets it through."""
+    """A reward exceeded its time limit. Not an `Exception`, so that no `except Exception` in a reward catches it."""
 
 
 def _within(seconds: float, function: Callable[[], Any]) -> Any:
-    """Returns `function()`, or raises `_TimeUp` once `seconds` have passed. Leaves the alarm as it was found."""
+    """Returns `function()`, or raises `_TimeUp` after `seconds`. Restores the alarm that was set before."""
     running, reached = True, False
 
     def ring(*_: object) -> None:
@@ -201,7 +221,7 @@ def _within(seconds: float, function: Callable[[], Any]) -> Any:
         try:
             result = function()
         finally:
-            running = False  # the inner `finally`, so that an alarm at this very moment still finds the outer one
+            running = False  # in the inner `finally`, so that after an alarm at this moment the outer one still runs
     finally:
         left = max(delay - (time.monotonic() - started), 1e-3) if delay else 0.0
         signal.setitimer(signal.ITIMER_REAL, left, interval)

@@ -1,7 +1,8 @@
 """Rewards for Wordle, for a single guess and for the whole game. The secret is the column `secret`.
 
-What is read as the guess is decided in one place, `guess_of`. A game is scored by its last guess, unless a reward says
-otherwise: since a game ends when it is won, its last guess is the secret exactly if it was won.
+`guess_of` alone decides which part of a turn is the guess. The score of a game is that of its last guess, unless the
+docstring of a reward says otherwise: a game ends when it is won, so the last guess is the secret if and only if the
+game was won.
 """
 
 import math

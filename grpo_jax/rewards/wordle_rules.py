@@ -1,7 +1,7 @@
 """The rules of Wordle: the word lists, the feedback, and which words are still possible.
 
-They stand here, below the task, because the rewards need them too; `grpo_jax.tasks.wordle` passes them on. Words are
-upper-case; functions that take a word fold its case and strip the white space around it (`normalize`).
+The rules are in this package because the rewards use them too; `grpo_jax.tasks.wordle` re-exports them. Words are in
+upper case. Functions that take a word convert it to upper case and strip the white space around it (`normalize`).
 """
 
 import functools

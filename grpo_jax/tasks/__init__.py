@@ -1,4 +1,4 @@
-"""What is asked: prompts in disjoint splits, what counts as success, and the environment that answers. Text only."""
+"""Tasks: prompts in disjoint splits, what counts as success, and the environment that replies. Text only."""
 
 import random
 from collections.abc import Callable, Mapping, Sequence
@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 Example = Mapping[str, Any]
-"""One prompt, under the key "prompt": a string, or a list of chat messages {"role", "content"}. Every further key is a
+"""One prompt, under the key "prompt": a string, or a list of chat messages {"role", "content"}. Every other key is a
 column that reward functions receive, e.g. the secret word."""
 
 
@@ -15,15 +15,17 @@ class Task:
     """A task that a policy is trained and evaluated on.
 
     Attributes:
-      name: how it is called in logs and tables.
-      train: the examples that are trained on.
-      held_out: the examples that are only evaluated on; disjoint from `train` unless the task says otherwise.
-      success: what evaluation counts, called as a reward function is; one bool per completion.
-      demonstrate: an assistant's turns for an example, one string each, for supervised fine-tuning.
-      reply: for several turns: the environment's next message after the assistant's turns so far, or None when the
-        episode is over. A pure function. None for a task of a single turn.
-      max_turns: the most turns that the assistant has.
-      references: success rates to compare with, e.g. of a player that guesses blindly and of one that plays well.
+      name: the name in logs and tables.
+      train: the examples for training.
+      held_out: the examples for evaluation only; disjoint from `train` unless the task says otherwise.
+      success: the success that evaluation counts. It is called like a reward function and returns one bool per
+        completion.
+      demonstrate: returns the assistant's turns for an example, one string each, for supervised fine-tuning. None if
+        the task has no demonstrations.
+      reply: for several turns: returns the environment's next message after the assistant's turns so far, or None if
+        the episode is over. A pure function. None for a task of a single turn.
+      max_turns: the maximum number of the assistant's turns.
+      references: success rates for comparison, e.g. of a player that ignores the feedback and of one that plays well.
     """
 
     name: str

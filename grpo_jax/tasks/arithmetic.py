@@ -1,4 +1,4 @@
-"""Two-digit sums, asked after a few worked ones."""
+"""Sums of two-digit numbers, with a few worked examples in the prompt."""
 
 import itertools
 import random
@@ -16,11 +16,14 @@ ADDENDS = range(10, 100)
 def sums(num_train: int = 3000, num_held_out: int = 600, seed: int = 0, shots: int = 3) -> Task:
     """Returns the sums of two numbers from 10 to 99 as a chat task with the column `answer`, an int.
 
-    A pair of addends is used once: of the held-out pairs, none occurs in training or in a worked example, in either
-    order. The held-out sums depend on `seed` and `num_held_out` alone. The instruction and the `shots` worked examples,
-    as turns of the chat, begin every prompt, so that they can be shared; the question comes last.
+    Each pair of addends is used once, so no held-out pair occurs in training or in a worked example, in either order.
+    The held-out sums depend only on `seed` and `num_held_out`. Every prompt begins with the instruction and the `shots`
+    worked examples, as turns of the chat, so that prompts can share them. The question comes last.
 
-    With three shots SmolLM2 reads 130 tokens, of which the first 117 are those of every prompt.
+    With three shots a prompt has 130 tokens of SmolLM2. The first 117 are the same in every prompt.
+
+    Raises:
+      UserError: if there are not enough pairs.
     """
     pairs = list(itertools.combinations_with_replacement(ADDENDS, 2))
     wanted = num_train + num_held_out + shots
@@ -60,7 +63,8 @@ def _question(a: int, b: int) -> str:
 
 
 def _tagged(answer: int) -> str:
-    # The spaces matter: SmolLM2 knows sums as " = 57", and its chance of the right digits is ten times that after ">".
+    # The spaces matter: SmolLM2 knows sums as " = 57". The correct digits are ten times as probable after a space as
+    # after ">".
     return f"<answer> {answer} </answer>"
 
 

@@ -1,9 +1,11 @@
-"""Wordle: guessing one secret at once, the full game of six turns, and the reference players.
+"""Wordle: the task with one secret and one guess, the full game of six turns, and reference players.
 
-The rules stand in `grpo_jax.rewards.wordle_rules`, because rewards need them too, and what is read as a guess is
-`grpo_jax.rewards.wordle.guess_of`. Two departures from the game on the web. A guess that it would refuse (no five
-letters, or not among its 12,972 words) uses up its turn and is answered by a sign that says nothing of the secret:
-otherwise an episode need not end. And there is a training split: the policy is evaluated on secrets it never played.
+The rules are in `grpo_jax.rewards.wordle_rules`, because rewards use them too. `grpo_jax.rewards.wordle.guess_of`
+decides which part of a turn is the guess. There are two differences from the game on the web:
+
+* A guess that the game does not accept (not five letters, or not among its 12,972 words) uses up a turn. The reply
+  contains no information about the secret. Otherwise an episode might never end.
+* There is a training split: the policy is evaluated on secrets that it did not play in training.
 """
 
 import random
@@ -47,13 +49,14 @@ __all__ = [
 ]
 
 REFUSED = "-" * WORD_LENGTH
-"""The plain style's reply to a refused guess."""
+"""The reply of the plain style to a guess that the game does not accept."""
 
 _GREY = {letter: chr(ord("ⓐ") + i) for i, letter in enumerate(string.ascii_uppercase)}
 
 PLAIN_ALPHABET = string.ascii_uppercase + string.ascii_lowercase + "".join(_GREY.values()) + "-"
-"""The characters of the plain style: guesses in capitals; in replies a letter in its place is a capital, one that
-occurs elsewhere is small, and one that does not occur is circled. Dashes answer a refused guess."""
+"""The characters of the plain style. Guesses are in upper case. In replies a letter in its place is in upper case, a
+letter that occurs elsewhere is in lower case, and a letter that does not occur is circled. A reply of dashes means that
+the game does not accept the guess."""
 
 RULES = (
     f"Let us play Wordle. Find my secret English word of {WORD_LENGTH} letters in at most {MAX_GUESSES} guesses. "
@@ -63,15 +66,18 @@ RULES = (
 )
 
 Player = Callable[[History, random.Random], str]
-"""A way to play: the guesses so far, each with its feedback, and a source of randomness -> the next guess."""
+"""A player: (the guesses so far, each with its feedback; a source of randomness) -> the next guess."""
 
 
 def single_guess(secret: str = "POUND", prompt: str = "") -> Task:
-    """Returns the article's case: one secret, one guess, no feedback; the column `secret`.
+    """Returns the article's task: one secret, one guess, no feedback. The column is `secret`.
 
-    This is memorisation, by design: the prompt says nothing of the secret, which only the rewards know, and the
-    held-out example is the training example. What is learned is what the reward function could teach. A demonstration
-    is a random word of the game other than the secret.
+    The task is memorisation, by design: the prompt contains no information about the secret, only the rewards do, and
+    the held-out example is the training example. So the policy learns only what the reward function can teach. A
+    demonstration is a random word of the game that is not the secret.
+
+    Raises:
+      UserError: if the secret is not a word of the game.
     """
     secret = normalize(secret)
     if not is_word(secret):
@@ -92,12 +98,18 @@ def six_turns(
 ) -> Task:
     """Returns the full game, with disjoint secrets (the column `secret`) for training and evaluation.
 
-    The secrets are drawn from the 2,315 answers by `seed`. With num_held_out = 0 the policy is evaluated on the
-    training secrets: whether it plays well with the words that it knows, and not whether it knows others. Style `plain`
-    is for a policy from scratch over `PLAIN_ALPHABET`: an empty prompt, turns like `CRANE`, replies like `ⓒrANⓔ`. Style
-    `chat` is for a language model: rules, tags and replies in words. A demonstration is a game of the random consistent
-    player over the training secrets: the only words it knows, so on a held-out secret it loses. The references are what
-    the blind and the random consistent player, who know the training secrets and no other word, win on those secrets.
+    The secrets are drawn from the 2,315 answers with `seed`. With num_held_out = 0 the policy is evaluated on the
+    training secrets. This measures whether it plays well with the words that it knows, not whether it knows others.
+
+    Style `plain` is for a policy from scratch over `PLAIN_ALPHABET`: an empty prompt, turns like `CRANE`, replies like
+    `ⓒrANⓔ`. Style `chat` is for a language model: rules, tags and replies in words.
+
+    A demonstration is a game of the random consistent player, which knows only the training secrets, so it loses on a
+    held-out secret. The references are the win rates of the blind and of the random consistent player on the training
+    secrets; both know only these words.
+
+    Raises:
+      UserError: for numbers of secrets that are out of range, or an unknown style.
     """
     if num_secrets < 1 or num_held_out < 0 or num_secrets + num_held_out > len(answers()):
         raise UserError(
@@ -125,14 +137,14 @@ def six_turns(
 
 
 def blind(candidates: Sequence[str]) -> Player:
-    """Returns the floor: a player that guesses any of the candidates each turn and never reads the feedback."""
+    """Returns the lower reference: a player that guesses a random candidate in each turn and ignores the feedback."""
     return lambda history, rng: rng.choice(candidates)
 
 
 def random_consistent(candidates: Sequence[str]) -> Player:
-    """Returns the ceiling: a player that guesses any candidate that is consistent with all feedback so far.
+    """Returns the upper reference: a player that guesses a random candidate that agrees with all feedback so far.
 
-    When none is left, because the secret is not among the candidates, any of them.
+    If no candidate agrees, because the secret is not one of them, it guesses any random candidate.
     """
     codes = encode(candidates)
 
@@ -144,7 +156,7 @@ def random_consistent(candidates: Sequence[str]) -> Player:
 
 
 def play(player: Player, secret: str, rng: random.Random) -> list[str]:
-    """Returns the player's guesses: up to six, the last of them the secret if the game was won."""
+    """Returns the player's guesses: at most six. The last guess is the secret if the game was won."""
     guesses: list[str] = []
     while not _is_over(guesses, secret):
         guesses.append(player(history_of(guesses, secret), rng))
@@ -152,7 +164,7 @@ def play(player: Player, secret: str, rng: random.Random) -> list[str]:
 
 
 def win_rate(player: Player, secrets: Sequence[str], num_games: int, seed: int = 0) -> float:
-    """Returns the share of games won, over `num_games` secrets drawn with replacement."""
+    """Returns the fraction of games that the player wins, over `num_games` secrets drawn with replacement."""
     rng = random.Random(seed)
     games = ((secret, play(player, secret, rng)) for secret in rng.choices(secrets, k=num_games))
     return sum(guesses[-1] == secret for secret, guesses in games) / num_games
@@ -176,8 +188,8 @@ def _reply(turns: Sequence[str], secret: str, say: Callable[[str, str | None, in
 
 
 def _say_plain(guess: str, marks: str | None, guesses_left: int) -> str:
-    # One character says both letter and mark, always as far behind the letter that it bears upon: what a policy of two
-    # layers has to learn is then to copy and to suppress, where strings of marks alone took it thousands of updates.
+    # One character encodes both letter and mark, at a fixed distance from the letter in the guess. Then a policy of two
+    # layers only has to learn to copy and to suppress letters. With strings of marks it needed thousands of updates.
     if marks is None:
         return REFUSED
     written = {"G": str, "Y": str.lower, "X": _GREY.__getitem__}
@@ -189,7 +201,7 @@ def _say_chat(guess: str, marks: str | None, guesses_left: int) -> str:
     return f"{heard} {guesses_left} {'guesses' if guesses_left > 1 else 'guess'} left."
 
 
-# style -> the prompt, how an assistant's turn is written, and how the environment answers it
+# style -> the prompt, the format of an assistant's turn, and the function that writes the environment's reply
 _STYLES: dict[str, tuple[Any, str, Callable[[str, str | None, int], str]]] = {
     "plain": ("", "{}", _say_plain),
     "chat": ([{"role": "user", "content": RULES}], "<answer>{}</answer>", _say_chat),

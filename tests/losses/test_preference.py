@@ -1,4 +1,4 @@
-"""The losses on preference pairs against TRL's own code, by hand, over shards, and beside values that must not leak."""
+"""The losses on preference pairs: compared with TRL's code, worked by hand, over shards, and with masked values."""
 
 import json
 import os
@@ -18,14 +18,14 @@ eager_or_jit = pytest.mark.parametrize("loss", [dpo_loss, jitted], ids=["eager",
 
 
 def rows(pairs: np.ndarray) -> np.ndarray:
-    """[N, 2, ...] as alternating rows [2N, ...], float32 unless it is a mask."""
+    """Converts [N, 2, ...] to alternating rows [2N, ...], in float32 unless it is a mask."""
     flat = pairs.reshape(-1, *pairs.shape[2:])
     return flat if flat.dtype == bool else np.float32(flat)
 
 
 @pytest.mark.parametrize("number", range(len(CASES)), ids=lambda i: "-".join(map(str, CASES[i].values())))
 def test_dpo_agrees_with_trl(number):
-    # `python make_preferences.py OUT.npz SEED` makes the same for other inputs; GRPO_JAX_PREFERENCES=OUT.npz runs this.
+    # `python make_preferences.py OUT.npz SEED` makes other inputs; GRPO_JAX_PREFERENCES=OUT.npz runs the test on them.
     given = [rows(GOLDEN[name]) for name in ("logprobs", "ref_logprobs", "mask")]
     config = DPOConfig(**CASES[number])
     (value, metrics), gradient = jax.value_and_grad(lambda x: dpo_loss(x, *given[1:], config), has_aux=True)(given[0])
@@ -71,7 +71,7 @@ def test_arithmetic_by_hand(loss):
 
 
 def test_robust_dpo_is_unbiased_under_flipped_labels():
-    # Its mean over labels that are wrong with probability 0.2 is the loss of the right ones; cDPO's is not.
+    # Its mean over labels that are wrong with probability 0.2 is the loss of the correct labels; cDPO's mean is not.
     rng = np.random.default_rng(0)
     logprobs, ref_logprobs = rng.normal(size=(2, 2, 4)).astype(np.float32)
     mask = np.ones((2, 4), bool)
@@ -123,4 +123,4 @@ def test_a_pair_that_does_not_count_touches_nothing():
     np.testing.assert_allclose(dpo_loss(logprobs, ref_logprobs, mask, DPOConfig(), pairs=pairs)[0], expected, rtol=1e-6)
     assert dpo_loss(logprobs, ref_logprobs, mask, DPOConfig(), pairs=0 * pairs)[0] == 0
     scores = np.arange(32.0)
-    np.testing.assert_allclose(bradley_terry_loss(scores, pairs=pairs)[0], np.log1p(np.e), rtol=1e-6)  # all lose by 1
+    np.testing.assert_allclose(bradley_terry_loss(scores, pairs=pairs)[0], np.log1p(np.e), rtol=1e-6)  # every chosen completion loses by 1

@@ -1,4 +1,4 @@
-"""The supervised loss by hand, over shards, and beside values that must not leak."""
+"""The supervised loss: worked by hand, over shards, and with masked values that must have no effect."""
 
 import jax
 import numpy as np
@@ -13,7 +13,7 @@ eager_or_jit = pytest.mark.parametrize("loss", [supervised.loss, jax.jit(supervi
 
 @eager_or_jit
 def test_is_the_mean_over_learned_tokens(loss):
-    # (1 + 2 + 4) / 3 tokens, and not the mean of the rows' means, (1.5 + 4) / 2.
+    # (1 + 2 + 4) / 3 tokens, not the mean of the rows' means, (1.5 + 4) / 2.
     value, metrics = loss(LOGPROBS, MASK)
     np.testing.assert_allclose(value, 7 / 3, rtol=1e-6)
     np.testing.assert_allclose(metrics["loss"], 7 / 3, rtol=1e-6)

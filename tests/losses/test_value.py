@@ -10,14 +10,14 @@ NAN = np.nan
 
 
 def test_the_reward_comes_with_the_last_token_and_every_token_pays_for_the_kl():
-    # 0.1 * (log p - log p_ref): tokens 0.5 and -0.2 nats off; the second row's tokens are an environment's in between.
+    # 0.1 * (log p - log p_ref): differences of 0.5 and -0.2 nats. In the second row the middle token is an environment's.
     logprobs = np.array([[-1.0, -2.0, NAN], [-1.0, NAN, -3.0]])
     ref_logprobs = np.array([[-1.5, -1.8, NAN], [-1.0, NAN, -2.0]])
     mask = np.array([[True, True, False], [True, False, True]])
     rewards = token_rewards(np.array([1.0, 2.0]), logprobs, ref_logprobs, mask, 0.1)
     np.testing.assert_allclose(rewards, [[-0.05, 1 + 0.02, 0], [0, 0, 2 + 0.1]], atol=1e-6)
     nothing = token_rewards(np.array([7.0, 2.0]), logprobs, ref_logprobs, mask & [[False], [True]], 0.1)
-    np.testing.assert_allclose(nothing[0], 0)  # a row without a token has none to pay
+    np.testing.assert_allclose(nothing[0], 0)  # a row without a token has no reward
 
 
 @pytest.mark.parametrize("function", [gae, jax.jit(gae, static_argnums=(3, 4))], ids=["eager", "jit"])
@@ -26,7 +26,7 @@ def test_gae_by_hand(function):
     #   delta_2 = 2 - 0.6 = 1.4                  A_2 = 1.4
     #   delta_1 = 0 + 0.5 * 0.6 - 0.2 = 0.1      A_1 = 0.1 + 0.4 * 1.4 = 0.66
     #   delta_0 = 1 + 0.5 * 0.2 - 0.4 = 0.7      A_0 = 0.7 + 0.4 * 0.66 = 0.964
-    # Row two: an environment's token lies between its two steps, padding after them.
+    # Row two: an environment's token is between its two steps, and padding is after them.
     #   A_2 = 2 - 0.6 = 1.4;  delta_0 = 1 + 0.5 * 0.6 - 0.4 = 0.9, A_0 = 0.9 + 0.4 * 1.4 = 1.46
     rewards = np.array([[1.0, 0, 2, NAN], [1, NAN, 2, NAN]])
     values = np.array([[0.4, 0.2, 0.6, NAN], [0.4, NAN, 0.6, NAN]])
@@ -49,8 +49,8 @@ def test_the_ends_of_lambda_are_the_reward_to_go_and_one_step():
 
 
 def test_the_critics_loss_by_hand():
-    # Old values 0, range 0.2. Value 0.5 for a return of 1: held at 0.2, whose error 0.64 is worse than 0.25, and has no
-    # gradient. Value 0.1, within the range: 0.01 both ways. Value 0.9 for a return of 0.1: 0.64 is worse than 0.01.
+    # Old values 0, range 0.2. Value 0.5 for a return of 1: clipped to 0.2, whose error 0.64 is larger than 0.25 and has
+    # no gradient. Value 0.1, within the range: 0.01 both ways. Value 0.9 for a return of 0.1: 0.64 is larger than 0.01.
     values, returns = np.array([[0.5, 0.1, 0.9, NAN]], np.float32), np.array([[1.0, 0.2, 0.1, NAN]], np.float32)
     mask = np.array([[True, True, True, False]])
     arguments = np.zeros((1, 4), np.float32), returns, mask

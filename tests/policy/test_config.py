@@ -78,7 +78,7 @@ def test_gemma3_published_config_with_its_gaps_is_read():
     )
     assert (config.vocab_size, config.num_heads, config.num_kv_heads, config.head_dim) == (262208, 8, 4, 256)
     assert (config.rope, config.local_rope) == (RopeConfig(1e6, "linear", 8.0), RopeConfig(1e4))
-    assert config.sliding_layers[:7] == (True, True, True, True, True, False, True)  # every sixth sees everything
+    assert config.sliding_layers[:7] == (True, True, True, True, True, False, True)  # every sixth layer has full attention
     assert config.query_scale == 1 / 16 and config.embed_scale == 2560**0.5 and config.tied
     assert to_hf(config)["model_type"] == "gemma3_text"
 
@@ -106,7 +106,7 @@ def test_biases_follow_the_family():
     assert read("qwen2").qkv_bias and not read("qwen2").o_bias
     with_bias = read("llama", attention_bias=True, mlp_bias=True)
     assert with_bias.qkv_bias and with_bias.o_bias and with_bias.mlp_bias
-    assert not read("mistral", attention_bias=True).qkv_bias  # as in transformers, whose Mistral has none
+    assert not read("mistral", attention_bias=True).qkv_bias  # as in transformers, whose Mistral has no biases
 
 
 @pytest.mark.parametrize(
@@ -151,7 +151,7 @@ def test_linear_scaling_divides_every_frequency():
 
 def test_llama3_scaling_by_hand():
     # theta 100, head_dim 8: frequencies 1, 10^-.5, 10^-1, 10^-1.5; in 64 positions they turn 10.2, 3.22, 1.02, 0.322
-    # times. At 4 turns and above nothing changes; at 1 and below it is divided by 8; 3.22 turns lie
+    # times. From 4 turns on a frequency does not change; up to 1 turn it is divided by 8; 3.22 turns are at
     # (3.22 - 1) / 3 = 0.74 of the way between.
     rope = RopeConfig(100.0, "llama3", 8.0, 1.0, 4.0, original_max_positions=64)
     plain = 10.0 ** -np.arange(0, 2, 0.5)

@@ -1,6 +1,6 @@
-"""Logits against transformers' (golden files, made by tests/golden/make_policies.py), and what padding must not do.
+"""Logits compared with those of transformers (golden files, made by tests/golden/make_policies.py), and padding.
 
-That transformers loads what is exported, with the same logits and tokens, needs torch: tests/golden/check_export.py.
+tests/golden/check_export.py checks that transformers loads an export with the same logits and tokens; it needs torch.
 """
 
 import importlib.util
@@ -31,8 +31,8 @@ def test_logits_are_those_of_transformers(name):
     golden = np.load(GOLDEN / f"{name}.npz")
     logits = np.asarray(loaded(name).logits(golden["tokens"], golden["mask"]))
     assert logits.dtype == np.float32
-    shown = golden["mask"] == 1
-    np.testing.assert_allclose(logits[shown], golden["logits"][shown], rtol=0, atol=TOLERANCE)
+    valid = golden["mask"] == 1
+    np.testing.assert_allclose(logits[valid], golden["logits"][valid], rtol=0, atol=TOLERANCE)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -54,7 +54,7 @@ def test_what_is_masked_has_no_influence():
 
 
 def test_every_option_matters_to_the_golden_logits():
-    # A golden file that an implementation without the option would also meet proves nothing.
+    # A golden file proves nothing if an implementation without the option passes too.
     import dataclasses
 
     for name, changes in {
@@ -101,7 +101,7 @@ def test_smollm2_gives_each_chat_of_a_padded_batch_what_it_gets_alone():
     golden = np.load(GOLDEN / "smollm2.npz")
     chats = [golden[f"ids{i}"] for i in range(3)]
     longest = max(map(len, chats))
-    # the pad id, 2, also ends the turns inside of the prompts
+    # the pad id, 2, also ends the turns inside the prompts
     left = np.array([np.pad(ids, (longest - len(ids), 0), constant_values=2) for ids in chats])
     mask = np.array([[0] * (longest - len(ids)) + [1] * len(ids) for ids in chats])
     logits = np.asarray(loaded("smollm2").logits(left, mask))[:, -1]

@@ -1,4 +1,4 @@
-"""Tokenizers: what is encoded, where prompts begin and end, and what an environment's reply adds."""
+"""Tokenizers: encoding, the beginnings and ends of prompts, and the tokens of an environment's reply."""
 
 import importlib.util
 import json
@@ -37,7 +37,7 @@ METADATA = {
 
 
 def small(**changes) -> HuggingFaceTokenizer:
-    """A byte-level tokenizer whose end of a turn, <|im_end|> (1), is not its end of a sequence, <|end|> (2)."""
+    """A byte-level tokenizer. Its end-of-turn token <|im_end|> (1) is not its end-of-sequence token <|end|> (2)."""
     metadata = {**METADATA, **{f"tokenizer.{key.replace('__', '.')}": value for key, value in changes.items()}}
     return from_gguf(Path("small.gguf"), metadata)()
 
@@ -100,7 +100,7 @@ def test_other_pre_tokenizers_split_digits_their_way(pre, count):
 def test_a_plain_text_gets_a_begin_token_only_where_the_tokenizer_puts_one():
     assert small().render("hi") == small().encode("hi")
     assert small(ggml__add_bos_token=True).render("hi") == [0, *small().encode("hi")]
-    assert small().render("") == [0]  # a policy cannot begin from nothing
+    assert small().render("") == [0]  # a prompt needs at least one token
 
 
 def test_the_end_of_a_turn_stops_as_well_as_the_end_of_the_sequence():
@@ -122,13 +122,13 @@ def test_a_reply_is_what_lies_between_two_assistant_turns():
     tokenizer = small(chat_template=CHATML)
     first = [{"role": "user", "content": "hi"}]
     whole = tokenizer.render([*first, {"role": "assistant", "content": "1"}, {"role": "user", "content": "2"}])
-    played = [*tokenizer.render(first), *tokenizer.encode("1"), 1, *tokenizer.reply("2")]  # 1: the sampled <|im_end|>
-    assert played == whole
+    joined = [*tokenizer.render(first), *tokenizer.encode("1"), 1, *tokenizer.reply("2")]  # 1: the sampled <|im_end|>
+    assert joined == whole
     assert tokenizer.reply("2") == tokenizer.encode("\n<|im_start|>user\n2<|im_end|>\n<|im_start|>assistant\n")
 
 
 def test_a_template_without_an_end_of_turn_keeps_all_that_follows():
-    # the special token after an assistant's turn opens the next turn here: it ends nothing
+    # here the special token after an assistant's turn begins the next turn, so it is not a stop token
     opens = "{% for m in messages %}<|im_start|>{{ m['role'] }} {{ m['content'] }}{% endfor %}"
     tokenizer = small(chat_template=opens + "{% if add_generation_prompt %}<|im_start|>assistant {% endif %}")
     assert tokenizer.stop_ids == (2,)

@@ -1,7 +1,7 @@
 """The forward: a shared prefix is a repeated prompt, and caches, scans, remat and padding change nothing.
 
-The oracle is the same forward used in the plainest way: every completion a row of its own behind its own copy of its
-prompt, nothing padded on the left, no prefix, no cache. That it computes what transformers computes is test_parity.py.
+The reference is the same forward in its simplest use: every completion is a row that begins with its own copy of the
+prompt, without padding on the left, prefix or cache. test_parity.py checks that it computes what transformers computes.
 """
 
 from dataclasses import replace
@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 
 from grpo_jax.experiment import LoRAConfig
-from grpo_jax.logprobs import completion_logprobs
+from grpo_jax.logprobs import Completions, completion_logprobs
 from grpo_jax.policy import transformer
 from grpo_jax.policy.config import ModelConfig, RopeConfig
 from grpo_jax.policy.layers import matmul_f32
-from grpo_jax.policy.transformer import KeyValues, bind, forward, prefill, unstack
+from grpo_jax.policy.transformer import KeyValues, TokenRows, bind, forward, prefill, unstack
 
 LORA = LoRAConfig(rank=3, alpha=6.0, targets=("q", "down"))
 LLAMA = ModelConfig(
@@ -35,7 +35,7 @@ LLAMA = ModelConfig(
     o_bias=True,
     mlp_bias=True,
 )
-# What Gemma 2 and Gemma 3 add, in one: layers of two kinds, each with its window and its rotation; soft caps; norms.
+# All that Gemma 2 and Gemma 3 add: layers of two kinds, each with its window and its rotation; soft caps; norms.
 GEMMA = replace(
     LLAMA,
     sliding_window=4,
@@ -57,10 +57,10 @@ CONFIGS = {"llama": LLAMA, "gemma": GEMMA, "mistral": replace(LLAMA, sliding_win
 some_configs = pytest.mark.parametrize("name", ["llama", "gemma"])
 
 # Three prompts of different lengths that share their first four tokens, two completions each, of different lengths too.
-COMMON = 4
+SHARED_LENGTH = 4
 LENGTHS = np.array([9, 5, 7])
 PROMPTS = np.random.default_rng(0).integers(0, 29, (3, 9))
-PROMPTS[:, :COMMON] = PROMPTS[0, :COMMON]
+PROMPTS[:, :SHARED_LENGTH] = PROMPTS[0, :SHARED_LENGTH]
 TOKENS = np.random.default_rng(1).integers(0, 29, (3, 2, 5))
 SIZES = np.array([[5, 2], [1, 5], [3, 4]])
 VALID = np.arange(5) < SIZES[..., None]
@@ -69,26 +69,28 @@ WEIGHTS = np.random.default_rng(2).normal(size=TOKENS.shape) * VALID  # of the l
 
 @cache
 def parameters(name: str) -> dict[str, jax.Array]:
-    """Parameters with nothing at a value that would hide a mistake: biases and lora_b are not 0, nor scales 1."""
+    """Parameters without values that could hide a mistake: biases and lora_b are not 0, and scales are not 1."""
     params = transformer.initialise(CONFIGS[name], 0, lora=LORA)
     noise = np.random.default_rng(3)
     return {path: x + 0.2 * noise.normal(size=x.shape).astype(np.float32) for path, x in sorted(params.items())}
 
 
 def shared_logprobs(model, prompts=PROMPTS, tokens=TOKENS, **options):
-    """[P, G, T] the way the trainer does it."""
-    return completion_logprobs(model, *map(jnp.asarray, (prompts, LENGTHS, tokens, VALID)), **options)[0]
+    """[P, G, T], computed as the trainer computes them."""
+    completions = Completions(*map(jnp.asarray, (prompts, LENGTHS, tokens, VALID)))
+    return completion_logprobs(model, completions, **options)[0]
 
 
 def repeated_logprobs(model):
-    """[P, G, T] with the prompt repeated for every completion, all logits at once."""
+    """[P, G, T], with the prompt repeated for every completion and all logits at once."""
     size = LENGTHS.max() + TOKENS.shape[2]
     rows, mask = np.zeros((3, 2, size), int), np.zeros((3, 2, size), bool)
     for p, g in np.ndindex(3, 2):
         row = np.concatenate([PROMPTS[p, : LENGTHS[p]], TOKENS[p, g, : SIZES[p, g]]])
         rows[p, g, : len(row)], mask[p, g, : len(row)] = row, True
     rows, mask = (x.reshape(6, 1, size) for x in (rows, mask))
-    hidden, _ = forward(model, jnp.asarray(rows), jnp.broadcast_to(jnp.arange(size), rows.shape), jnp.asarray(mask))
+    positions = jnp.broadcast_to(jnp.arange(size), rows.shape)
+    hidden, _ = forward(model, TokenRows(jnp.asarray(rows), positions, jnp.asarray(mask)))
     everything = jax.nn.log_softmax(model.logits(hidden)).reshape(3, 2, size, -1)
     places = LENGTHS[:, None, None] - 1 + np.arange(5) + 0 * TOKENS
     picked = jnp.take_along_axis(everything, places[..., None], axis=2)
@@ -104,7 +106,7 @@ def value_and_gradient(name: str, way: str, unrolled: int = 4):
     logprobs_of = {
         "repeated": repeated_logprobs,
         "shared": shared_logprobs,
-        "common": partial(shared_logprobs, common=COMMON, remat=True),
+        "shared_length": partial(shared_logprobs, shared_prefix_length=SHARED_LENGTH, remat=True),
     }[way]
 
     def loss(params):
@@ -118,8 +120,8 @@ def value_and_gradient(name: str, way: str, unrolled: int = 4):
 
 
 def assert_same_gradient(actual, expected, tolerance=4e-5):
-    # The gradient of a key's bias is what remains when those of all keys that a query weighs have nearly cancelled:
-    # its rounding is the largest, 2.4e-5 with jax 0.12.
+    # In the gradient of a key's bias, the terms of all keys that a query attends to almost cancel. So its rounding
+    # error is the largest: 2.4e-5 with jax 0.12.
     assert actual.keys() == expected.keys()
     for path in expected:
         a, b = np.asarray(actual[path]), np.asarray(expected[path])
@@ -136,18 +138,18 @@ def test_a_shared_prefix_is_a_repeated_prompt_in_values_and_gradients(name):
     assert any(path.endswith(".lora_b") for path in gradient)
 
 
-def test_neither_common_tokens_nor_remat_nor_a_loop_over_layers_change_values_or_gradients():
+def test_neither_shared_tokens_nor_remat_nor_a_loop_over_layers_change_values_or_gradients():
     expected, expected_gradient = value_and_gradient("llama", "shared")
-    logprobs, gradient = value_and_gradient("llama", "common", unrolled=2)
+    logprobs, gradient = value_and_gradient("llama", "shared_length", unrolled=2)
     np.testing.assert_allclose(logprobs, expected, rtol=0, atol=1e-5)
     assert_same_gradient(gradient, expected_gradient)
 
 
-@pytest.mark.parametrize(("name", "common"), [("gemma", COMMON), ("mistral", 0), ("mistral", COMMON)])
-def test_values_agree_where_gradients_are_not_compared(name, common):
+@pytest.mark.parametrize(("name", "length"), [("gemma", SHARED_LENGTH), ("mistral", 0), ("mistral", SHARED_LENGTH)])
+def test_values_agree_where_gradients_are_not_compared(name, length):
     repeated, shared = (
         np.asarray(jax.jit(lambda params, way=way: way(bind(CONFIGS[name], params, LORA)))(parameters(name)))[VALID]
-        for way in (repeated_logprobs, partial(shared_logprobs, common=common))
+        for way in (repeated_logprobs, partial(shared_logprobs, shared_prefix_length=length))
     )
     np.testing.assert_allclose(shared, repeated, rtol=0, atol=1e-5)
 
@@ -169,7 +171,7 @@ def compiled(name: str):
 
 @some_configs
 def test_the_prompt_reaches_the_completion_through_the_prefix(name):
-    # If this failed, agreement with the repeated prompt would say little.
+    # If this failed, agreement with the repeated prompt would mean little.
     changed = PROMPTS.copy()
     changed[:, [0, 3]] = (changed[:, [0, 3]] + 1) % 29
     a, b = (np.asarray(compiled(name)(parameters(name), prompts, TOKENS)) for prompts in (PROMPTS, changed))
@@ -184,17 +186,17 @@ def test_unrolled_layers_are_the_scanned_ones(name, monkeypatch):
     def both(params):
         model = bind(CONFIGS[name], params, LORA)
         prefix, _ = prefill(model, jnp.asarray(PROMPTS), jnp.asarray(LENGTHS))
-        row = (jnp.asarray(TOKENS), LENGTHS[:, None, None] + jnp.arange(5) + 0 * TOKENS, jnp.asarray(VALID))
-        scanned = forward(model, *row, prefix=prefix)
+        rows = TokenRows(jnp.asarray(TOKENS), LENGTHS[:, None, None] + jnp.arange(5) + 0 * TOKENS, jnp.asarray(VALID))
+        scanned = forward(model, rows, prefix=prefix)
         split = prefix._replace(k=tuple(prefix.k), v=tuple(prefix.v))
-        unrolled = forward(model, *row, prefix=split, layers=unstack(model))
+        unrolled = forward(model, rows, prefix=split, layers=unstack(model))
         return scanned, unrolled
 
-    (scanned, kept), (unrolled, own) = both(parameters(name))
+    (scanned, stacked), (unrolled, own) = both(parameters(name))
     assert len(own.k) == len(own.v) == 3
     np.testing.assert_allclose(unrolled, scanned, rtol=0, atol=1e-5)
-    np.testing.assert_allclose(np.stack(own.k), kept.k, rtol=0, atol=1e-5)
-    np.testing.assert_allclose(np.stack(own.v), kept.v, rtol=0, atol=1e-5)
+    np.testing.assert_allclose(np.stack(own.k), stacked.k, rtol=0, atol=1e-5)
+    np.testing.assert_allclose(np.stack(own.v), stacked.v, rtol=0, atol=1e-5)
 
 
 @some_configs
@@ -207,15 +209,15 @@ def test_decoding_token_by_token_through_a_cache_is_one_pass(name):
     def at_once(params):
         model = bind(c, params, LORA)
         prefix, _ = prefill(model, jnp.asarray(PROMPTS), jnp.asarray(LENGTHS))
-        return prefix, forward(model, tokens, positions, valid, prefix=prefix)[0]
+        return prefix, forward(model, TokenRows(tokens, positions, valid), prefix=prefix)[0]
 
     @jax.jit
     def step(params, prefix, cache, t):
-        one = (jax.lax.dynamic_slice_in_dim(x, t, 1, axis=2) for x in (tokens, positions, valid))
-        return forward(bind(c, params, LORA), *one, prefix=prefix, cache=cache, slot=t)
+        one = TokenRows(*(jax.lax.dynamic_slice_in_dim(x, t, 1, axis=2) for x in (tokens, positions, valid)))
+        return forward(bind(c, params, LORA), one, prefix=prefix, cache=cache, cache_length=t)
 
     prefix, expected = at_once(parameters(name))
-    empty = np.zeros((c.num_layers, 3, 2, c.num_kv_heads, 8, c.head_dim), np.float32)  # three slots stay unused
+    empty = np.zeros((c.num_layers, 3, 2, c.num_kv_heads, 8, c.head_dim), np.float32)  # three places stay unused
     cache = KeyValues(empty, empty, np.zeros((3, 2, 8), np.int32), np.zeros((3, 2, 8), bool))
     for t in range(5):
         hidden, cache = step(parameters(name), prefix, cache, t)
@@ -229,12 +231,12 @@ def test_padding_changes_nothing(name):
     params = parameters(name)
     expected = np.asarray(compiled(name)(params, PROMPTS, TOKENS))[VALID]
 
-    # What stands in the padding, of prompts and of completions, is seen by no valid token: equal to the last bit.
+    # No valid token attends to the padding of prompts and completions: results are equal to the last bit.
     other = np.where(np.arange(9) < LENGTHS[:, None], PROMPTS, (PROMPTS + 5) % 29)
     beyond = np.where(VALID, TOKENS, (TOKENS + 7) % 29)
     np.testing.assert_array_equal(np.asarray(compiled(name)(params, other, beyond))[VALID], expected)
 
-    # How much padding there is changes how sums are cut up, so it is equal within rounding.
+    # The amount of padding changes the order of sums, so results are equal up to rounding.
     wider = np.asarray(compiled(name)(params, np.pad(PROMPTS, [(0, 0), (0, 7)]), TOKENS))[VALID]
     np.testing.assert_allclose(wider, expected, rtol=0, atol=1e-5)
 
@@ -262,7 +264,7 @@ def test_bfloat16_weights_give_finite_float32_logits_near_those_of_float32(name)
     assert logits.dtype == jnp.float32 and keys.dtype == jnp.bfloat16
     assert np.isfinite(logits).all()
     expected = np.asarray(logits_of(exact)[0])
-    # Eight bits of mantissa over three layers: a few per cent of the logits' spread, and not nothing.
+    # Eight bits of mantissa over three layers: a difference of a few per cent of the logits' std, and not 0.
     assert 0 < np.abs(logits - expected).max() < 0.15 * expected.std()
 
 
@@ -272,7 +274,7 @@ def test_bfloat16_weights_give_finite_float32_logits_near_those_of_float32(name)
 def test_matrix_products_and_their_gradients_are_float32s_to_the_rounding_of_the_dtype(
     i, j, rows, inner, columns, dtype
 ):
-    """Along every pair of axes, against NumPy's products of the same rounded entries in float64."""
+    """For every pair of axes, compared with NumPy's float64 products of the same rounded numbers."""
     rng = np.random.default_rng(0)
     a = jnp.asarray(rng.normal(size=(rows, inner) if i else (inner, rows)), dtype)
     b = jnp.asarray(rng.normal(size=(columns, inner) if j else (inner, columns)), dtype)
@@ -352,7 +354,7 @@ def test_fresh_adapters_are_the_identity_and_scale_with_alpha_over_rank():
     plain = np.asarray(logprobs_of(params, None))
     np.testing.assert_array_equal(np.asarray(logprobs_of(params, LORA)), plain)
 
-    # W + alpha / rank * a @ b, worked into the kernel by hand: alpha / rank = 6 / 3 = 2.
+    # W + alpha / rank * a @ b, merged into the kernel by hand: alpha / rank = 6 / 3 = 2.
     b = 0.1 * jax.random.normal(jax.random.key(0), params["layers.q.lora_b"].shape)
     adapted = np.asarray(logprobs_of({**params, "layers.q.lora_b": b}, LORA))
     kernel = params["layers.q.kernel"] + 2 * jnp.einsum("lir,lro->lio", params["layers.q.lora_a"], b)

@@ -1,4 +1,4 @@
-"""Weights in and out: what is read, what is refused and in which words, and what is written."""
+"""Weights: what is read, which errors are raised with which messages, and what is exported."""
 
 import importlib.util
 import json
@@ -24,7 +24,7 @@ Q = "model.layers.1.self_attn.q_proj.weight"
 
 @pytest.fixture
 def directory(tmp_path) -> Path:
-    """A copy of the golden Llama, to be spoilt."""
+    """A copy of the golden Llama, for tests that damage it."""
     return Path(shutil.copytree(GOLDEN / "llama", tmp_path / "llama"))
 
 
@@ -128,7 +128,7 @@ def test_a_failed_export_leaves_nothing_behind(tmp_path):
 def test_an_export_overwrites_nothing(tmp_path):
     (tmp_path / "out").mkdir()
     scratch = policy.load("scratch")
-    policy.export(scratch, tmp_path / "out")  # an empty directory is as good as none
+    policy.export(scratch, tmp_path / "out")  # an empty directory is allowed
     with pytest.raises(UserError, match="exists and is not empty"):
         policy.export(scratch, tmp_path / "out")
 
@@ -173,7 +173,7 @@ def test_a_tied_checkpoint_may_repeat_its_head_and_an_unequal_head_unties_it(tmp
     embed = load_file(directory / "model.safetensors")["model.embed_tokens.weight"]
     change(directory, {"lm_head.weight": embed})
     assert same(policy.load(directory), policy.load(GOLDEN / "qwen2"))
-    change(directory, {"lm_head.weight": embed + 1})  # transformers 5 takes the weights' word for it too
+    change(directory, {"lm_head.weight": embed + 1})  # as in transformers 5
     assert not policy.load(directory).config.tied
 
 

@@ -1,4 +1,4 @@
-"""Tags: what is read as the answer, and what counts as well-formed."""
+"""Tags: which text is the answer, and which completions are well-formed."""
 
 import pytest
 

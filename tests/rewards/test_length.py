@@ -1,4 +1,4 @@
-"""The soft over-long penalty against TRL's own and by hand."""
+"""The soft over-long penalty, compared with TRL's and with values worked by hand."""
 
 from pathlib import Path
 

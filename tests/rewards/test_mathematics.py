@@ -16,8 +16,8 @@ from grpo_jax.rewards.mathematics import exact_integer, integer_answer, integer_
         ("<answer>46.0</answer>", None),
         ("<answer>4 6</answer>", None),
         ("<answer>forty-six</answer>", None),
-        ("<answer>٤٦</answer>", None),  # digits, but not decimal ones of ASCII
-        ("<answer>" + "9" * 5000 + "</answer>", None),  # past Python's own limit, which would raise
+        ("<answer>٤٦</answer>", None),  # digits, but not ASCII digits
+        ("<answer>" + "9" * 5000 + "</answer>", None),  # longer than Python's own limit, which would raise
         ("46", None),
     ],
 )
@@ -29,11 +29,11 @@ def test_integer_of(completion: str, expected: int | None) -> None:
     ("completion", "expected"),
     [
         ("<answer>46</answer>", 1.0),
-        ("The sum is <answer>46</answer>", 1.0),  # exact is exact, whatever stands around it
+        ("The sum is <answer>46</answer>", 1.0),  # text around the tags does not matter
         ("\n<answer>47</answer> ", 0.1),
         ("The sum is <answer>47</answer>", 0.0),
         ("<answer>4</answer><answer>7</answer>", 0.0),
-        ("<answer></answer>", 0.0),  # the instruction's echo
+        ("<answer></answer>", 0.0),  # a copy of the instruction
         ("<answer>sum</answer>", 0.0),
         ("46", 0.0),
         ("", 0.0),

@@ -1,4 +1,4 @@
-"""What reward functions see of a completion."""
+"""The texts of a completion that reward functions use."""
 
 import pytest
 

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from grpo_jax.errors import RunError, UserError
+from grpo_jax.experiment import RewardConfig
 from grpo_jax.rewards import RewardFunction
 from grpo_jax.rewards.scoring import Scores, score
 
@@ -23,15 +24,15 @@ def constant(*values: Any) -> RewardFunction:
 
 
 def score_four(rewards: dict[str, RewardFunction], weights: dict[str, float] | None = None, **options: Any) -> Scores:
-    """Scores the completions a, b, c and d, two to a group."""
-    defaults: dict[str, Any] = dict(
-        prompts=["p", "p", "q", "q"],
-        completions=["a", "b", "c", "d"],
-        completion_ids=[[1], [2], [3], [4]],
-        columns={"secret": ["s", "s", "t", "t"]},
-        group_size=2,
-    )
-    return score(rewards, weights, **(defaults | options))
+    """Scores the completions a, b, c and d, two to a group. Most options are those of `RewardConfig`."""
+    arguments = {
+        "prompts": ["p", "p", "q", "q"],
+        "completions": options.pop("completions", ["a", "b", "c", "d"]),
+        "completion_ids": [[1], [2], [3], [4]],
+        "secret": ["s", "s", "t", "t"],
+    }
+    group_size = options.pop("group_size", 2)
+    return score(rewards, arguments, RewardConfig(weights=weights or {}, **options), group_size=group_size)
 
 
 def same(values: list[float], expected: list[float]) -> bool:
@@ -55,20 +56,20 @@ class TestCombination:
         scores = score_four({"x": constant(1, 2, 3, 4), "y": constant(10, 0, 0, 10)}, {"y": 0.5})
         assert scores.total == [6.0, 2.0, 3.0, 9.0]  # x + 0.5 y
         assert scores.by_name == {"x": [1, 2, 3, 4], "y": [10, 0, 0, 10]}  # before weights
-        assert scores.kept == [True] * 4
+        assert scores.sample_mask == [True] * 4
         assert scores.failures == {"x": 0, "y": 0}
 
     def test_none_contributes_nothing_and_is_no_failure(self) -> None:
         scores = score_four({"x": constant(1, 2, None, 4), "y": constant(10, None, 30, 40)})
         assert scores.total == [11.0, 2.0, 30.0, 44.0]
         assert same(scores.by_name["x"], [1, 2, NAN, 4])
-        assert scores.kept == [True] * 4
+        assert scores.sample_mask == [True] * 4
         assert scores.failures == {"x": 0, "y": 0}
 
     def test_a_completion_to_which_no_reward_applies_is_dropped(self) -> None:
         scores = score_four({"x": constant(1, None, 3, 4), "y": constant(1, None, None, None)})
         assert same(scores.total, [2, NAN, 3, 4])
-        assert scores.kept == [True, False, True, True]
+        assert scores.sample_mask == [True, False, True, True]
 
     @pytest.mark.parametrize("values", [np.array([1, 2, 3, 4]), (True, 2, np.float32(3), np.array(4.0)), iter("")])
     def test_numbers_of_any_kind_are_numbers(self, values: Any) -> None:
@@ -82,7 +83,7 @@ class TestCombination:
         # Group (c, d): x = 7, 7 -> no spread -> 0, 0;       y = 0, 400 -> mean 200, std 200 -> -1, +1.
         rewards = {"x": constant(0, 2, 7, 7), "y": constant(500, 100, 0, 400)}
         scores = score_four(rewards, {"x": 3.0}, combine="normalize_then_sum")
-        assert same(scores.signal, [3 * -1 + 1, 3 * 1 - 1, -1, 1])
+        assert same(scores.advantage_rewards, [3 * -1 + 1, 3 * 1 - 1, -1, 1])
         assert scores.by_name["y"] == [500, 100, 0, 400]  # as it was returned
         assert scores.total == [500, 3 * 2 + 100, 3 * 7, 3 * 7 + 400]  # what is reported is not standardised
 
@@ -91,13 +92,13 @@ class TestCombination:
         x, y = constant(0, 2, None, 4), constant(5, 5, 5, NAN)
         std = math.sqrt(8 / 3)
         alone = score_four({"x": x}, combine="normalize_then_sum", group_size=4)
-        assert same(alone.signal, [-2 / std, 0, NAN, 2 / std])
+        assert same(alone.advantage_rewards, [-2 / std, 0, NAN, 2 / std])
         both = score_four({"x": x, "y": y}, combine="normalize_then_sum", group_size=4, on_failure="drop")
-        assert same(both.signal, [-1, 1, 0, NAN])
+        assert same(both.advantage_rewards, [-1, 1, 0, NAN])
 
     def test_a_rounding_error_is_no_spread(self) -> None:
         rewards = {"x": constant(0.1 + 0.2, 0.3, 0.8, 0.8)}
-        assert same(score_four(rewards, combine="normalize_then_sum").signal, [0, 0, 0, 0])
+        assert same(score_four(rewards, combine="normalize_then_sum").advantage_rewards, [0, 0, 0, 0])
 
 
 def raising(**_: Any) -> list[float]:
@@ -144,7 +145,7 @@ class TestFailure:
     @pytest.mark.parametrize("case", FAILURES)
     def test_drop_masks_all_completions_of_a_call_that_failed(self, case: str) -> None:
         scores = score_four({"mine": FAILURES[case][0], "x": constant(1, 2, 3, 4)}, on_failure="drop", time_limit=0.2)
-        assert scores.kept == [False] * 4
+        assert scores.sample_mask == [False] * 4
         assert same(scores.total, [NAN] * 4)
         assert same(scores.by_name["mine"], [NAN] * 4)
         assert scores.by_name["x"] == [1, 2, 3, 4]
@@ -153,7 +154,7 @@ class TestFailure:
     @pytest.mark.parametrize("entry", BAD_ENTRIES, ids=[repr(entry)[:9] for entry in BAD_ENTRIES])
     def test_drop_masks_only_the_completion_of_a_bad_entry(self, entry: Any) -> None:
         scores = score_four({"mine": constant(1, entry, None, 4), "x": constant(1, 1, 1, 1)}, on_failure="drop")
-        assert scores.kept == [True, False, True, True]
+        assert scores.sample_mask == [True, False, True, True]
         assert same(scores.total, [2, NAN, 1, 5])
         assert scores.failures == {"mine": 1, "x": 0}
 

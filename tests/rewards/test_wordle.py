@@ -1,4 +1,4 @@
-"""Wordle's rewards, on the article's figures and on games worked by hand."""
+"""Wordle's rewards, compared with the article's figures and with games worked by hand."""
 
 import json
 import math
@@ -19,7 +19,7 @@ from grpo_jax.rewards.wordle import (
     valid_word,
 )
 
-# shared/tables/article.json, copied so that the tests run without the workplace; compared below where it is there
+# Copied from shared/tables/article.json, so that the tests run without that file. A test below compares the two.
 GROUP = ["FOUND", "NOUDI", "FOUND", "WORD ", "CROWN", "INDOM", "DONUT", "FROWN"]
 GROUP_REWARDS = [0.8, 0.6, 0.8, 0.0, 0.2, 0.3, 0.5, 0.2]
 GROUP_ADVANTAGES = [1.3525, 0.6312, 1.3525, -1.5328, -0.8115, -0.4508, 0.2705, -0.8115]
@@ -74,15 +74,15 @@ class TestArticle:
         assert credit(*guesses) == pytest.approx(rewards, abs=1e-9)
 
     def test_word_with_its_space_is_worth_nothing_only_because_the_space_is_stripped(self) -> None:
-        assert len("WORD ") == len("POUND")  # by the bare rule O (in place) and D (elsewhere) would earn 0.3
+        assert len("WORD ") == len("POUND")  # without stripping, O (in place) and D (elsewhere) would earn 0.3
         assert credit("WORDX") == [pytest.approx(0.3)]
         assert credit("WORD ") == [0.0]
 
     def test_the_advantages_of_the_temperature_figure_are_not_those_of_its_groups_of_three(self) -> None:
         assert standardized([0.8, 0.6, 0.0]) == pytest.approx([0.98, 0.39, -1.37], abs=5e-3)  # printed 1.35, -1.53
         assert standardized([0.0, 0.5, 0.2]) == pytest.approx([-1.14, 1.30, -0.16], abs=5e-3)  # -1.94, 0.74, -0.87
-        # At 0.7 they are those of the group of eight. At 1.3 one mean and one std give all three, so they too would
-        # come from a larger group, whose other guesses are not shown.
+        # At 0.7 they are those of the group of eight. At 1.3 one mean and one std explain all three, so they could come
+        # from a larger group whose other guesses the article does not print.
         std = (0.5 - 0.0) / (0.74 - -1.94)
         mean = 1.94 * std
         assert (0.2 - mean) / std == pytest.approx(-0.87, abs=5e-3)
@@ -91,7 +91,7 @@ class TestArticle:
         assert standardized(STEPS_REWARDS) == pytest.approx([0.37, 0.67, -1.72, 0.67], abs=5e-3)
         assert STEPS_REWARDS[1] == STEPS_REWARDS[3] and STEPS_ADVANTAGES[1] != STEPS_ADVANTAGES[3]
         by_advantage = dict(zip((round(a, 2) for a in GROUP_ADVANTAGES), GROUP_REWARDS, strict=True))
-        assert [by_advantage[a] for a in STEPS_ADVANTAGES] == [0.8, 0.6, 0.0, 0.5]  # what it should have shown
+        assert [by_advantage[a] for a in STEPS_ADVANTAGES] == [0.8, 0.6, 0.0, 0.5]  # the rewards that it should print
 
     def test_a_binary_reward_gives_the_whole_group_the_same(self) -> None:
         assert binary(completions=GROUP, secret=["POUND"] * 8) == [0.0] * 8
@@ -107,7 +107,7 @@ class TestGuess:
             ("<think>HOUND?</think> <answer> pound </answer>", "POUND"),
             ("<answer>HOUND</answer> no: <answer>POUND</answer>", "POUND"),
             ("<answer></answer>", ""),
-            ("<answer>POUND", "<ANSWER>POUND"),  # without its end the tag is not repaired
+            ("<answer>POUND", "<ANSWER>POUND"),  # a tag without its end is not repaired
             ("P O U N D", "P O U N D"),
             ("", ""),
         ],
@@ -132,13 +132,13 @@ class TestCredit:
     @pytest.mark.parametrize(
         ("guess", "secret", "lenient", "strict"),
         [
-            ("ADDED", "POUND", 0.1 + 0.1 + 0.2, 0.2),  # the one D is in place: the article pays the others too
+            ("ADDED", "POUND", 0.1 + 0.1 + 0.2, 0.2),  # the one D is in place: the article also rewards the others
             ("DADDY", "POUND", 0.1 + 0.1 + 0.1, 0.1),  # the one D is elsewhere: three times, or once
             ("EERIE", "THREE", 0.1 + 0.1 + 0.2 + 0.2, 0.1 + 0.2 + 0.2),  # two E's: one in place, one elsewhere
             ("LEVEL", "HELLO", 0.1 + 0.2 + 0.1 + 0.1, 0.1 + 0.2 + 0.1),  # two L's are found, and one E
             ("THREE", "THREE", 1.0, 1.0),
             ("-----", "POUND", 0.0, 0.0),
-            ("P-U-D", "POUND", 0.2 + 0.2 + 0.2, 0.2 + 0.2 + 0.2),  # of the right length, though no word
+            ("P-U-D", "POUND", 0.2 + 0.2 + 0.2, 0.2 + 0.2 + 0.2),  # of the right length, but not a word
         ],
     )
     def test_repeated_letters(self, guess: str, secret: str, lenient: float, strict: float) -> None:
@@ -164,7 +164,7 @@ class TestValidWord:
         ("completion", "expected"),
         [
             ("POUND", 1.0),  # an answer
-            ("aahed", 1.0),  # only ever a guess
+            ("aahed", 1.0),  # allowed only as a guess
             ("<answer>pound</answer>", 1.0),
             ("NOUDI", 0.0),
             ("WORD", 0.0),
@@ -185,10 +185,10 @@ class TestUsesFeedback:
             ([], None),
             (["FOUND", "HOUND"], 1.0),  # XGGGG leaves HOUND
             (["FOUND", "FOUND"], 0.0),  # the same word again cannot be it
-            (["FOUND", "CRANE", "HOUND"], 0.5),  # CRANE ignores XGGGG, HOUND obeys it
+            (["FOUND", "CRANE", "HOUND"], 0.5),  # CRANE contradicts XGGGG, HOUND agrees with it
             (["FOUND", "HOUND", "POUND"], 1.0),
-            (["QQQQQ", "CRANE"], 1.0),  # a refused guess says nothing
-            (["FOUND", "QOUND"], 0.0),  # agrees with the marks, but is no word
+            (["QQQQQ", "CRANE"], 1.0),  # a guess that is not accepted gives no information
+            (["FOUND", "QOUND"], 0.0),  # agrees with the marks, but is not a word
         ],
     )
     def test_the_share_of_later_guesses_that_could_be_the_secret(
@@ -206,8 +206,8 @@ class TestInformationGain:
         assert information_gain(completions=[game(*guesses)], secret=["POUND"]) == [0.0]
 
     def test_the_gain_is_in_bits_of_the_answers_left(self) -> None:
-        # FOUND against POUND is XGGGG: of the answers ?OUND, without F, are left BOUND HOUND MOUND POUND ROUND SOUND
-        # and WOUND, seven.
+        # The feedback to FOUND with the secret POUND is XGGGG. Seven of the answers remain: BOUND HOUND MOUND POUND
+        # ROUND SOUND WOUND.
         expected = math.log2(2315 / 7) / math.log2(2315)
         assert information_gain(completions=["FOUND"], secret=["POUND"]) == [pytest.approx(expected)]
 

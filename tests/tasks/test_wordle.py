@@ -53,7 +53,7 @@ class TestFeedback:
             ("EERIE", "THREE", "YXGXG"),  # three E's against two: the last is in place, so one more counts
             ("LEVEL", "HELLO", "YGXXY"),
             ("ALLOY", "LLAMA", "YGYXX"),
-            ("GEESE", "THESE", "XXGGG"),  # a letter in place is served before one to its left
+            ("GEESE", "THESE", "XXGGG"),  # a letter in place is matched before one to its left
             ("ADDED", "POUND", "XXXXG"),
             ("BANAL", "ANNAL", "XYGGG"),
         ],
@@ -149,7 +149,7 @@ class TestSixTurns:
         example = {"prompt": "", "secret": "POUND"}
         guesses = ["CRANE", "WORD", "NOUDI", "DONUT", "POUND"]
         replies = [reply(example, guesses[: turn + 1]) for turn in range(5)]
-        assert replies == ["ⓒⓡⓐNⓔ", "-----", "-----", "dOnuⓣ", None]  # no word of five letters, no word, won
+        assert replies == ["ⓒⓡⓐNⓔ", "-----", "-----", "dOnuⓣ", None]  # not five letters, not a word, won
         assert set("".join(guesses + replies[:4])) <= set(PLAIN_ALPHABET)
 
     def test_a_chat_game(self) -> None:
@@ -196,14 +196,14 @@ class TestSixTurns:
 
 
 class TestPlayers:
-    """The intervals are 3.5 standard errors of the share, about the values that were studied: seeds do not matter."""
+    """The intervals are 3.5 standard errors around the known win rates, so the tests do not depend on the seeds."""
 
     def test_a_game_ends_when_it_is_won_or_after_six_guesses(self) -> None:
         assert play(blind(["CRANE"]), "CRANE", random.Random(0)) == ["CRANE"]
         assert play(blind(["CRANE"]), "POUND", random.Random(0)) == ["CRANE"] * 6
 
     def test_the_floor_is_six_draws_among_the_answers(self) -> None:
-        # 1 - (1 - 1/2315)^6 = 0.26 %; with 20 answers 1 - (19/20)^6 = 26.49 %, which fewer games can tell
+        # 1 - (1 - 1/2315)^6 = 0.26 %; with 20 answers 1 - (19/20)^6 = 26.49 %, which needs fewer games
         chance, n = 1 - (19 / 20) ** 6, 4000
         error = (chance * (1 - chance) / n) ** 0.5
         few = answers()[:20]
