@@ -8,11 +8,11 @@ from collections.abc import Sequence
 
 import tyro
 
-from grpo_jax.cli import advice, common, lab, runs
+from grpo_jax.cli import common, lab, runs, which_method
 from grpo_jax.cli.common import app
 from grpo_jax.errors import exit_status
 
-__all__ = ["advice", "common", "lab", "main", "runs"]
+__all__ = ["common", "lab", "main", "runs", "which_method"]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
