@@ -14,7 +14,7 @@ from typing import Annotated, Literal
 from tyro.conf import arg
 
 from grpo_jax.cli import common
-from grpo_jax.cli.common import OptionalInt, app
+from grpo_jax.cli.common import OptionalInt
 from grpo_jax.errors import UserError
 
 ENOUGH_COMPARISONS = 5_000  # a rule of thumb: with fewer, optimising a reward model soon exploits its mistakes
@@ -143,7 +143,6 @@ def line_for(situation: Situation) -> Line:
     return next(line for line in CHART if line.holds(situation))
 
 
-@app.command
 def advise(
     *,
     verifiable: YesNo = None,
