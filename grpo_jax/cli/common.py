@@ -23,6 +23,7 @@ Assignments = Annotated[
 AblationFile = Annotated[Positional[Path], arg(metavar="ABLATION.py", help="A file that defines `ablation`.")]
 OptionalBudget = Annotated[Budget | None, arg(help_behavior_hint="")]
 OptionalPath = Annotated[Path | None, arg(metavar="DIR", help_behavior_hint="")]
+OptionalFile = Annotated[Path | None, arg(metavar="FILE", help_behavior_hint="")]
 OptionalInt = Annotated[int | None, arg(metavar="N", help_behavior_hint="")]
 OptionalFloat = Annotated[float | None, arg(metavar="T", help_behavior_hint="")]
 OptionalText = Annotated[str | None, arg(metavar="TEXT", help_behavior_hint="")]

@@ -20,9 +20,9 @@ class Options:
     Attributes:
         num_prompts: How many prompts of the split.
         num_samples: Completions of each prompt; with several, pass@k is estimated.
-        temperature: 0 is greedy.
-        split: Which prompts.
-        against: Another run or experiment, to be asked the same questions with the same noise, and compared in pairs.
+        temperature: Sampling temperature; 0 is greedy.
+        split: The prompts of which split.
+        against: Another run or experiment to compare with: same prompts, same sampling noise, paired by prompt.
         as_json: Print one JSON object and nothing else.
     """
 

@@ -5,7 +5,7 @@ from typing import Annotated
 
 from tyro.conf import Positional, arg
 
-from grpo_jax.cli.common import Flag, OptionalPath
+from grpo_jax.cli.common import Flag, OptionalFile
 
 
 def report(
@@ -15,14 +15,14 @@ def report(
     ],
     /,
     *,
-    output: OptionalPath = None,
+    output: OptionalFile = None,
     pictures: Flag = False,
 ) -> None:
     """Write one self-contained HTML page about a run or an ablation.
 
     Args:
-        output: Where the page goes. Default: report.html in the directory, which is runs/ABLATION for a file.
-        pictures: Also draw its plots as PNG files, in the directory.
+        output: Where the page goes. Default: report.html in the directory or, for a file, in runs/ABLATION.
+        pictures: Also draw the plots as PNG files in the directory.
     """
     from grpo_jax.report import page
 

@@ -8,7 +8,7 @@ from typing import Annotated
 from tyro.conf import Positional, arg
 
 from grpo_jax.cli import common
-from grpo_jax.cli.common import Assignments, Inline, OptionalInt, OptionalPath
+from grpo_jax.cli.common import Assignments, Inline, OptionalFile, OptionalInt, OptionalPath
 from grpo_jax.errors import UserError
 
 
@@ -17,19 +17,19 @@ class Options:
     """The options of the command.
 
     Attributes:
-        others: Further reward functions to compare; their modules may lie beside the experiment.
+        others: Further reward functions to compare. Their modules may be in the folder of the experiment.
         completions: Saved completions (JSON lines, such as a run's completions.jsonl) instead of sampled ones.
-        temperatures: Where to sample. Default: the experiment's own. Honest attempts are those of the first.
+        temperatures: Sampling temperatures. Default: the experiment's. Those of the first are the honest attempts.
         num_prompts: How many training prompts.
-        num_groups: Groups of each prompt. Default: as many as make 32 groups in all.
-        attack_budget: How many completions the search for a blind answer scores for each reward; 0 attacks nothing.
-        show: How many groups of each set are printed.
-        run_dir: Where the figures go. Default: runs/rewards-EXPERIMENT-DATE-TIME.
+        num_groups: How many groups of each prompt. Default: enough for 32 groups in total.
+        attack_budget: How many completions the search for an exploit may score, for each reward; 0 for no attacks.
+        show: How many groups of each temperature are printed.
+        run_dir: Where the results go. Default: runs/rewards-EXPERIMENT-DATE-TIME.
     """
 
     assignments: Assignments = ()
     others: Annotated[tuple[str, ...], arg(name="rewards", metavar="MODULE:FUNCTION", help_behavior_hint="")] = ()
-    completions: OptionalPath = None
+    completions: OptionalFile = None
     temperatures: Annotated[tuple[float, ...], arg(metavar="T", help_behavior_hint="")] = ()
     num_prompts: int = 8
     num_groups: OptionalInt = None

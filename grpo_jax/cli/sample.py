@@ -22,16 +22,16 @@ def sample(
     seed: int = 0,
     plain: Flag = False,
 ) -> None:
-    """Talk to a run's tuned policy, or to any other.
+    """Sample completions of a prompt from a run's tuned policy, or from any other policy.
 
     Args:
-        prompt: What to say. Without it, prompts are read from the terminal until an empty line.
+        prompt: The prompt. Without it, prompts are read from the terminal until an empty line.
         num: How many completions.
-        temperature: 0 is greedy. Default: what the run was trained with, else 1.
-        max_tokens: The longest completion. Default: what the run was trained with, else 128.
+        temperature: Sampling temperature; 0 is greedy. Default: that of the run's training, else 1.
+        max_tokens: The most tokens of a completion. Default: that of the run's training, else 128.
         seed: The seed of the sampling noise.
-        plain: Say nothing but the prompt. A run that was trained on chats is otherwise shown the turns that come before
-            the question in its first training prompt, such as worked examples.
+        plain: Give the policy the prompt alone. By default, a run that was trained on chats first gets the turns (such as
+            worked examples) that stand before the question in its first training prompt.
     """
     if prompt is None and not sys.stdin.isatty():
         raise UserError("there is no terminal to read prompts from: say --prompt TEXT.")

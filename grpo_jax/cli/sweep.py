@@ -20,12 +20,12 @@ def sweep(
     budget: OptionalBudget = None,
     vectorize: Flag = False,
 ) -> None:
-    """Run every arm of an ablation at every seed; the same command goes on with what is not finished.
+    """Run every arm of an ablation at every seed. The same command again continues what is not finished.
 
     Args:
-        jobs: How many runs at a time, each in a process of its own.
+        jobs: How many runs at the same time, each in its own process.
         directory: Where the runs' directories go. Default: runs/ABLATION.
-        budget: Hold the arms to equal steps or equal sampled tokens, instead of what the file says.
+        budget: Give all arms equal steps or equal sampled tokens, instead of what the file says.
         vectorize: Train all seeds of an arm in one compiled program (policies from scratch, rewards with a JAX form).
     """
     planned = load_ablation(ablation, budget)

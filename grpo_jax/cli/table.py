@@ -23,9 +23,9 @@ def table(
 
     Args:
         directory: Where the runs' directories are. Default: runs/ABLATION.
-        budget: The budget that the sweep was given, if it was given one.
+        budget: The --budget of the sweep, if it had one.
         layout: Markdown, comma-separated values, or LaTeX for the package booktabs.
-        allow_mixed: Compare runs of different commits or data all the same.
+        allow_mixed: Compare runs even if their commits or their held-out data differ.
     """
     from grpo_jax.statistics import tables
 

@@ -24,11 +24,11 @@ def train(
     resume: Flag = False,
     quiet: Flag = False,
 ) -> None:
-    """Train a policy as an experiment says, and show what became of it.
+    """Train a policy as an experiment says, and show the result.
 
     Args:
         run_dir: Where the run's files go. Default: runs/EXPERIMENT-DATE-TIME.
-        resume: Go on with the run in --run-dir from its last checkpoint.
+        resume: Continue the run in --run-dir from its last checkpoint.
         quiet: Show no progress and no tables, only the run directory.
     """
     overrides = common.join(assignments)
@@ -47,7 +47,7 @@ def train(
         if (run_dir / "run.json").is_file():
             again = shlex.join([common.command(), "train", str(experiment), "--run-dir", str(run_dir), "--resume"])
             again += "".join(f" --set {shlex.quote(assignment)}" for assignment in overrides)
-            print(f"What was learned is saved in {run_dir}; go on with: {again}", file=sys.stderr)
+            print(f"The policy is saved in {run_dir}; go on with: {again}", file=sys.stderr)
         raise
     picture = learning_curve(run_dir)
     if quiet:
