@@ -30,8 +30,8 @@ def sample(
         temperature: Sampling temperature; 0 is greedy. Default: that of the run's training, else 1.
         max_tokens: The most tokens of a completion. Default: that of the run's training, else 128.
         seed: The seed of the sampling noise.
-        plain: Give the policy the prompt alone. By default, a run that was trained on chats first gets the turns (such as
-            worked examples) that stand before the question in its first training prompt.
+        plain: Give the policy the prompt alone. By default, a run that was trained on chats first gets the turns that
+            stand before the question in its first training prompt, such as worked examples.
     """
     if prompt is None and not sys.stdin.isatty():
         raise UserError("there is no terminal to read prompts from: say --prompt TEXT.")
