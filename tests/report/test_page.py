@@ -1,4 +1,4 @@
-"""The page: whole in itself, true to the run's files, and safe from what a model said."""
+"""The page: it loads nothing, agrees with the run's files, and is safe from hostile completions."""
 
 import base64
 import hashlib
@@ -77,7 +77,7 @@ def data_of(html: str) -> dict:
     return json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', html, re.DOTALL)[1])
 
 
-def test_what_a_model_said_is_text_and_nothing_else(tmp_path):
+def test_completions_are_text_and_never_markup(tmp_path):
     html = report(make_run(tmp_path / "run", text=HOSTILE)).read_text()
     assert html.count("<script") == html.count("</script>") == 2 and "<img" not in html
     said = data_of(html)["completions"]["rows"][0][3]
@@ -114,7 +114,7 @@ def test_a_run_shows_its_evaluations_curves_completions_and_config(tmp_path):
     assert not any(row[0] == "group_size" for row in page["difference"]["rows"])
 
 
-def test_a_run_that_failed_or_has_only_begun_has_a_page_too(tmp_path):
+def test_a_run_that_failed_or_has_just_started_has_a_page_too(tmp_path):
     run = make_run(tmp_path / "run", status="failed")
     for name in ("metrics.jsonl", "completions.jsonl", "summary.json"):
         (run / name).unlink()

@@ -102,14 +102,14 @@ def test_the_same_directories_give_the_same_bytes(tmp_path):
         assert tables.render(collect(tmp_path), layout) == tables.render(collect(tmp_path), layout)
 
 
-def test_runs_of_two_commits_are_mixed_only_when_told_to(tmp_path):
+def test_runs_of_two_commits_are_mixed_only_if_that_is_allowed(tmp_path):
     write_runs(tmp_path, commits={"flat": "decade"})
     with pytest.raises(UserError, match="the commit of flat seed 0 is decade, that of base seed 0 c0ffee"):
         collect(tmp_path)
     assert ("commit", "c0ffee, decade") in collect(tmp_path, allow_mixed=True).notes
 
 
-def test_arms_that_are_asked_other_questions_are_mixed_only_when_told_to(tmp_path):
+def test_arms_with_other_held_out_data_are_mixed_only_if_that_is_allowed(tmp_path):
     other = SimpleNamespace(name="toy", train=TASK.train, held_out=[{"prompt": "z"}])
     ablation = dataclasses.replace(ABLATION, arms={"base": {}, "flat": {"task": other}})
     write_runs(tmp_path, ablation)
@@ -125,7 +125,7 @@ def test_arms_may_differ_in_what_they_are_trained_on(tmp_path):
     assert len(collect(tmp_path, ablation).rows) == 2
 
 
-def test_what_is_missing_or_failed_is_named_and_pairs_are_those_that_are_left(tmp_path):
+def test_missing_and_failed_runs_are_named_and_only_finished_seeds_are_paired(tmp_path):
     write_runs(tmp_path)
     keys = {(run.arms[0], run.seed): run.key for run in ABLATION.runs()}
     (tmp_path / keys["flat", 1] / "run.json").write_text('{"status": "failed", "error": "no reward today"}')
