@@ -4,6 +4,7 @@ import base64
 import hashlib
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -136,6 +137,14 @@ def test_an_ablation_compares_its_arms_by_seed_and_names_what_is_missing(tmp_pat
     assert chart["title"] == "evaluation/success" and [s["name"] for s in chart["series"]] == ["new", "old"]
     assert min(chart["series"][0]["low"]) >= 0 and max(chart["series"][0]["high"]) <= 1
     assert "old, seed 0" in page["data"]["completions"]["runs"]
+
+
+def test_the_page_pairs_runs_of_the_same_seed(tmp_path):
+    """Without new's seed 0 the pairs are .72 - .5 and .66 - .45, whose mean is .215; by their order it would be .24."""
+    directory = make_sweep(tmp_path / "sweep")
+    shutil.rmtree(directory / "new0")
+    new, _ = ablation_page(directory, read_sweep(directory))["scores"][0]["rows"]
+    assert new["cells"][0] == "2" and new["cells"][3].startswith("+0.215 [")
 
 
 def test_a_long_run_is_thinned_by_steps_with_the_first_and_the_last():
