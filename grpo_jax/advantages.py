@@ -19,14 +19,16 @@ reward upwards. That makes equal rewards exactly equal to their mean, on every d
 keeps all digits of small differences between large rewards.
 """
 
+import inspect
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import chex
 import jax
 import jax.numpy as jnp
 
 from grpo_jax.errors import UserError
+from grpo_jax.experiment import AdvantageConfig
 
 Axis = int | None
 
@@ -92,6 +94,56 @@ def group_advantages(
         case _:
             raise UserError(f"scale = {scale!r} is unknown: it must be 'group', 'batch', 'whiten' or 'none'.")
     return jnp.where(mask, advantages, 0.0)
+
+
+def compute_advantages(
+    how: AdvantageConfig | Callable[..., Any],
+    rewards: chex.Array,
+    sample_mask: chex.Array,
+    *,
+    token_mask: chex.Array,
+    axis_name: str | None = None,
+) -> chex.Array:
+    """Advantages as an experiment's field `advantages` says: by a config, or by a function of the user's own.
+
+    A function is called as `function(rewards, sample_mask)`, and also with `token_mask` and `axis_name` where it has
+    parameters of these names. Each device calls it with its own groups.
+
+    Args:
+      how: the config or the function.
+      rewards: rewards, shape `[P, G]`; 0 for completions that do not count.
+      sample_mask: True for the completions that count, shape `[P, G]`.
+      token_mask: True for the tokens that are trained on, shape `[P, G, T]`.
+      axis_name: the mapped axis over which the batch extends.
+
+    Returns:
+      Advantages, float32, shape `[P, G]` or, by token, `[P, G, T]`; 0 where a mask is False.
+
+    Raises:
+      UserError: if the function fails, or returns another shape.
+    """
+    if isinstance(how, AdvantageConfig):
+        return group_advantages(
+            rewards, scale=how.scale, baseline=how.baseline, ddof=how.ddof, mask=sample_mask, axis_name=axis_name
+        )
+    name = getattr(how, "__name__", repr(how))
+    optional = {"token_mask": token_mask, "axis_name": axis_name}
+    known = inspect.signature(how).parameters
+    try:
+        found = how(rewards, sample_mask, **{key: value for key, value in optional.items() if key in known})
+        found = jax.lax.stop_gradient(jnp.asarray(found, jnp.float32))
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"the advantage function {name!r} raised {type(error).__name__}: {error}") from error
+    if found.shape == rewards.shape:
+        return jnp.where(sample_mask, found, 0.0)
+    if found.shape == token_mask.shape:
+        return jnp.where(token_mask & sample_mask[..., None], found, 0.0)
+    raise UserError(
+        f"the advantage function {name!r} returned shape {list(found.shape)}: it must be that of the rewards, "
+        f"{list(rewards.shape)}, or that of the tokens, {list(token_mask.shape)}."
+    )
 
 
 def whiten(x: chex.Array, mask: chex.Array, *, ddof: int = 0, axis_name: str | None = None) -> chex.Array:

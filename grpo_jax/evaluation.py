@@ -1,18 +1,26 @@
-"""A policy on a split of a task: success and reward, with intervals that know samples of one prompt to be kin."""
+"""A policy on a split of a task: success and reward, with intervals that are clustered by prompt."""
 
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, Literal
+from typing import Any
 
-import jax
 import numpy as np
 
 from grpo_jax.experiment import Experiment
 from grpo_jax.policy import Policy
-from grpo_jax.rollout import Actor, Prompts, encode_prompts, make_actor, rollout, score_rollout
+from grpo_jax.rollout import (
+    Generator,
+    Prompts,
+    Split,
+    encode_prompts,
+    make_actor,
+    name_noise,
+    rollout,
+    score_rollout,
+)
+from grpo_jax.sharding import up_to
 
-Split = Literal["held_out", "train"]
 NOISE_STEP = 2**31 - 1  # the step that names the noise of every evaluation, so that they can be compared in pairs
 
 
@@ -53,16 +61,17 @@ def evaluate(policy: Policy, experiment: Experiment, split: Split = "held_out") 
     """Evaluates a policy on a split of the experiment's task as `experiment.evaluation` says."""
     task, sampling = experiment.task, experiment.sampling
     prompts = encode_prompts(task, policy.require_tokenizer(), policy.config.max_positions, sampling.max_tokens)
-    num_devices = min(experiment.devices or jax.local_device_count(), jax.local_device_count())
-    return evaluate_actor(make_actor(policy, num_devices), prompts, experiment, split)
+    return evaluate_generator(make_actor(policy, up_to(experiment.devices)), prompts, experiment, split)
 
 
-def evaluate_actor(actor: Actor, prompts: Prompts, experiment: Experiment, split: Split = "held_out") -> Evaluation:
-    """The same for a policy that is on its devices already."""
+def evaluate_generator(
+    generator: Generator, prompts: Prompts, experiment: Experiment, split: Split = "held_out"
+) -> Evaluation:
+    """The same for anything that completes prompts, such as a policy that is on its devices already."""
     task, config = experiment.task, experiment.evaluation
     examples = getattr(task, split)[: config.num_prompts]
     sampling = replace(experiment.sampling, temperature=config.temperature)
-    n = actor.num_devices
+    n = generator.batch_multiple
     size = max(config.batch_size // config.num_samples // n, 1) * n
     size = min(size, -(-len(examples) // n) * n)
     records: list[dict[str, Any]] = []
@@ -71,16 +80,14 @@ def evaluate_actor(actor: Actor, prompts: Prompts, experiment: Experiment, split
         # The last batch is filled up with repetitions, so that its shape is that of the others.
         indices = (wanted * size)[:size]
         ids = [index + size * (place >= len(wanted)) for place, index in enumerate(indices)]
-        played = rollout(
-            actor, task, prompts, split, indices, ids, range(config.num_samples), sampling,
-            seed=experiment.seed, step=NOISE_STEP,
-        )  # fmt: skip
-        arguments = played.reward_arguments()
+        noise = name_noise(experiment.seed, NOISE_STEP, ids, range(config.num_samples))
+        found = rollout(generator, task, prompts.batch(split, indices), noise, sampling)
+        arguments = found.reward_arguments()
         success = task.success(**arguments)
         rewards = [None] * len(success)
         if experiment.rewards:
-            rewards = score_rollout(played, experiment).total
-        episodes = [episode for group in played.episodes for episode in group]
+            rewards = score_rollout(found, experiment).total
+        episodes = [episode for group in found.episodes for episode in group]
         rows = zip(arguments["prompts"], arguments["completions"], success, rewards, episodes, strict=True)
         records += [
             {
@@ -118,8 +125,8 @@ def evaluate_actor(actor: Actor, prompts: Prompts, experiment: Experiment, split
 def success_interval(won: np.ndarray, z: float = 1.959964) -> tuple[float, float]:
     """The 95 % Wilson interval (1927) of a success rate, from outcomes [prompts, samples].
 
-    Samples of one prompt are kin, so they count as fewer: the effective sample size is p (1 - p) / var(mean), with
-    the variance clustered by prompt (Miller 2024, 2411.00640), held between the number of prompts and of samples.
+    Samples of one prompt are correlated, so they count as fewer: the effective sample size is p (1 - p) / var(mean),
+    with the variance clustered by prompt (Miller 2024, 2411.00640), held between the number of prompts and of samples.
     """
     num_prompts = len(won)
     p = float(won.mean())

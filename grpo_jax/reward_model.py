@@ -2,8 +2,8 @@
 
     rewards={"learned": learned_reward("runs/reward_model")}
 
-What is optimised then is what the model believes; `task.success` still says what is true, so that the two can be seen
-to part (Gao et al. 2022, "Scaling laws for reward model overoptimization", https://arxiv.org/abs/2210.10760).
+Training then optimises what the model believes. `task.success` still says what is true, so a growing gap between the
+two can be seen (Gao et al. 2022, "Scaling laws for reward model overoptimization", https://arxiv.org/abs/2210.10760).
 """
 
 from collections.abc import Callable, Sequence
@@ -43,26 +43,29 @@ Scorer = Callable[[Sequence[Any], Sequence[str], Sequence[Sequence[int]]], list[
 def _scorer_of(run_dir: str) -> Scorer:
     # Imported here, so that an experiment's file that names a reward model still loads at once.
     import jax.numpy as jnp
-    import numpy as np
 
-    from grpo_jax import sharding as devices
-    from grpo_jax.algorithms.lesson import batch_of
-    from grpo_jax.algorithms.pairs import scorer
-    from grpo_jax.rollout import bucket, make_actor, shown
-    from grpo_jax.training import restore_with_head
+    from grpo_jax.algorithms import RewardModel, algorithm_of
+    from grpo_jax.algorithms.batches import batch_of
+    from grpo_jax.algorithms.reward_model import scorer
+    from grpo_jax.rollout import bucket, from_completions, make_actor
+    from grpo_jax.runs.restore import restore_with_head
+    from grpo_jax.sharding import Replicas
 
     experiment, policy, head = restore_with_head(run_dir)
-    if experiment.method != "reward_model":
-        raise UserError(f"the run {run_dir!r} has trained a policy (method {experiment.method!r}), no reward model.")
-    actor = make_actor(policy, 1)
+    if not isinstance(algorithm_of(experiment), RewardModel):
+        raise UserError(
+            f"the run {run_dir!r} has trained a policy (method {experiment.method_name!r}), no reward model."
+        )
+    replicas = Replicas(1)
+    actor = make_actor(policy, replicas)
     tokenizer = actor.tokenizer
-    trainable = {**actor.trainable, **devices.replicate({k: jnp.asarray(v) for k, v in head.items()}, 1)}
-    score = scorer(actor.model, 0, 1)
+    trainable = {**actor.trainable, **replicas.replicate({k: jnp.asarray(v) for k, v in head.items()})}
+    score = scorer(actor.model, 0, replicas)
 
-    def ids_of(said: str, ids: Sequence[int]) -> list[int]:
-        if ids and tokenizer.decode(list(ids)) == said:
+    def ids_of(completion: str, ids: Sequence[int]) -> list[int]:
+        if ids and tokenizer.decode(list(ids)) == completion:
             return list(ids)
-        return [*tokenizer.encode(said), tokenizer.stop_ids[0]]
+        return [*tokenizer.encode(completion), tokenizer.stop_ids[0]]
 
     def scores(
         prompts: Sequence[Any], completions: Sequence[str], completion_ids: Sequence[Sequence[int]]
@@ -71,8 +74,8 @@ def _scorer_of(run_dir: str) -> Scorer:
         asked = [tokenizer.render(prompt) for prompt in prompts]
         # Buckets in both directions, so that few shapes are compiled.
         more = bucket(len(rows)) - len(rows)
-        played = shown(asked + asked[:1] * more, rows + rows[:1] * more)
-        found = score(trainable, actor.frozen, devices.shard(batch_of(played), 1))
-        return np.asarray(found).reshape(-1)[: len(rows)].tolist()
+        rollout = from_completions(asked + asked[:1] * more, rows + rows[:1] * more)
+        found = replicas.gather(score(trainable, actor.frozen, replicas.split(batch_of(rollout))))
+        return found.reshape(-1)[: len(rows)].tolist()
 
     return scores

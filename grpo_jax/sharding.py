@@ -1,23 +1,76 @@
-"""What runs where: data-parallel replicas under `jax.pmap`.
+"""What lives where. This is the one module that knows how many devices there are and how arrays are laid out on them.
 
-Each device owns whole groups. Batches carry their prompts on the leading axis [P, ...]; `shard` turns that into
-[N, P / N, ...], one slice for each of N devices. A single device is the case N = 1 of the same code.
+The rest of the package asks a `Replicas`: put parameters on every device, split a batch over the devices, compile a
+function for all of them, and bring results back. Today there is one layout: data-parallel replicas under `jax.pmap`.
+Every device holds all parameters and owns whole groups; gradients are summed over the axis `axis_name`. One device is
+the case of one replica. A layout on a mesh has to offer the same methods and can be added here.
+
+A tree that one of these methods has put on the devices is called *placed*. Its layout (a leading axis of the devices,
+under `pmap`) is known here alone: pass it to a compiled function, or bring it back with `first`, `fetch` or `gather`.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from grpo_jax.errors import UserError
 
-AXIS = "replicas"  # the name over which losses and gradients meet
+
+@dataclass(frozen=True)
+class Replicas:
+    """Data-parallel replicas on the first `count` local devices."""
+
+    count: int = 1
+    axis_name = "replicas"  # the mapped axis over which losses and gradients are summed
+
+    def compile(self, function: Callable[..., Any], *, donate: tuple[int, ...] = ()) -> Callable[..., Any]:
+        """Compiles a function of one device's share. The result takes placed trees and returns placed trees.
+
+        Args:
+          function: may use `jax.lax` collectives over `axis_name`.
+          donate: which arguments the call may overwrite.
+        """
+        devices = jax.local_devices()[: self.count]
+        return jax.pmap(function, axis_name=self.axis_name, devices=devices, donate_argnums=donate)
+
+    def replicate(self, tree: Any) -> Any:
+        """Copies every array to all devices, for parameters and other state that stays there."""
+        return _replicating(self)(jnp.arange(self.count), tree)
+
+    def broadcast(self, tree: Any) -> Any:
+        """Small host values (a seed, a temperature, a flag) that every device gets with a call."""
+        return jax.tree.map(lambda x: np.broadcast_to(x, (self.count, *np.shape(x))), tree)
+
+    def split(self, tree: Any) -> Any:
+        """Host arrays [P, ...]: each device gets P / count neighbouring prompts."""
+        return jax.tree.map(lambda x: x.reshape(self.count, x.shape[0] // self.count, *x.shape[1:]), tree)
+
+    def first(self, placed: Any) -> Any:
+        """One device's copy of what is equal on all of them, as `jax.Array`s."""
+        return jax.tree.map(lambda x: x[0], placed)
+
+    def fetch(self, placed: Any) -> Any:
+        """One copy of what is equal on all devices, on the host."""
+        return jax.tree.map(lambda x: x[0], jax.device_get(placed))
+
+    def gather(self, placed: Any) -> Any:
+        """The devices' shares [P / count, ...] joined to [P, ...], on the host."""
+        return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), jax.device_get(placed))
 
 
-def count(num_prompts: int, wanted: int | None = None, micro_batches: int = 1) -> int:
-    """The number of local devices to use, `wanted` or all of them.
+@cache
+def _replicating(replicas: Replicas) -> Callable[..., Any]:
+    # Kept, since a new function would be compiled anew.
+    return jax.pmap(lambda _, x: x, in_axes=(0, None), devices=jax.local_devices()[: replicas.count])
+
+
+def replicas_for(num_prompts: int, wanted: int | None = None, micro_batches: int = 1) -> Replicas:
+    """Replicas on `wanted` local devices, or on all of them.
 
     Raises:
       UserError: if there are fewer devices than wanted, or they cannot share the prompts in whole micro-batches.
@@ -33,37 +86,22 @@ def count(num_prompts: int, wanted: int | None = None, micro_batches: int = 1) -
             f"{num_prompts} prompts per step in {micro_batches} micro-batch(es) cannot be shared by {n} devices: "
             f"prompts_per_step must be a multiple of {n * micro_batches}, or set `devices` to a number that fits."
         )
-    return n
+    return Replicas(n)
 
 
-def parallel(
-    function: Callable[..., Any], n: int, *, in_axes: Any = 0, donate: tuple[int, ...] = ()
-) -> Callable[..., Any]:
-    """`jax.pmap` of `function` over the first n local devices, with the axis named `AXIS`."""
-    devices = jax.local_devices()[:n]
-    return jax.pmap(function, axis_name=AXIS, in_axes=in_axes, devices=devices, donate_argnums=donate)
+def up_to(limit: int | None) -> Replicas:
+    """Replicas on all local devices, or on `limit` of them where there are more."""
+    available = jax.local_device_count()
+    return Replicas(available if limit is None else min(limit, available))
 
 
-def replicate(tree: Any, n: int) -> Any:
-    """Copies every leaf to the first n local devices: leaves gain a leading axis of n."""
-    return _replicating(n)(jnp.arange(n), tree)
+def run_on(index: int, program: Callable[..., Any], *arguments: Any) -> Any:
+    """Runs a jitted program on one local device and returns its results on the host."""
+    with jax.default_device(jax.local_devices()[index]):
+        return jax.device_get(program(*arguments))
 
 
-@cache
-def _replicating(n: int) -> Callable[..., Any]:
-    return parallel(lambda _, x: x, n, in_axes=(0, None))  # kept, since a new function is compiled anew
-
-
-def unreplicate(tree: Any) -> Any:
-    """The first device's copy of a replicated tree."""
-    return jax.tree.map(lambda x: x[0], tree)
-
-
-def shard(tree: Any, n: int) -> Any:
-    """Leaves [P, ...] to [n, P / n, ...]."""
-    return jax.tree.map(lambda x: x.reshape(n, x.shape[0] // n, *x.shape[1:]), tree)
-
-
-def unshard(tree: Any) -> Any:
-    """Leaves [n, P / n, ...] to [P, ...]."""
-    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), tree)
+def describe() -> dict[str, Any]:
+    """What the program runs on: the platform, the kind of device, and how many."""
+    devices = jax.devices()
+    return {"platform": devices[0].platform, "kind": devices[0].device_kind, "count": len(devices)}

@@ -1,4 +1,4 @@
-"""The loop that ties a step together, for every method: make a lesson, update, log, checkpoint.
+"""The loop that ties a step together, for every method: make a batch, update on it, log, save.
 
 A step depends on the experiment, the step's number and the state alone: its prompts and its sampling noise follow from
 (seed, step). So a run that is resumed at step 400 does what the uninterrupted run did.
@@ -8,9 +8,10 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -19,23 +20,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from grpo_jax import sharding as devices
-from grpo_jax.advantages import group_advantages
-from grpo_jax.algorithms import LESSONS, Classroom, Lesson
-from grpo_jax.algorithms.lesson import completion_rows, reward_arrays
-from grpo_jax.algorithms.objectives import HEAD, Batch, has_head, make_appraise, needs_start, new_head
-from grpo_jax.algorithms.pairs import evaluate_pairs
-from grpo_jax.errors import RunError, UserError
-from grpo_jax.evaluation import NOISE_STEP, Evaluation, evaluate_actor
-from grpo_jax.experiment import Experiment, load_run, variant_of
-from grpo_jax.policy import Policy, fresh_adapters, merge
-from grpo_jax.policy import load as load_policy
-from grpo_jax.policy.lora import split as split_params
-from grpo_jax.policy.transformer import Params
-from grpo_jax.rollout import Actor, Prompts, Rollout, encode_prompts, make_actor, model_of, score_rollout
+from grpo_jax.algorithms import Setup, StepContext, TrainBatch, algorithm_of
+from grpo_jax.algorithms.forward import HEAD, new_head
+from grpo_jax.errors import RunError
+from grpo_jax.evaluation import Evaluation
+from grpo_jax.experiment import Experiment, variant_of
+from grpo_jax.policy import Policy
+from grpo_jax.rollout import Actor, Generator, Rollout, encode_prompts, make_actor
 from grpo_jax.runs import checkpoints
-from grpo_jax.runs.log import RunLog
-from grpo_jax.update import State, make_optimizer, make_rescore, make_update
+from grpo_jax.runs.log import RunLog, display_of
+from grpo_jax.runs.restore import OPTIONAL_LEAVES, checkpoint, source_policy
+from grpo_jax.sharding import replicas_for
+from grpo_jax.update import State, UpdateOutput, make_optimizer, make_update
+
+MakeGenerator = Callable[[Actor], Generator]
 
 
 @dataclass(frozen=True)
@@ -63,35 +61,35 @@ def train(
     overrides: Iterable[str] = (),
     resume: bool = False,
     quiet: bool = False,
+    make_generator: MakeGenerator = lambda actor: actor,
 ) -> Result:
     """Runs an experiment: its warm start, the training itself, and its control, each with a run directory.
 
     Args:
-      run_dir: where everything is written; with `resume`, the run that is gone on with.
+      run_dir: where everything is written; with `resume`, the run that is continued.
       source, overrides: the experiment's file and the assignments that changed it, for the record.
+      make_generator: what samples completions, from the policy as it is: by default the policy itself.
 
     Raises:
       UserError: for what the config or the task gets wrong. RunError: when the run fails (a reward, a full disk, a
         broken log-probability contract). KeyboardInterrupt: on Ctrl-C, after the step under way has been saved.
     """
     began = time.monotonic()
-    run_dir, overrides = Path(run_dir), list(overrides)
-    with RunLog(run_dir, experiment, source=source, overrides=overrides, resume=resume, quiet=quiet) as log:
+    run_dir, display = Path(run_dir), display_of(experiment, quiet=quiet)
+    with RunLog(run_dir, experiment, source=source, overrides=list(overrides), resume=resume, display=display) as log:
         start = starting_policy(experiment, log, resume=resume)
-        run = Run(experiment, start, log)
-        before, group_before = run.examine(0), run.show_group()
-        after, group_after = run.examine(run.go(resume=resume)), run.show_group()
+        trainer = Trainer(experiment, start, log, make_generator)
+        before, group_before = trainer.evaluate(0), trainer.sample_group()
+        after, group_after = trainer.evaluate(trainer.fit(resume=resume)), trainer.sample_group()
         control: dict[str, Evaluation] = {}
         if experiment.control is not None:
-            variant = variant_of(experiment, experiment.control)
-            with RunLog(
-                run_dir / "control", variant, resume=_begun(run_dir / "control"), quiet=quiet, title="control"
-            ) as sub:
-                other = Run(variant, start, sub)
-                control = other.examine(other.go(resume=True))
-        result = Result(
-            run_dir, run.policy(), before, after, control, group_before, group_after, time.monotonic() - began
-        )
+            variant, control_dir = variant_of(experiment, experiment.control), run_dir / "control"
+            display = display_of(variant, title="control", quiet=quiet)
+            with RunLog(control_dir, variant, resume=_has_begun(control_dir), display=display) as control_log:
+                other = Trainer(variant, start, control_log, make_generator)
+                control = other.evaluate(other.fit(resume=True))
+        seconds = time.monotonic() - began
+        result = Result(run_dir, trainer.policy(), before, after, control, group_before, group_after, seconds)
         log.summary(summarize(result, experiment))
     return result
 
@@ -103,100 +101,90 @@ def starting_policy(experiment: Experiment, log: RunLog, *, resume: bool = False
             log.note(f"loading {experiment.policy.source}")
         return source_policy(experiment)
     variant, warm_dir = variant_of(experiment, experiment.warm_start), log.run_dir / "warm_start"
-    resume = resume and _begun(warm_dir)
-    with RunLog(warm_dir, variant, resume=resume, quiet=log.display.quiet, title="warm start") as warm_log:
-        run = Run(variant, starting_policy(variant, warm_log, resume=resume), warm_log)
-        run.go(resume=resume)
-    return run.policy()
+    resume = resume and _has_begun(warm_dir)
+    display = display_of(variant, title="warm start", quiet=log.display.quiet)
+    with RunLog(warm_dir, variant, resume=resume, display=display) as warm_log:
+        trainer = Trainer(variant, starting_policy(variant, warm_log, resume=resume), warm_log)
+        trainer.fit(resume=resume)
+    return trainer.policy()
 
 
-def restore(run_dir: str | Path) -> tuple[Experiment, Policy]:
-    """The experiment of a run, a warm start or a control, and the policy at its newest checkpoint.
-
-    Raises:
-      UserError: if the directory holds no run, or a run without a checkpoint.
-    """
-    experiment, policy, _ = restore_with_head(run_dir)
-    return experiment, policy
-
-
-def restore_with_head(run_dir: str | Path) -> tuple[Experiment, Policy, Params]:
-    """The same, and the parameters of the head that PPO or a reward model trained on the policy's trunk (or none)."""
-    run_dir, experiment = Path(run_dir), load_run(run_dir)
-    if checkpoints.latest_step(run_dir / "checkpoints") is None:
-        raise UserError(f"the run {str(run_dir)!r} has no checkpoint yet, so there is no tuned policy in it.")
-    policy = source_policy(experiment)
-    trainable, frozen = split_params(policy.params, policy.lora)
-    if has_head(experiment):
-        trainable |= new_head(policy.config.hidden_size)
-    optimizer, _ = make_optimizer(experiment.optimizer, experiment.steps * experiment.num_iterations)
-    reference = trainable if experiment.loss.sync_ref_model else None
-    like = _checkpoint(State(trainable, jax.eval_shape(optimizer.init, trainable), jnp.int32(0)), reference)
-    _, state = checkpoints.restore(run_dir / "checkpoints", like, later=LATER)
-    trained = jax.tree.map(jnp.asarray, state["trainable"])
-    head = {name: trained.pop(name) for name in HEAD if name in trained}
-    return experiment, replace(policy, params=model_of(policy).params(trained, frozen)), head
-
-
-def source_policy(experiment: Experiment) -> Policy:
-    """The policy that `experiment.policy` names: that of another run, or what `grpo_jax.policy.load` knows."""
-    config = experiment.policy
-    if not (Path(config.source) / "run.json").is_file():
-        return load_policy(
-            config.source, dtype=config.dtype, seed=experiment.seed, lora=config.lora, scratch=config.scratch
-        )
-    _, other = restore(config.source)
-    params = {path: x.astype(config.dtype) for path, x in merge(other.params, other.lora).items()}
-    if config.lora is not None:
-        params |= fresh_adapters(other.config, config.lora, experiment.seed)
-    return replace(other, params=params, lora=config.lora)
-
-
-def _begun(run_dir: Path) -> bool:
-    """Whether anything of a run is there: one killed at its very start has left no run.json yet."""
+def _has_begun(run_dir: Path) -> bool:
+    """Whether anything of a run is there: one that was killed at its very start has no run.json yet."""
     return run_dir.is_dir() and any(run_dir.iterdir())
 
 
-class Run:
-    """One training run under way: the state on the devices, and the functions that move it."""
+class Trainer:
+    """A run under way: the state on the devices, and the functions that move it.
 
-    def __init__(self, experiment: Experiment, start: Policy, log: RunLog) -> None:
-        self.experiment, self.start, self.log = experiment, start, log
-        config, task = experiment, experiment.task
-        self.num_devices = devices.count(config.prompts_per_step, config.devices, config.gradient_accumulation_steps)
-        tokenizer, max_tokens = start.require_tokenizer(), config.sampling.max_tokens
-        self.prompts: Prompts = encode_prompts(task, tokenizer, start.config.max_positions, max_tokens)
-        actor = make_actor(start, self.num_devices)
-        if has_head(config):
-            head = devices.replicate(new_head(start.config.hidden_size), self.num_devices)
-            actor = actor._replace(trainable={**actor.trainable, **head})
-        self.actor: Actor = actor
-        optimizer, self.schedule = make_optimizer(config.optimizer, config.steps * config.num_iterations)
+    Attributes:
+      state: the trained parameters, the optimizer's state and the count of skipped updates, on the devices.
+      reference: the trained parameters of the reference policy; None where the method needs none.
+      tokens_seen, tokens_sampled: how many tokens the run has read and written, and how many of them it sampled.
+    """
+
+    def __init__(
+        self,
+        experiment: Experiment,
+        start: Policy,
+        log: RunLog,
+        make_generator: MakeGenerator = lambda actor: actor,
+    ) -> None:
+        self.experiment, self.start, self.log, self.make_generator = experiment, start, log, make_generator
+        config, tokenizer = experiment, start.require_tokenizer()
+        self.algorithm = algorithm_of(config)
+        self.replicas = replicas_for(config.prompts_per_step, config.devices, config.gradient_accumulation_steps)
+        self.prompts = encode_prompts(config.task, tokenizer, start.config.max_positions, config.sampling.max_tokens)
+        self._actor = make_actor(start, self.replicas)
+        trainable = self._actor.trainable
+        if self.algorithm.has_head:
+            trainable = {**trainable, **self.replicas.replicate(new_head(start.config.hidden_size))}
+        self.optimizer, self.schedule = make_optimizer(config.optimizer, config.steps * config.num_iterations)
         self.state = State(
-            actor.trainable,
-            # Not under pmap: every new optimizer would be compiled for a second to make zeros.
-            devices.replicate(optimizer.init(devices.unreplicate(actor.trainable)), self.num_devices),
-            devices.replicate(jnp.int32(0), self.num_devices),
+            trainable,
+            # Not compiled: every new optimizer would be compiled for a second to make zeros.
+            self.replicas.replicate(self.optimizer.init(self.replicas.first(trainable))),
+            self.replicas.replicate(jnp.int32(0)),
         )
-        self.reference = jax.tree.map(jnp.copy, actor.trainable) if needs_start(config) else None
-        options = dict(common=self.prompts.common, axis_name=devices.AXIS)
-        update = make_update(actor.model, config, optimizer, **options)
-        self.update = devices.parallel(update, self.num_devices, in_axes=(0, 0, 0, 0, None), donate=(0,))
-        self.rescore = devices.parallel(make_rescore(actor.model, config, **options), self.num_devices)
-        self.appraise = devices.parallel(make_appraise(actor.model, config, **options), self.num_devices)
+        needs_reference = self.algorithm.needs_reference(config)
+        # A copy, since updates overwrite the state's own arrays.
+        self.reference = jax.tree.map(jnp.copy, trainable) if needs_reference else None
         self.tokens_seen = self.tokens_sampled = 0
 
-    def go(self, *, resume: bool) -> int:
+    @property
+    def actor(self) -> Actor:
+        """The policy as it is now. The next update overwrites its parameters."""
+        return self._actor._replace(trainable=self.state.trainable)
+
+    @property
+    def setup(self) -> Setup:
+        """What the objective and the update are built from."""
+        shared = self.prompts.shared_prefix_length
+        return Setup(self._actor.model, self.experiment, shared, self.replicas.axis_name)
+
+    @cached_property
+    def update(self) -> Callable[..., tuple[State, UpdateOutput]]:
+        """The compiled update of a placed batch."""
+        return self.replicas.compile(make_update(self.setup, self.optimizer), donate=(0,))
+
+    @cached_property
+    def before_updates(self) -> Callable[..., Any] | None:
+        """What is found once before a batch's updates, compiled; None for nothing."""
+        function = self.algorithm.make_objective(self.setup).before_updates
+        return None if function is None else self.replicas.compile(function)
+
+    @cached_property
+    def mix_reference(self) -> Callable[..., Any]:
+        """(reference, trainable) -> the reference, moved towards the policy (TR-DPO, 2404.09656)."""
+        alpha = self.experiment.loss_config.ref_model_mixup_alpha
+        return self.replicas.compile(lambda old, new: jax.tree.map(lambda r, p: (1 - alpha) * r + alpha * p, old, new))
+
+    def fit(self, *, resume: bool) -> int:
         """Trains from the newest checkpoint (or from the start) to the last step; returns how many there were."""
         config, directory = self.experiment, self.log.run_dir / "checkpoints"
         done = 0
         if resume and checkpoints.latest_step(directory) is not None:
-            done, saved = checkpoints.restore(directory, self._saved(), later=LATER)
-            self.tokens_seen, self.tokens_sampled = saved.pop("tokens_seen"), saved.pop("tokens_sampled")
-            saved = devices.replicate(jax.tree.map(jnp.asarray, saved), self.num_devices)
-            reference = saved.pop("reference")
-            self.reference = self.reference if reference is None else reference
-            self.state = State(**saved)
+            done = self.load_checkpoint(directory)
         if not self.is_over(done):
             rows = f"{config.prompts_per_step} prompts × {config.group_size}"
             end = f"to {config.steps}" if config.token_budget is None else f"until {config.token_budget:,} tokens"
@@ -207,7 +195,7 @@ class Run:
                 done += 1
                 over = self.is_over(done)
                 if not over and config.evaluation.every and done % config.evaluation.every == 0:
-                    self.examine(done)
+                    self.evaluate(done)
                 stopping = stop()  # asked once: what arrives after it waits for the next step
                 if done % config.checkpoint_every == 0 or over or stopping:
                     self.save(done)
@@ -223,138 +211,117 @@ class Run:
         return done >= self.experiment.steps or (budget is not None and self.tokens_sampled >= budget)
 
     def step(self, step: int) -> None:
-        """Makes a step's lesson, updates on it and logs it."""
-        began = time.monotonic()
-        config = self.experiment
-        lesson = LESSONS[config.method](self.classroom(), step)
-        batch, prepared = self._prepare(devices.shard(lesson.batch, self.num_devices))
+        """Makes a step's batch, updates on it and logs it."""
+        began, config, replicas = time.monotonic(), self.experiment, self.replicas
+        train_batch = self.algorithm.make_batch(self.context(), step)
+        batch, found = replicas.split(train_batch.batch), {}
+        frozen, reference = self._actor.frozen, self.reference
+        if self.before_updates is not None:
+            batch, found = self.before_updates(self.state.trainable, frozen, reference, batch)
         metrics: dict[str, Any] = {}
         for iteration in range(config.num_iterations):
-            self.state, updated = self.update(
-                self.state, self.actor.frozen, self.reference, batch, np.bool_(iteration == 0)
-            )
-            updated = jax.device_get(updated)
-            gaps, advantages = updated.pop("logprob_gaps", None), updated.pop("advantages", None)
-            if iteration == 0 and gaps is not None:
-                self.check_contract(gaps, lesson.played, step)
-                lesson = lesson.with_advantages(advantages)
+            first = replicas.broadcast(np.bool_(iteration == 0))
+            self.state, output = self.update(self.state, frozen, reference, batch, first)
+            if iteration == 0 and output.logprob_gaps is not None:
+                self.check_logprobs(replicas.gather(output.logprob_gaps), train_batch.rollout, step)
+                train_batch = train_batch.with_advantages(replicas.gather(output.advantages))
             # The first iteration measures the sampler's gap; the others, how far the policy has moved since.
-            metrics = {**updated, **{k: v for k, v in metrics.items() if k.startswith("sampling/")}}
-        metrics |= jax.device_get(prepared)  # after an update's own gap, which is nothing once rescored
-        self._sync_reference(step + 1)
-        metrics = {name: float(value[0]) for name, value in metrics.items()}
-        self.record(step, lesson, metrics, seconds=time.monotonic() - began)
+            of_first = {k: v for k, v in metrics.items() if k.startswith("sampling/")}
+            metrics = {**replicas.fetch(output.metrics), **of_first}
+        # These come after an update's own gap, which is 0 where log-probabilities were recomputed.
+        metrics |= replicas.fetch(found)
+        self.sync_reference(step + 1)
+        scalars = {name: float(value) for name, value in metrics.items()}
+        self.record(step, train_batch, scalars, seconds=time.monotonic() - began)
 
-    def record(self, step: int, lesson: Lesson, metrics: dict[str, float], *, seconds: float) -> None:
-        """Logs a step: its lesson, with the advantages that the update found, and its update's metrics."""
-        self.tokens_seen += lesson.tokens
-        self.tokens_sampled += lesson.new_tokens
+    def record(self, step: int, train_batch: TrainBatch, metrics: dict[str, float], *, seconds: float) -> None:
+        """Logs a step: its batch, with the advantages that the update found, and its update's metrics."""
+        self.tokens_seen += train_batch.tokens
+        self.tokens_sampled += train_batch.new_tokens
         metrics = {
-            **lesson.metrics,
+            **train_batch.metrics,
             **metrics,
             "learning_rate": float(self.schedule((step + 1) * self.experiment.num_iterations - 1)),
             "num_tokens": self.tokens_seen,
             "num_sampled_tokens": self.tokens_sampled,
             "step_time": seconds,
-            "tokens_per_second": lesson.new_tokens / seconds,
+            "tokens_per_second": train_batch.new_tokens / seconds,
         }
-        self.log.step(step, metrics, lesson.rows, lesson.histograms)
+        self.log.step(step, metrics, train_batch.rows, train_batch.histograms)
 
-    def _prepare(self, batch: Batch) -> tuple[Batch, dict[str, Any]]:
-        """What is found once before a batch's updates: weights for another sampler, or the critic's advantages."""
-        trainable, frozen = self.state.trainable, self.actor.frozen
-        if self.experiment.loss.importance_sampling_mode is not None:
-            return self.rescore(trainable, frozen, batch)
-        if self.experiment.method == "ppo":
-            return self.appraise(trainable, frozen, self.reference, batch)
-        return batch, {}
+    def context(self) -> StepContext:
+        """What batches are made from now."""
+        start = None
+        if self.reference is not None:
+            start = self.make_generator(self._actor._replace(trainable=self.reference))
+        return StepContext(self.experiment, self.prompts, self.make_generator(self.actor), start)
 
-    def classroom(self) -> Classroom:
-        """What lessons are made from now."""
-        actor = self.actor._replace(trainable=self.state.trainable)
-        return Classroom(self.experiment, self.prompts, actor, self.reference)
-
-    def _sync_reference(self, done: int) -> None:
+    def sync_reference(self, done: int) -> None:
         """Moves the reference towards the policy after every `ref_model_sync_steps` steps."""
-        config = self.experiment.loss
+        config = self.experiment.loss_config
         if config.sync_ref_model and done % config.ref_model_sync_steps == 0:
-            alpha = config.ref_model_mixup_alpha
-            mix = devices.parallel(
-                lambda old, new: jax.tree.map(lambda r, p: (1 - alpha) * r + alpha * p, old, new), self.num_devices
-            )
-            self.reference = mix(self.reference, self.state.trainable)
+            self.reference = self.mix_reference(self.reference, self.state.trainable)
 
     def save(self, step: int) -> None:
         """Saves everything that step `step` depends on."""
-        checkpoints.save(self.log.run_dir / "checkpoints", step, self._saved())
+        checkpoints.save(self.log.run_dir / "checkpoints", step, self._checkpoint())
 
-    def _saved(self) -> dict[str, Any]:
+    def load_checkpoint(self, directory: Path) -> int:
+        """Continues from the newest checkpoint, and returns its step."""
+        done, saved = checkpoints.restore(directory, self._checkpoint(), optional_leaves=OPTIONAL_LEAVES)
+        self.tokens_seen, self.tokens_sampled = saved.pop("tokens_seen"), saved.pop("tokens_sampled")
+        saved = self.replicas.replicate(jax.tree.map(jnp.asarray, saved))
+        reference = saved.pop("reference")
+        self.reference = self.reference if reference is None else reference
+        self.state = State(**saved)
+        return done
+
+    def _checkpoint(self) -> dict[str, Any]:
         """What a checkpoint holds now. A reference that is never synced is where training began, and not kept."""
-        reference = self.reference if self.experiment.loss.sync_ref_model else None
-        state, reference = devices.unreplicate((self.state, reference))
-        return _checkpoint(state, reference, self.tokens_seen, self.tokens_sampled)
+        reference = self.reference if self.experiment.loss_config.sync_ref_model else None
+        state, reference = self.replicas.first((self.state, reference))
+        return checkpoint(state, reference, self.tokens_seen, self.tokens_sampled)
 
-    def examine(self, step: int) -> dict[str, Evaluation]:
+    def evaluate(self, step: int) -> dict[str, Evaluation]:
         """Evaluates the policy as it is now on every split."""
-        config, room = self.experiment, self.classroom()
+        config, context = self.experiment, self.context()
         evaluations = {}
         for split in config.evaluation.splits:
             num_prompts = min(config.evaluation.num_prompts, len(getattr(config.task, split)))
             self.log.note(f"evaluating {num_prompts} {split.replace('_', '-')} prompts")
-            evaluations[split] = (
-                evaluate_pairs(room, split)
-                if config.method == "reward_model"
-                else evaluate_actor(room.actor, self.prompts, config, split)
-            )
+            evaluations[split] = self.algorithm.evaluate(context, split)
             self.log.evaluation(step, evaluations[split])
         return evaluations
 
-    def show_group(self) -> list[dict[str, Any]]:
-        """Plays one group of the first held-out prompt: its completions with their rewards and advantages."""
-        config = self.experiment
-        if config.method != "grpo":  # nothing else scores groups
-            return []
-        # As many prompts as a training step has, though one is shown, so that nothing is compiled for this alone.
-        indices = [i % len(config.task.held_out) for i in range(config.prompts_per_step)]
-        played = self.classroom().sample(NOISE_STEP, indices, range(len(indices)), from_start=False, split="held_out")
-        scores = score_rollout(played, config)
-        rewards, kept = reward_arrays(scores, played.mask.shape[:2])
-        options = config.advantages
-        advantages = group_advantages(
-            rewards[:1], scale=options.scale, baseline=options.baseline, ddof=options.ddof, mask=kept[:1]
-        )
-        rows = completion_rows(played, scores)[: config.group_size]
-        return [{**row, "advantage": float(a)} for row, a in zip(rows, np.asarray(advantages)[0], strict=True)]
+    def sample_group(self) -> list[dict[str, Any]]:
+        """One group of a held-out prompt with its rewards and advantages; none where the method has no groups."""
+        return self.algorithm.sample_group(self.context())
 
     def policy(self) -> Policy:
-        """The policy as it is now, off the devices' copies."""
+        """The policy as it is now, off the devices."""
         trainable = {path: x for path, x in self.state.trainable.items() if path not in HEAD}
-        params = devices.unreplicate(self.actor.model.params(trainable, self.actor.frozen))
+        params = self.replicas.first(self._actor.model.params(trainable, self._actor.frozen))
         return replace(self.start, params=params)
 
-    def check_contract(self, gaps: np.ndarray, played: Rollout, step: int) -> None:
-        """Raises `RunError` naming the first token whose log-probability the update did not find again."""
-        gaps = gaps.reshape(played.mask.shape)
-        bound = self.experiment.sampling.logprob_bound(self.actor.model.dtype)
+    def check_logprobs(self, gaps: np.ndarray, rollout: Rollout | None, step: int) -> None:
+        """Raises `RunError` naming the first token whose log-probability the update did not find again.
+
+        Args:
+          gaps: [P, G, T], in nats.
+          rollout: the episodes that the tokens are from.
+        """
+        assert rollout is not None, "a batch that the policy sampled has its rollout"
+        bound = self.experiment.sampling.logprob_bound(self._actor.model.dtype)
         broken = np.argwhere(~(gaps <= bound))
         if len(broken):
             p, g, t = broken[0]
-            token = self.actor.tokenizer.decode([int(played.tokens[p, g, t])])
+            token = self._actor.tokenizer.decode([int(rollout.tokens[p, g, t])])
             raise RunError(
-                f"step {step}: token {t} ({token!r}) of sample {g} of prompt {played.prompt_ids[p]} was sampled with "
-                f"log-probability {played.logprobs[p, g, t]:.4f}, which the update missed by {gaps[p, g, t]:.4f}, more "
-                f"than sampling.max_logprob_difference = {bound:g}: the sampler and the trainer disagree about the "
-                "policy, and the update was not made."
+                f"step {step}: token {t} ({token!r}) of sample {g} of prompt {rollout.prompt_ids[p]} was sampled with "
+                f"log-probability {rollout.logprobs[p, g, t]:.4f}, which the update missed by {gaps[p, g, t]:.4f}, "
+                f"more than sampling.max_logprob_difference = {bound:g}: the sampler and the trainer disagree about "
+                "the policy, and the update was not made."
             )
-
-
-LATER = ("tokens_sampled",)  # not in the checkpoints of the first versions
-
-
-def _checkpoint(state: State, reference: Any | None, tokens_seen: int = 0, tokens_sampled: int = 0) -> dict[str, Any]:
-    """Everything that a step depends on, as the pytree that is saved and restored."""
-    tokens = {"tokens_seen": tokens_seen, "tokens_sampled": tokens_sampled}
-    return {**state._asdict(), "reference": reference, **tokens}
 
 
 def summarize(result: Result, experiment: Experiment) -> dict[str, Any]:

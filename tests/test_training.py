@@ -13,9 +13,8 @@ import letters
 import numpy as np
 import pytest
 
-from grpo_jax import evaluation, training
-from grpo_jax.algorithms import lesson
-from grpo_jax.algorithms.lesson import reward_metrics, schedule
+from grpo_jax import evaluation
+from grpo_jax.algorithms.batches import reward_metrics, schedule
 from grpo_jax.errors import RunError, UserError
 from grpo_jax.experiment import (
     Experiment,
@@ -24,7 +23,9 @@ from grpo_jax.experiment import (
     override,
 )
 from grpo_jax.rewards.scoring import Scores
+from grpo_jax.rollout import Actor
 from grpo_jax.runs.checkpoints import latest_step
+from grpo_jax.runs.restore import restore, source_policy
 from grpo_jax.training import train
 
 TIMES = {"step_time", "tokens_per_second"}
@@ -61,7 +62,7 @@ def assert_same_run(run_dir: Path, other: Path) -> None:
     """Metrics, completions and the final parameters agree to the last bit."""
     assert timeless(run_dir) == timeless(other)
     assert (run_dir / "completions.jsonl").read_text() == (other / "completions.jsonl").read_text()
-    one, two = training.restore(run_dir)[1].params, training.restore(other)[1].params
+    one, two = restore(run_dir)[1].params, restore(other)[1].params
     assert one.keys() == two.keys()
     assert all(np.array_equal(one[path], two[path]) for path in one)
 
@@ -115,7 +116,7 @@ def test_a_run_directory_explains_the_run(finished, source):
 
 
 def test_a_run_can_be_restored_and_its_evaluation_found_again(finished):
-    experiment, policy = training.restore(finished)
+    experiment, policy = restore(finished)
     expected = json.loads((finished / "summary.json").read_text())["after"]["held_out"]
     found = evaluation.evaluate(policy, experiment).to_dict()
     assert {**found, "pass_at_k": {str(k): value for k, value in found["pass_at_k"].items()}} == expected
@@ -130,11 +131,11 @@ def test_a_warm_start_and_a_control_are_runs_of_their_own(source, tmp_path):
         assert latest_step(tmp_path / name / "checkpoints") == steps
         assert (tmp_path / name / "metrics.jsonl").is_file()
 
-    _, warm = training.restore(tmp_path / "warm_start")
+    _, warm = restore(tmp_path / "warm_start")
     before = evaluation.evaluate(warm, experiment)
     assert before == result.before["held_out"]  # the training began where the warm start ended
-    assert before.success > evaluation.evaluate(training.source_policy(experiment), experiment).success + 0.2
-    variant, control = training.restore(tmp_path / "control")
+    assert before.success > evaluation.evaluate(source_policy(experiment), experiment).success + 0.2
+    variant, control = restore(tmp_path / "control")
     assert (variant.method, variant.steps, variant.control) == ("sft", 2, None)
     assert evaluation.evaluate(control, variant) == result.control["held_out"]
     first = rows(tmp_path / "control/metrics.jsonl")[0]
@@ -212,18 +213,16 @@ def test_completions_that_were_cut_off_are_not_trained_on(experiment, tmp_path):
     assert metric(tmp_path / "all", "grad_norm") != metric(tmp_path / "some", "grad_norm")
 
 
-def test_a_sampler_that_differs_from_the_trainer_is_corrected_and_does_not_stop_the_run(
-    experiment, tmp_path, monkeypatch
-):
-    genuine = lesson.rollout
+def test_a_sampler_that_differs_from_the_trainer_is_corrected_and_does_not_stop_the_run(experiment, tmp_path):
+    class Crooked(Actor):
+        def generate(self, *arguments: Any) -> Any:
+            generation, state = super().generate(*arguments)
+            lower = np.where(generation.mask, generation.logprobs - 0.25, 0).astype(np.float32)
+            return generation._replace(logprobs=lower), state
 
-    def crooked(*arguments: Any, **options: Any) -> Any:
-        played = genuine(*arguments, **options)
-        return replace(played, logprobs=np.where(played.mask, played.logprobs - 0.25, 0).astype(np.float32))
-
-    monkeypatch.setattr(lesson, "rollout", crooked)
     changes = {"steps": 1, "num_iterations": 2, "loss.importance_sampling_mode": "token_truncate"}
-    train(override(experiment, changes), tmp_path / "run", quiet=True)
+    config = override(experiment, changes)
+    train(config, tmp_path / "run", quiet=True, make_generator=lambda actor: Crooked(*actor))
     assert metric(tmp_path / "run", "sampling/logprob_difference/max")[0] == pytest.approx(0.25, abs=1e-4)
     assert metric(tmp_path / "run", "sampling/importance_sampling_ratio/mean")[0] == pytest.approx(np.exp(0.25), 1e-4)
 
@@ -296,28 +295,29 @@ def test_a_run_without_a_checkpoint_has_no_policy_to_restore(source, tmp_path):
     with pytest.raises(RunError):
         train(at_step(0, fail, load(source)), tmp_path / "run", source=source, quiet=True)
     with pytest.raises(UserError, match="has no checkpoint yet"):
-        training.restore(tmp_path / "run")
+        restore(tmp_path / "run")
     with pytest.raises(UserError, match="is not the directory of a run"):
-        training.restore(tmp_path)
+        restore(tmp_path)
 
 
 # What ends a run -----------------------------------------------------------------------------------------------------
 
 
-def test_a_broken_log_probability_contract_stops_the_run_at_the_first_bad_token(experiment, tmp_path, monkeypatch):
-    def crooked(*arguments: Any, step: int, **options: Any) -> Any:
-        played = genuine(*arguments, step=step, **options)
-        if step == 1:
-            logprobs = played.logprobs.copy()
-            logprobs[2, 3, 0] -= 0.25
-            bad.append(TOKENS[played.tokens[2, 3, 0]])
-            return replace(played, logprobs=logprobs)
-        return played
+def test_a_broken_log_probability_contract_stops_the_run_at_the_first_bad_token(experiment, tmp_path):
+    TOKENS, bad = ["", "", "", *"abcd"], []
 
-    TOKENS, bad, genuine = ["", "", "", *"abcd"], [], lesson.rollout
-    monkeypatch.setattr(lesson, "rollout", crooked)
+    class Crooked(Actor):
+        def generate(self, prompts: Any, noise: Any, sampling: Any) -> Any:
+            generation, state = super().generate(prompts, noise, sampling)
+            if noise.step == 1:
+                logprobs = generation.logprobs.copy()
+                logprobs[2, 3, 0] -= 0.25
+                bad.append(TOKENS[generation.tokens[2, 3, 0]])
+                generation = generation._replace(logprobs=logprobs)
+            return generation, state
+
     with pytest.raises(RunError) as caught:
-        train(experiment, tmp_path / "run", quiet=True)
+        train(experiment, tmp_path / "run", quiet=True, make_generator=lambda actor: Crooked(*actor))
     message = str(caught.value)
     assert message.startswith(f"step 1: token 0 ({bad[0]!r}) of sample 3 of prompt ")
     assert "missed by 0.2500, more than sampling.max_logprob_difference = 0.01" in message
@@ -387,9 +387,9 @@ def test_metrics_of_rewards_worked_by_hand():
     scores = Scores(
         total=[1.0, 0.0, 1.0, 0.5, 0.5, nan],
         by_name={"exact": [1.0, 0.0, 1.0, 0.5, 0.5, nan], "format": [nan, nan, 1.0, 0.0, nan, nan]},
-        kept=[True] * 5 + [False],
+        sample_mask=[True] * 5 + [False],
         failures={"exact": 1, "format": 0},
-        signal=[1.0, 0.0, 1.0, 0.5, 0.5, nan],
+        advantage_rewards=[1.0, 0.0, 1.0, 0.5, 0.5, nan],
     )
     rewards, kept = np.array([[1, 0, 1], [0.5, 0.5, 0]]), np.array([[True] * 3, [True, True, False]])
     metrics = reward_metrics(scores, rewards, kept)

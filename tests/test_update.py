@@ -9,9 +9,8 @@ import numpy as np
 import optax
 import pytest
 
-from grpo_jax import sharding as devices
 from grpo_jax.advantages import group_advantages
-from grpo_jax.algorithms.objectives import Batch
+from grpo_jax.algorithms import Batch, Setup, algorithm_of
 from grpo_jax.experiment import (
     Experiment,
     LoRAConfig,
@@ -22,12 +21,13 @@ from grpo_jax.experiment import (
     ScratchConfig,
     override,
 )
-from grpo_jax.logprobs import completion_logprobs
+from grpo_jax.logprobs import Completions, completion_logprobs
 from grpo_jax.policy import load
 from grpo_jax.policy.lora import Model, split
-from grpo_jax.rollout import encode_prompts, make_actor, rollout
+from grpo_jax.rollout import encode_prompts, make_actor, name_noise, rollout
+from grpo_jax.sharding import Replicas
 from grpo_jax.tasks import Task
-from grpo_jax.update import State, decays, make_optimizer, make_rescore, make_update
+from grpo_jax.update import State, decays, make_optimizer, make_update
 
 P, G, T = 32, 3, 4
 SCRATCH = ScratchConfig(hidden_size=16, num_layers=1, num_heads=2)
@@ -85,7 +85,7 @@ def own_logprobs(dtype: str = "float32", lora: LoRAConfig | None = None):
 
     def loss(trainable, weights):
         arrays_ = (jnp.asarray(x) for x in arrays()[:4])
-        logprobs, _ = completion_logprobs(model.bind(trainable, frozen), *arrays_, temperature=0.8)
+        logprobs, _ = completion_logprobs(model.bind(trainable, frozen), Completions(*arrays_), temperature=0.8)
         return jnp.sum(weights * logprobs), logprobs
 
     return jax.jit(jax.value_and_grad(loss, has_aux=True))
@@ -112,8 +112,8 @@ RECORD = optax.GradientTransformation(
 def compiled(n: int, overrides: tuple, record: bool, dtype: str, lora: LoRAConfig | None):
     experiment = override(EXPERIMENT, dict(overrides))
     optimizer = RECORD if record else make_optimizer(experiment.optimizer, 100)[0]
-    update = make_update(parts(dtype, lora)[0], experiment, optimizer, common=0, axis_name=devices.AXIS)
-    return optimizer, devices.parallel(update, n, in_axes=(0, 0, 0, 0, None))
+    update = make_update(Setup(parts(dtype, lora)[0], experiment, 0, Replicas.axis_name), optimizer)
+    return optimizer, Replicas(n).compile(update)
 
 
 def run(
@@ -126,18 +126,20 @@ def run(
     if state is None:
         state = State(trainable, optimizer.init(trainable), jnp.int32(0))
     reference = {k: 1.1 * v for k, v in trainable.items()} if overrides.get("loss.beta") else None
-    state, metrics = update(
-        devices.replicate(state, n),
-        devices.replicate(frozen, n),
-        None if reference is None else devices.replicate(reference, n),
-        devices.shard(jax.tree.map(np.asarray, batch), n),
-        np.bool_(first),
+    replicas = Replicas(n)
+    state, output = update(
+        replicas.replicate(state),
+        replicas.replicate(frozen),
+        None if reference is None else replicas.replicate(reference),
+        replicas.split(jax.tree.map(np.asarray, batch)),
+        replicas.broadcast(np.bool_(first)),
     )
     for leaf in jax.tree.leaves(state):
         copies = np.asarray(leaf)
         np.testing.assert_array_equal(copies, np.broadcast_to(copies[:1], copies.shape))  # devices never drift apart
-    per_row = {key: devices.unshard(metrics.pop(key)) for key in ("advantages", "logprob_gaps") if key in metrics}
-    return devices.unreplicate(state), {**devices.unreplicate(metrics), **per_row}
+    per_row = {key: getattr(output, key) for key in ("advantages", "logprob_gaps")}
+    per_row = {key: replicas.gather(value) for key, value in per_row.items() if value is not None}
+    return replicas.first(state), {**replicas.fetch(output.metrics), **per_row}
 
 
 def assert_close(actual, expected, tolerance=2e-5):
@@ -201,9 +203,9 @@ def test_the_gradient_is_the_one_worked_by_hand():
     # At ratio 1 nothing is clipped and GRPO's gradient is that of -1/N sum_i 1/|o_i| sum_t A_i log p(o_it), over the N
     # sequences with a token that counts: weights -A / (N |o_i|) on the log-probabilities.
     batch = make_batch()
-    active = batch.mask & batch.kept[..., None]
+    active = batch.mask & batch.sample_mask[..., None]
     tokens = active.sum(-1)
-    advantages = np.asarray(group_advantages(batch.rewards, mask=batch.kept))
+    advantages = np.asarray(group_advantages(batch.rewards, mask=batch.sample_mask))
     weights = -advantages[..., None] * active / (np.maximum(tokens, 1)[..., None] * (tokens > 0).sum())
     _, expected = own_logprobs()(parts()[1], jnp.asarray(weights, jnp.float32))
     state, metrics = run(batch, 8, record=True, first=True)
@@ -218,9 +220,9 @@ def test_the_gradient_is_the_one_worked_by_hand():
 def test_sft_is_the_mean_negative_log_likelihood_of_the_tokens():
     # At temperature 1, whatever the sampler's.
     batch = make_batch()
-    active = batch.mask & batch.kept[..., None]
+    active = batch.mask & batch.sample_mask[..., None]
     model, trainable, frozen = parts()
-    logprobs, _ = completion_logprobs(model.bind(trainable, frozen), *batch[:4])
+    logprobs, _ = completion_logprobs(model.bind(trainable, frozen), batch.completions)
     _, metrics = run(batch, record=True, first=True, **CASES["sft"])
     np.testing.assert_allclose(metrics["loss"], -np.asarray(logprobs)[active].mean(), rtol=1e-5)
     assert metrics["num_tokens"] == active.sum()
@@ -235,11 +237,14 @@ def test_one_device_and_eight_play_the_same_completions_and_make_the_same_update
     prompts = encode_prompts(TASK, new.tokenizer, 2048, 4)
     played = [
         rollout(
-            make_actor(new, n), TASK, prompts, "train", range(P), range(P), range(G), EXPERIMENT.sampling,
-            seed=0, step=0,
+            make_actor(new, Replicas(n)),
+            TASK,
+            prompts.batch("train", range(P)),
+            name_noise(0, 0, range(P), range(G)),
+            EXPERIMENT.sampling,
         )
         for n in (1, 8)
-    ]  # fmt: skip
+    ]
     one, eight = played
     for name in ("tokens", "mask", "valid", "ended"):
         np.testing.assert_array_equal(getattr(one, name), getattr(eight, name))
@@ -264,26 +269,27 @@ def test_one_device_and_eight_play_the_same_completions_and_make_the_same_update
 
 
 def test_a_sampler_that_differs_is_made_up_for():
-    # Rescoring replaces the sampler's log-probabilities by the trainer's own and weighs by the ratio of the two.
+    # Recomputing replaces the sampler's log-probabilities by the trainer's own and weighs by the ratio of the two.
     experiment = override(EXPERIMENT, {"loss.importance_sampling_mode": "token_truncate"})
     batch, own = make_batch(drift=0.5), make_batch()
     model, trainable, frozen = parts()
-    rescore = devices.parallel(make_rescore(model, experiment, common=0, axis_name=devices.AXIS), 8)
-    given = devices.shard(jax.tree.map(np.asarray, batch), 8)
-    rescored, metrics = rescore(devices.replicate(trainable, 8), devices.replicate(frozen, 8), given)
-    rescored, metrics = jax.tree.map(devices.unshard, rescored), devices.unreplicate(metrics)
-    active = batch.mask & batch.kept[..., None]
-    np.testing.assert_allclose(rescored.logprobs[active], own.logprobs[active], atol=2e-5)
+    replicas, setup = Replicas(8), Setup(model, experiment, 0, Replicas.axis_name)
+    recompute = replicas.compile(algorithm_of(experiment).make_objective(setup).before_updates)
+    given = replicas.split(jax.tree.map(np.asarray, batch))
+    recomputed, metrics = recompute(replicas.replicate(trainable), replicas.replicate(frozen), None, given)
+    recomputed, metrics = replicas.gather(recomputed), replicas.fetch(metrics)
+    active = batch.mask & batch.sample_mask[..., None]
+    np.testing.assert_allclose(recomputed.logprobs[active], own.logprobs[active], atol=2e-5)
     ratio = np.exp(own.logprobs - batch.logprobs)
-    np.testing.assert_allclose(rescored.correction[active], np.minimum(ratio, 3.0)[active], rtol=1e-4)
+    np.testing.assert_allclose(recomputed.correction[active], np.minimum(ratio, 3.0)[active], rtol=1e-4)
     gaps = np.abs(own.logprobs - batch.logprobs)[active]
     np.testing.assert_allclose(metrics["sampling/logprob_difference/mean"], gaps.mean(), rtol=1e-3)
     np.testing.assert_allclose(metrics["sampling/importance_sampling_ratio/min"], ratio[active].min(), rtol=1e-3)
 
     # The weights of the gradient are those of on-policy GRPO times the ratio, and the contract holds.
-    state, metrics = run(jax.tree.map(np.asarray, rescored), 8, record=True, first=True)
+    state, metrics = run(jax.tree.map(np.asarray, recomputed), 8, record=True, first=True)
     tokens = active.sum(-1)
-    advantages = np.asarray(group_advantages(batch.rewards, mask=batch.kept))
+    advantages = np.asarray(group_advantages(batch.rewards, mask=batch.sample_mask))
     weights = -advantages[..., None] * active / (np.maximum(tokens, 1)[..., None] * (tokens > 0).sum())
     _, expected = own_logprobs()(trainable, jnp.asarray(weights * np.minimum(ratio, 3.0), jnp.float32))
     assert_close(state.optimizer, expected, tolerance=1e-4)
@@ -300,7 +306,7 @@ def changed(batch: Batch, field: str, value: float, where=(3, 1, 0)) -> Batch:
 
 
 def active_place(batch: Batch) -> tuple[int, int, int]:
-    return tuple(int(i) for i in np.argwhere(batch.mask & batch.kept[..., None])[7])
+    return tuple(int(i) for i in np.argwhere(batch.mask & batch.sample_mask[..., None])[7])
 
 
 @pytest.mark.parametrize("n", [1, 8])
@@ -342,13 +348,13 @@ def test_the_contract_binds_the_first_iteration_alone():
     assert state.skipped == 0 and metrics["sampling/logprob_difference/max"] > 0.1
     # Where nothing was sampled the log-probabilities may be anything.
     batch = make_batch()
-    junk = np.where(batch.mask & batch.kept[..., None], batch.logprobs, np.nan)
+    junk = np.where(batch.mask & batch.sample_mask[..., None], batch.logprobs, np.nan)
     assert run(batch._replace(logprobs=junk), first=True)[0].skipped == 0
 
 
 def test_a_dropped_completion_may_hold_any_reward_and_does_not_move_the_policy():
     batch = make_batch()
-    p, g = (int(i) for i in np.argwhere(~batch.kept & batch.mask.any(-1))[0])
+    p, g = (int(i) for i in np.argwhere(~batch.sample_mask & batch.mask.any(-1))[0])
     states = [run(changed(batch, "rewards", value, (p, g)), first=True)[0] for value in (0.0, np.nan, 100.0)]
     assert states[1].skipped == 0
     for state in states[1:]:

@@ -1,27 +1,38 @@
-"""What each method trains on in a step: a `Lesson`, made from the experiment, the step's number and the policy.
+"""The training methods, one file each: how a step's batch is made, its loss, and what it needs for that.
 
-A method is a way to make lessons, here, and an objective (`grpo_jax.algorithms.objectives`). Lessons follow from (seed, step) and
-the parameters alone, so a resumed run has those of the uninterrupted one.
+    grpo           own completions and their rewards, relative to a group's
+    ppo            own completions and their rewards, with a critic
+    sft            demonstrations
+    rft            own completions, the best of them
+    dpo            preference pairs
+    reward_model   preference pairs, for a scalar head
 
-    grpo, ppo           own completions and their rewards     on_policy
-    sft                 demonstrations                        imitation
-    rft                 own completions, the best of them     imitation
-    dpo, reward_model   completions, two and two              pairs
+`base` holds the protocol. The other modules hold what several methods share.
 """
 
-from collections.abc import Callable, Mapping
+from grpo_jax.algorithms.base import Algorithm, Objective, Setup, StepContext, TrainBatch
+from grpo_jax.algorithms.batch import Batch
+from grpo_jax.algorithms.dpo import DPO
+from grpo_jax.algorithms.grpo import GRPO
+from grpo_jax.algorithms.ppo import PPO
+from grpo_jax.algorithms.registry import ALGORITHMS, algorithm_of
+from grpo_jax.algorithms.reward_model import RewardModel
+from grpo_jax.algorithms.rft import RFT
+from grpo_jax.algorithms.sft import SFT
 
-from grpo_jax.algorithms import imitation, on_policy, pairs
-from grpo_jax.algorithms.lesson import Classroom, Lesson
-
-__all__ = ["LESSONS", "Classroom", "Lesson"]
-
-LESSONS: Mapping[str, Callable[[Classroom, int], Lesson]] = {
-    "grpo": on_policy.lesson,
-    "ppo": on_policy.lesson,
-    "sft": imitation.of_demonstrations,
-    "rft": imitation.of_own_best,
-    "dpo": pairs.lesson,
-    "reward_model": pairs.lesson,
-}
-"""The lesson of a step, by method."""
+__all__ = [
+    "ALGORITHMS",
+    "DPO",
+    "GRPO",
+    "PPO",
+    "RFT",
+    "SFT",
+    "Algorithm",
+    "Batch",
+    "Objective",
+    "RewardModel",
+    "Setup",
+    "StepContext",
+    "TrainBatch",
+    "algorithm_of",
+]

@@ -1,8 +1,8 @@
-"""Groups without a signal, and what a step trains on instead (DAPO's dynamic sampling, 2503.14476, section 3.2).
+"""Dynamic sampling (DAPO, 2503.14476, section 3.2): groups without a signal are replaced by others.
 
-A group whose rewards are all equal has no advantages, so it costs its sampling and teaches nothing. A step may play
-further rounds of prompts and put the groups of theirs that do have a signal in the place of those that do not. Which
-prompts these are, and their noise, follow from (seed, step) and the round, so a resumed run does the same.
+A group whose rewards are all equal has no advantages: it costs its sampling and teaches nothing. A step may sample
+further rounds of prompts, and put their groups that do have a signal in the place of those that do not. Which prompts
+these are, and their noise, follow from (seed, step) and the round, so a resumed run does the same.
 """
 
 from collections.abc import Sequence
@@ -10,23 +10,25 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from grpo_jax.algorithms.base import StepContext
+from grpo_jax.algorithms.batches import reward_arrays, schedule
 from grpo_jax.rewards.scoring import Scores
 from grpo_jax.rollout import Rollout, take_groups
 
 
 @dataclass(frozen=True)
 class Round:
-    """What was played and scored at once: rewards and kept are [P, G]."""
+    """What was sampled and scored at once: rewards and sample_mask are [P, G]."""
 
-    played: Rollout
+    rollout: Rollout
     scores: Scores
     rewards: np.ndarray
-    kept: np.ndarray
+    sample_mask: np.ndarray
 
     def has_signal(self) -> np.ndarray:
-        """[P] whether a group's kept rewards differ."""
-        lowest = np.min(self.rewards, axis=1, where=self.kept, initial=np.inf)
-        highest = np.max(self.rewards, axis=1, where=self.kept, initial=-np.inf)
+        """[P] whether the rewards of a group's completions that count differ."""
+        lowest = np.min(self.rewards, axis=1, where=self.sample_mask, initial=np.inf)
+        highest = np.max(self.rewards, axis=1, where=self.sample_mask, initial=-np.inf)
         return highest > lowest
 
 
@@ -48,20 +50,40 @@ def combine(rounds: Sequence[Round]) -> Round:
     if len(rounds) == 1:
         return rounds[0]
     chosen = choose([r.has_signal() for r in rounds])
-    size = rounds[0].kept.shape[1]
+    size = rounds[0].sample_mask.shape[1]
     rows = [(number, p * size + g) for number, p in chosen for g in range(size)]
     scores = Scores(
         total=[rounds[number].scores.total[i] for number, i in rows],
         by_name={
             name: [rounds[number].scores.by_name[name][i] for number, i in rows] for name in rounds[0].scores.by_name
         },
-        kept=[rounds[number].scores.kept[i] for number, i in rows],
+        sample_mask=[rounds[number].scores.sample_mask[i] for number, i in rows],
         failures={name: sum(r.scores.failures[name] for r in rounds) for name in rounds[0].scores.failures},
-        signal=[rounds[number].scores.signal[i] for number, i in rows],
+        advantage_rewards=[rounds[number].scores.advantage_rewards[i] for number, i in rows],
     )
     return Round(
-        take_groups([r.played for r in rounds], chosen),
+        take_groups([r.rollout for r in rounds], chosen),
         scores,
         np.stack([rounds[number].rewards[p] for number, p in chosen]),
-        np.stack([rounds[number].kept[p] for number, p in chosen]),
+        np.stack([rounds[number].sample_mask[p] for number, p in chosen]),
     )
+
+
+def sample_rounds(context: StepContext, step: int) -> list[Round]:
+    """Samples and scores the step's prompts, and further rounds while some groups have no signal and rounds are left.
+
+    A further round's prompts are those to which the schedule would come after the last step, so that the first round
+    of every step has the same prompts with and without dynamic sampling.
+    """
+    config = context.experiment
+    size = config.prompts_per_step
+    further = [step + r * config.steps for r in range(1, config.dynamic_sampling_rounds + 1)]
+    indices, prompt_ids = schedule(config.seed, step, size, len(config.task.train), further=further)
+    rounds: list[Round] = []
+    for start in range(0, len(indices), size):
+        rollout = context.sample(step, indices[start : start + size], prompt_ids[start : start + size])
+        scores = context.score(rollout, step)
+        rounds.append(Round(rollout, scores, *reward_arrays(scores, rollout.mask.shape[:2])))
+        if sum(int(r.has_signal().sum()) for r in rounds) >= size:
+            break
+    return rounds

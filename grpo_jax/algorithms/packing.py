@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from grpo_jax.algorithms.objectives import Batch
+from grpo_jax.algorithms.batch import Batch
 from grpo_jax.errors import UserError
 from grpo_jax.rollout import bucket
 
@@ -48,7 +48,7 @@ def pack(examples: Sequence[tuple[Sequence[int], Sequence[bool]]], max_length: i
         mask=mask,
         logprobs=np.zeros(mask.shape, np.float32),
         rewards=np.zeros((num_rows, 1), np.float32),
-        kept=np.ones((num_rows, 1), bool),
+        sample_mask=np.ones((num_rows, 1), bool),
         segments=segments,
     )
 

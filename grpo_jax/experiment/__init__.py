@@ -18,7 +18,6 @@ from grpo_jax.experiment.configs import (
 from grpo_jax.experiment.experiment import Experiment
 from grpo_jax.experiment.files import load, load_ablation, load_run, run_file, to_dict
 from grpo_jax.experiment.methods import (
-    METHODS,
     AdvantageConfig,
     DPOConfig,
     LossConfig,
@@ -29,6 +28,7 @@ from grpo_jax.experiment.methods import (
     SFTConfig,
 )
 from grpo_jax.experiment.overrides import override, parse_overrides, variant_of
+from grpo_jax.experiment.requirements import METHODS, Method, method_of
 
 __all__ = [
     "METHODS",
@@ -40,6 +40,7 @@ __all__ = [
     "Experiment",
     "LoRAConfig",
     "LossConfig",
+    "Method",
     "OptimizerConfig",
     "PPOConfig",
     "PlannedRun",
@@ -54,6 +55,7 @@ __all__ = [
     "load",
     "load_ablation",
     "load_run",
+    "method_of",
     "override",
     "parse_overrides",
     "run_file",

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 from grpo_jax.errors import UserError
 from grpo_jax.experiment.checked import Checked, Ranges
@@ -17,7 +17,8 @@ from grpo_jax.experiment.methods import (
     RFTConfig,
     SFTConfig,
 )
-from grpo_jax.experiment.overrides import unread_fields, variant_of
+from grpo_jax.experiment.overrides import nearest, unread_fields, variant_of
+from grpo_jax.experiment.requirements import METHODS, Method, method_of
 
 
 @dataclass(frozen=True)
@@ -38,9 +39,14 @@ class Experiment(Checked):
     - `sft`: imitation of `task.demonstrate` (`group_size` demonstrations for each prompt);
     - `rft`: imitation of the best of the policy's own completions;
     - `dpo`: a policy from preference pairs, without a reward model;
-    - `reward_model`: a reward model from preference pairs.
+    - `reward_model`: a reward model from preference pairs;
 
-    What a method does not read (`METHODS`) must be left at its default; overriding `method` leaves it behind.
+    or a method of your own (`grpo_jax.algorithms.Algorithm`). What a method does not read (`Method.reads`) must be left
+    at its default; overriding `method` leaves it behind.
+
+    `loss` and `advantages` are configs, or functions of your own: `loss(inputs: LossInputs) -> (loss, metrics)`, see
+    `grpo_jax.losses.inputs`, and `advantages(rewards, mask)`, see `grpo_jax.advantages.compute_advantages`.
+
     `warm_start` and `control` are overrides of this experiment, as an ablation's arms are: the warm start is trained
     first and its policy is where this run begins; the control starts where this run started, is trained after it on
     the same prompts, and is evaluated on the same held-out prompts, so that its score can be shown beside this one.
@@ -49,7 +55,7 @@ class Experiment(Checked):
     task: Any
     rewards: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
     policy: PolicyConfig = PolicyConfig()
-    method: Literal["grpo", "ppo", "sft", "rft", "dpo", "reward_model"] = "grpo"
+    method: str | Method = "grpo"
     steps: int = 100
     token_budget: int | None = None
     prompts_per_step: int = 8
@@ -63,8 +69,8 @@ class Experiment(Checked):
     checkpoint_every: int = 100
     sampling: SamplingConfig = SamplingConfig()
     reward: RewardConfig = RewardConfig()
-    advantages: AdvantageConfig = AdvantageConfig()
-    loss: LossConfig = LossConfig()
+    advantages: AdvantageConfig | Callable[..., Any] = AdvantageConfig()
+    loss: LossConfig | Callable[..., Any] = LossConfig()
     ppo: PPOConfig = PPOConfig()
     sft: SFTConfig = SFTConfig()
     rft: RFTConfig = RFTConfig()
@@ -80,7 +86,7 @@ class Experiment(Checked):
         return dict(
             rewards=(
                 bool(self.rewards) or not self.is_rewarded,
-                f"at least one reward function for method {self.method!r}",
+                f"at least one reward function for method {self.method_name!r}",
             ),
             steps=(self.steps >= 0, "0 or above"),
             token_budget=(
@@ -88,9 +94,9 @@ class Experiment(Checked):
                 "None, or positive with optimizer.schedule 'constant', since no schedule can know the last step",
             ),
             prompts_per_step=(self.prompts_per_step > 0, "positive"),
-            group_size=self._group_size_range(),
+            group_size=method_of(self.method).group_size_range(self),
             num_iterations=(
-                self.num_iterations == 1 or (self.num_iterations > 0 and self.loss.loss_type != "reinforce"),
+                self.num_iterations == 1 or (self.num_iterations > 0 and self.loss_config.loss_type != "reinforce"),
                 "positive, and 1 for loss_type 'reinforce', which has no ratio to make up for a policy that has moved",
             ),
             dynamic_sampling_rounds=(self.dynamic_sampling_rounds >= 0, "0 (off) or above"),
@@ -106,26 +112,26 @@ class Experiment(Checked):
     @property
     def is_rewarded(self) -> bool:
         """Whether training itself needs reward functions (evaluation shows them where there are any)."""
-        pairs = self.method in ("dpo", "reward_model") and self.preferences.completions != "columns"
-        return pairs or self.method in ("grpo", "ppo", "rft")
+        return method_of(self.method).needs_rewards(self)
 
-    def _group_size_range(self) -> tuple[bool, str]:
-        size = self.group_size
-        match self.method:
-            case "grpo":
-                return size > 1, "at least 2 for method 'grpo', since a group of one has no relative advantage"
-            case "rft" if self.rft.select == "best":
-                return size > 1, "at least 2 for method 'rft', which takes the best of a group"
-            case "dpo" | "reward_model" if self.preferences.completions == "columns":
-                return size == 2, "2 with preferences.completions 'columns': a chosen and a rejected completion"
-            case "dpo" | "reward_model":
-                return size > 0 and size % 2 == 0, f"even for method {self.method!r}, which compares two and two"
-            case _:
-                return size > 0, "positive"
+    @property
+    def method_name(self) -> str:
+        """What the method is called."""
+        return method_of(self.method).name
+
+    @property
+    def loss_config(self) -> LossConfig:
+        """`loss`, or the defaults where that is a function, which has no options of its own."""
+        return self.loss if isinstance(self.loss, LossConfig) else LossConfig()
 
     def __post_init__(self) -> None:
+        if isinstance(self.method, str) and self.method not in METHODS:
+            raise UserError(f"there is no method {self.method!r}{nearest(self.method, list(METHODS))}")
         super().__post_init__()
-        self._check_method()
+        for f in unread_fields(Experiment, self.method):
+            if getattr(self, f.name) != f.default:
+                raise UserError(f"Experiment.{f.name} is set, but method {self.method_name!r} does not read it.")
+        method_of(self.method).check(self)
         strangers = sorted(set(self.reward.weights) - set(self.rewards))
         if strangers:
             raise UserError(
@@ -138,36 +144,9 @@ class Experiment(Checked):
                     variant_of(self, variant)  # now, not when the run has come so far
                 except UserError as error:
                     raise UserError(f"Experiment.{name}: {error}") from None
-        if self.policy.lora is not None and self.loss.sync_ref_model and self.loss.ref_model_mixup_alpha != 1:
+        loss = self.loss_config
+        if self.policy.lora is not None and loss.sync_ref_model and loss.ref_model_mixup_alpha != 1:
             raise UserError(
-                f"loss.ref_model_mixup_alpha = {self.loss.ref_model_mixup_alpha} mixes parameters, but a mixture of "
+                f"loss.ref_model_mixup_alpha = {loss.ref_model_mixup_alpha} mixes parameters, but a mixture of "
                 "LoRA factors is not the mixture of their products: with policy.lora it must be 1 (a copy)."
             )
-        if self.method == "grpo" and self.reward.combine == "normalize_then_sum" and self.advantages.scale == "group":
-            raise UserError(
-                "reward.combine = 'normalize_then_sum' has each reward scaled by its group, so that advantages.scale = "
-                "'group' would undo it: it must be 'whiten' (GDPO), 'batch' or 'none'."
-            )
-
-    def _check_method(self) -> None:
-        """What the method needs is there, and nothing is set that it does not read."""
-        method = self.method
-        for f in unread_fields(Experiment, method):
-            if getattr(self, f.name) != f.default:
-                raise UserError(f"Experiment.{f.name} is set, but method {method!r} does not read it.")
-        if method == "ppo" and (self.loss.beta or self.loss.importance_sampling_mode):
-            name = "beta" if self.loss.beta else "importance_sampling_mode"
-            remedy = "its KL is ppo.kl_coef's" if self.loss.beta else "it knows no correction for another sampler"
-            raise UserError(f"loss.{name} is set, but method 'ppo' does not read it: {remedy}.")
-        task = getattr(self.task, "name", self.task)
-        demonstrated = method in ("dpo", "reward_model") and self.preferences.completions == "demonstrations"
-        if (method == "sft" or demonstrated) and getattr(self.task, "demonstrate", None) is None:
-            what = "method 'sft'" if method == "sft" else "preferences.completions = 'demonstrations'"
-            raise UserError(f"{what} needs demonstrations, but task {task!r} has no `demonstrate` function.")
-        labelled = method in ("dpo", "reward_model") and self.preferences.completions == "columns"
-        for split in ("train", "held_out") if method == "reward_model" else ("train",):
-            if labelled and any(not {"chosen", "rejected"} <= set(e) for e in getattr(self.task, split)):
-                raise UserError(
-                    f"preferences.completions = 'columns' needs the columns 'chosen' and 'rejected', which not every "
-                    f"{split} example of task {task!r} has."
-                )

@@ -1,6 +1,7 @@
 """Experiments and ablations from Python files and run directories, and as JSON."""
 
 import dataclasses
+import functools
 import hashlib
 import importlib.util
 import json
@@ -16,6 +17,7 @@ from grpo_jax.errors import UserError
 from grpo_jax.experiment.ablation import Ablation, Budget
 from grpo_jax.experiment.experiment import Experiment
 from grpo_jax.experiment.overrides import nearest, override, parse_overrides, variant_of
+from grpo_jax.experiment.requirements import Method
 
 
 def load(path: str | Path, assignments: Iterable[str] = (), *, home: Path | None = None) -> Experiment:
@@ -137,6 +139,11 @@ def to_dict(value: Any) -> Any:
         return {str(k): to_dict(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
         return [to_dict(v) for v in value]
+    if isinstance(value, Method):
+        kind = type(value)
+        return {"name": value.name, "class": f"{kind.__module__}.{kind.__qualname__}", **to_dict(vars(value))}
+    if isinstance(value, functools.partial):
+        return {"function": to_dict(value.func), "args": to_dict(value.args), "keywords": to_dict(value.keywords)}
     if callable(value):
         return f"{getattr(value, '__module__', '?')}.{getattr(value, '__qualname__', repr(value))}"
     return value

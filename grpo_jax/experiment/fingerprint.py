@@ -13,6 +13,8 @@ from typing import Any
 
 import numpy as np
 
+from grpo_jax.experiment.requirements import Method
+
 
 def fingerprint(value: Any) -> str:
     """Returns twelve hexadecimal digits that stand for `value`: dataclasses, containers, numbers, arrays, functions."""
@@ -57,6 +59,9 @@ def _parts(value: Any, inside: tuple[int, ...]) -> Iterator[str]:
             fields = value
         case _ if dataclasses.is_dataclass(value):
             fields = [(field.name, getattr(value, field.name)) for field in dataclasses.fields(value)]
+        case Method():  # the user's own: an instance without fields is told apart by its code
+            code = {k: v for k, v in vars(type(value)).items() if isinstance(v, types.FunctionType)}
+            fields = (vars(value), code)
         case _ if hasattr(value, "__wrapped__"):  # a decorated function, such as functools.cache makes
             fields = (value.__wrapped__,)
         case _ if hasattr(value, "__dict__"):

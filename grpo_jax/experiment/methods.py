@@ -1,7 +1,7 @@
 """What some methods read and others do not, in TRL's names: the loss, the advantages, and a config for each method."""
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -242,14 +242,3 @@ class PPOConfig(Checked):
             vf_coef=(self.vf_coef > 0, "positive: without its loss the critic learns nothing"),
             kl_coef=(self.kl_coef >= 0, "0 (no reference) or above"),
         )
-
-
-METHODS: Mapping[str, tuple[str, ...]] = {
-    "grpo": ("loss", "advantages", "dynamic_sampling_rounds"),
-    "ppo": ("loss", "ppo"),
-    "sft": ("sft",),
-    "rft": ("rft",),
-    "dpo": ("dpo", "preferences"),
-    "reward_model": ("reward_model", "preferences"),
-}
-"""The methods, and which of an experiment's fields each reads that not all of them do."""

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, get_type_hints
 import typeguard
 
 from grpo_jax.errors import UserError
-from grpo_jax.experiment.methods import METHODS
+from grpo_jax.experiment.requirements import METHODS, Method, method_of
 
 if TYPE_CHECKING:
     from grpo_jax.experiment.experiment import Experiment
@@ -24,7 +24,7 @@ def override(config: "Experiment", overrides: Mapping[str, Any]) -> "Experiment"
     """
     changes = [(path.split("."), value, path) for path, value in overrides.items()]
     method = overrides.get("method")
-    if method in METHODS and method != config.method:
+    if (isinstance(method, Method) or method in METHODS) and method != config.method:
         given = {keys[0] for keys, *_ in changes}
         left = [([f.name], f.default, f.name) for f in unread_fields(type(config), method) if f.name not in given]
         changes = [*left, *changes]
@@ -95,10 +95,10 @@ def variant_of(experiment: "Experiment", overrides: Mapping[str, Any]) -> "Exper
 def nearest(key: str, names: Sequence[str]) -> str:
     """The end of a sentence about an unknown name: the nearest that exists, or all of them."""
     close = difflib.get_close_matches(key, names, n=1, cutoff=0.5)
-    return f"; did you mean {close[0]!r}?" if close else f"; it has {', '.join(names)}."
+    return f"; did you mean {close[0]!r}?" if close else f"; it must be one of {', '.join(names)}."
 
 
-def unread_fields(experiment: type, method: str) -> list[dataclasses.Field]:
+def unread_fields(experiment: type, method: str | Method) -> list[dataclasses.Field]:
     """The fields of an experiment that this method does not read, though another does."""
-    unread = {name for fields in METHODS.values() for name in fields} - set(METHODS[method])
+    unread = {name for other in METHODS.values() for name in other.reads} - set(method_of(method).reads)
     return [f for f in dataclasses.fields(experiment) if f.name in unread]

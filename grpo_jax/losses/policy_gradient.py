@@ -32,6 +32,7 @@ import jax.numpy as jnp
 
 from grpo_jax.errors import UserError
 from grpo_jax.experiment import LossConfig
+from grpo_jax.losses.inputs import LossInputs, finite_where_masked
 from grpo_jax.losses.surrogates import (
     clipped_regions,
     clipped_surrogate,
@@ -59,33 +60,52 @@ def loss(
     num_sequences: chex.Numeric | None = None,
     num_high_entropy: chex.Numeric | None = None,
 ) -> tuple[chex.Array, dict[str, chex.Array]]:
+    """Calculates these sequences' contribution to the policy-gradient loss of the whole batch, from single arrays.
+
+    The arguments are the fields of `LossInputs`, but that advantages may also have the shape `[B]`, one for each
+    sequence, and that what the whole batch counts may be None: it is counted here then, and over `axis_name`. See
+    `policy_gradient_loss`, which returns the same.
+    """
+    optional = (ref_logprobs, entropy, correction, high_entropy)
+    given = [logprobs, old_logprobs, mask, *(x for x in optional if x is not None)]
+    chex.assert_rank(given, 2, custom_message="log-probabilities, mask and entropy must have shape [batch, tokens]")
+    chex.assert_equal_shape(given)
+    chex.assert_rank(advantages, {1, 2}, custom_message="advantages must have shape [batch] or [batch, tokens]")
+    chex.assert_equal_shape_prefix([logprobs, advantages], jnp.ndim(advantages))
+    mask = jnp.asarray(mask, bool)
+    advantages = jnp.asarray(advantages)
+    inputs = LossInputs(
+        logprobs=logprobs,
+        old_logprobs=old_logprobs,
+        advantages=jnp.broadcast_to(advantages if advantages.ndim == 2 else advantages[:, None], mask.shape),
+        mask=mask,
+        entropy=entropy,
+        ref_logprobs=ref_logprobs,
+        correction=correction,
+        high_entropy=high_entropy,
+        num_tokens=_count(mask.sum(), axis_name) if num_tokens is None else num_tokens,
+        num_sequences=_count(mask.shape[0], axis_name) if num_sequences is None else num_sequences,
+        num_high_entropy=num_high_entropy,
+        axis_name=axis_name,
+    )
+    return policy_gradient_loss(inputs, config)
+
+
+def policy_gradient_loss(inputs: LossInputs, config: LossConfig) -> tuple[chex.Array, dict[str, chex.Array]]:
     """Calculates these sequences' contribution to the policy-gradient loss of the whole batch.
 
     A token where `mask` is False touches neither the value nor the gradient, whatever its inputs hold, NaN and infinity
-    included. A sequence without a single True token contributes 0 and, as in TRL, still counts as a sequence.
+    included. A sequence without a single True token contributes 0.
 
     With `config.top_entropy_quantile` below 1 the objective (not the KL) is that of the most uncertain tokens alone,
     still divided by the count of all (https://arxiv.org/abs/2506.01939), and the entropy bonus is their mean.
 
     Args:
-      logprobs: log-probabilities of the sampled tokens under the policy that is trained, shape `[B, T]`. Gradients flow
-        through these and through `entropy` alone.
-      old_logprobs: the same under the policy that sampled them, shape `[B, T]`.
-      advantages: one for each sequence, shape `[B]`, or for each token, `[B, T]`.
-      mask: True for the tokens that are trained on, shape `[B, T]`.
+      inputs: the arrays. `ref_logprobs` is needed if `config.beta` is not 0; `entropy` if `config.entropy_coef` is not
+        0 or `config.top_entropy_quantile` is below 1. `correction` is from
+        `grpo_jax.losses.surrogates.sampler_correction`, and `high_entropy` from `highest_entropy_tokens`; None finds
+        the top quantile of these sequences, and over `axis_name`, so a batch in micro-batches needs it given.
       config: which loss, and its coefficients.
-      ref_logprobs: log-probabilities under the reference policy, shape `[B, T]`; needed if `config.beta` is not 0.
-      entropy: entropy of the policy at each token in nats, shape `[B, T]`; needed if `config.entropy_coef` is not 0 or
-        `config.top_entropy_quantile` is below 1.
-      axis_name: the mapped axis over which the batch extends.
-      correction: weights of the objective for a sampler that was not the old policy, shape `[B, T]`, from
-        `grpo_jax.losses.surrogates.sampler_correction`.
-      high_entropy: which tokens are in the top quantile of the whole batch, shape `[B, T]`, from
-        `highest_entropy_tokens`. None to find them here, and over `axis_name`; a batch in micro-batches needs it given.
-      num_tokens: how many tokens the whole batch trains on, over micro-batches and devices. None to count them here,
-        and over `axis_name`.
-      num_sequences: how many sequences the whole batch holds, likewise.
-      num_high_entropy: how many of the whole batch's tokens are in the top quantile, likewise.
 
     Returns:
       The loss, a scalar to be *summed* over micro-batches and devices; and the metrics, which sum likewise to means
@@ -96,50 +116,33 @@ def loss(
     Raises:
       UserError: `config` asks for a KL or an entropy whose input is missing.
     """
-    optional = (ref_logprobs, entropy, correction, high_entropy)
-    given = [logprobs, old_logprobs, mask, *(x for x in optional if x is not None)]
-    chex.assert_rank(given, 2, custom_message="log-probabilities, mask and entropy must have shape [batch, tokens]")
-    chex.assert_equal_shape(given)
-    chex.assert_rank(advantages, {1, 2}, custom_message="advantages must have shape [batch] or [batch, tokens]")
-    chex.assert_equal_shape_prefix([logprobs, advantages], jnp.ndim(advantages))
-    _require_inputs(config, ref_logprobs, entropy)
-
-    # Masked inputs are replaced before anything is calculated from them, not after: the gradient of
-    # where(mask, f(x), 0) is still NaN where f is infinite.
-    mask = jnp.asarray(mask, bool)
-    logprobs = _select(mask, logprobs)
-    old_logprobs = _select(mask, old_logprobs)
-    advantages = jax.lax.stop_gradient(_select(mask, advantages if jnp.ndim(advantages) == 2 else advantages[:, None]))
-    entropy = None if entropy is None else _select(mask, entropy)
-    correction = None if correction is None else jax.lax.stop_gradient(jnp.where(mask, correction, 1.0))
-
-    if num_tokens is None:
-        num_tokens = _count(mask.sum(), axis_name)
-    if num_sequences is None:
-        num_sequences = _count(mask.shape[0], axis_name)
+    _require_inputs(config, inputs.ref_logprobs, inputs.entropy)
+    inputs = finite_where_masked(inputs)
+    mask, entropy = inputs.mask, inputs.entropy
 
     def token_mean(x: chex.Array) -> chex.Array:
-        return jnp.where(mask, x, 0.0).sum() / jnp.maximum(num_tokens, 1)
+        return jnp.where(mask, x, 0.0).sum() / jnp.maximum(inputs.num_tokens, 1)
 
-    ratio = importance_ratio(logprobs, old_logprobs, mask, config.importance_sampling_level)
-    objective, shares = _objective(logprobs, old_logprobs, ratio, advantages, mask, config, correction)
+    ratio = importance_ratio(inputs.logprobs, inputs.old_logprobs, mask, config.importance_sampling_level)
+    objective, shares = _objective(inputs, ratio, config)
     metrics = {name: token_mean(share) for name, share in {"importance_ratio": ratio, **shares}.items()}
 
+    high_entropy, num_high_entropy = inputs.high_entropy, inputs.num_high_entropy
     if config.top_entropy_quantile == 1:
-        high_entropy, num_high_entropy = mask, num_tokens
+        high_entropy, num_high_entropy = mask, inputs.num_tokens
     elif high_entropy is None:
-        high_entropy = highest_entropy_tokens(entropy, mask, config.top_entropy_quantile, axis_name=axis_name)
+        high_entropy = highest_entropy_tokens(entropy, mask, config.top_entropy_quantile, axis_name=inputs.axis_name)
     if num_high_entropy is None:
-        num_high_entropy = _count((mask & high_entropy).sum(), axis_name)
+        num_high_entropy = _count((mask & high_entropy).sum(), inputs.axis_name)
     per_token = -jnp.where(high_entropy, objective, 0.0)
 
-    if ref_logprobs is not None:
-        kl = kl_estimate(logprobs, _select(mask, ref_logprobs), config.kl_estimator)
+    if inputs.ref_logprobs is not None:
+        kl = kl_estimate(inputs.logprobs, inputs.ref_logprobs, config.kl_estimator)
         if config.use_bias_correction_kl:
             kl *= ratio
         per_token += config.beta * kl
         metrics["kl"] = token_mean(kl)
-    value = reduce_tokens(per_token, mask, config, num_tokens, num_sequences)
+    value = reduce_tokens(per_token, mask, config, inputs.num_tokens, inputs.num_sequences)
     if entropy is not None:
         metrics["entropy"] = token_mean(entropy)
         bonus = jnp.where(mask & high_entropy, entropy, 0.0).sum() / jnp.maximum(num_high_entropy, 1)
@@ -148,18 +151,11 @@ def loss(
     return value, jax.lax.stop_gradient(metrics)
 
 
-def _objective(
-    logprobs: chex.Array,
-    old_logprobs: chex.Array,
-    ratio: chex.Array,
-    advantages: chex.Array,
-    mask: chex.Array,
-    config: LossConfig,
-    correction: chex.Array | None,
-) -> tuple[chex.Array, dict[str, chex.Array]]:
+def _objective(inputs: LossInputs, ratio: chex.Array, config: LossConfig) -> tuple[chex.Array, dict[str, chex.Array]]:
     """What is maximised at each token `[B, T]`, and, by the name of their metric, where and how much it is bounded."""
+    logprobs, advantages = inputs.logprobs, inputs.advantages
     epsilon_high = config.epsilon if config.epsilon_high is None else config.epsilon_high
-    weight = 1.0 if correction is None else correction
+    weight = 1.0 if inputs.correction is None else inputs.correction
     match config.loss_type:
         case "cispo":
             shares = {"cispo_clip_ratio": (ratio > epsilon_high) & (advantages > 0)}
@@ -169,7 +165,8 @@ def _objective(
                 ratio, advantages, config.sapo_temperature_pos, config.sapo_temperature_neg
             ), {}
         case "vespo":  # the correction is a factor of w, and so within phi
-            phi = gamma_weight(logprobs - old_logprobs, advantages, mask, config, correction)
+            log_ratio = logprobs - inputs.old_logprobs
+            phi = gamma_weight(log_ratio, advantages, inputs.mask, config, inputs.correction)
             return phi * advantages * logprobs, {"vespo/phi_seq_mean": phi}
         case "reinforce":
             return weight * advantages * logprobs, {}
@@ -250,10 +247,6 @@ def _require_inputs(config: LossConfig, ref_logprobs: chex.Array | None, entropy
         raise UserError(f"LossConfig.entropy_coef = {config.entropy_coef} needs the tokens' entropy.")
     if config.top_entropy_quantile < 1 and entropy is None:
         raise UserError(f"LossConfig.top_entropy_quantile = {config.top_entropy_quantile} needs the tokens' entropy.")
-
-
-def _select(mask: chex.Array, x: chex.Array) -> chex.Array:
-    return jnp.where(mask, jnp.asarray(x, jnp.float32), 0.0)
 
 
 def _count(n: chex.Numeric, axis_name: str | None) -> chex.Numeric:

@@ -1,41 +1,46 @@
-"""Plays episodes: prompts to token sequences, masks and transcripts, in one turn or many.
+"""Prompts to episodes: token sequences, masks and transcripts, in one turn or many.
 
 An episode is one token sequence. What the policy sampled is trained on, its stop tokens included; what the environment
-answered is context and never trained on; nothing is ever re-tokenised. Rows whose episode is over leave the batch as
-soon as that halves it, and a turn ends when its last row stops.
+answered is context and never trained on; nothing is ever re-tokenised.
 """
 
 from grpo_jax.rollout.episodes import (
     Episode,
     Rollout,
-    beside,
     completion,
     demonstrations,
+    from_completions,
+    join_groups,
     score_rollout,
-    shown,
+    single_turn,
     take_groups,
     take_rows,
 )
-from grpo_jax.rollout.play import Actor, compaction, make_actor, model_of, rollout, sample_text, single_turn
-from grpo_jax.rollout.prompts import Prompts, bucket, encode_prompts
+from grpo_jax.rollout.generator import Actor, Generator, make_actor, model_of, name_noise, settings_of
+from grpo_jax.rollout.play import rollout, sample_text
+from grpo_jax.rollout.prompts import PromptBatch, Prompts, Split, bucket, encode_prompts
 
 __all__ = [
     "Actor",
     "Episode",
+    "Generator",
+    "PromptBatch",
     "Prompts",
     "Rollout",
-    "beside",
+    "Split",
     "bucket",
-    "compaction",
     "completion",
     "demonstrations",
     "encode_prompts",
+    "from_completions",
+    "join_groups",
     "make_actor",
     "model_of",
+    "name_noise",
     "rollout",
     "sample_text",
     "score_rollout",
-    "shown",
+    "settings_of",
     "single_turn",
     "take_groups",
     "take_rows",

@@ -11,13 +11,22 @@ from grpo_jax.errors import UserError
 from grpo_jax.experiment import Experiment
 from grpo_jax.policy.tokenizer import Tokenizer
 from grpo_jax.rewards.scoring import Scores, score
-from grpo_jax.rollout.prompts import Prompts, bucket, pad_prompts
+from grpo_jax.rollout.prompts import PromptBatch, bucket, pad_prompts
+from grpo_jax.sampler import Generation, Noise
 from grpo_jax.tasks import Example, Task
 
 
 @dataclass
 class Episode:
-    """One row's token sequence after its prompt: `trained` marks what the policy said; `turns` are its texts."""
+    """One row's token sequence after its prompt.
+
+    Attributes:
+      ids: every token, the policy's and the environment's.
+      trained: for each token, whether the policy sampled it (and is trained on it).
+      logprobs: what the sampler reported for it; 0 for the environment's tokens.
+      turns, replies: the texts of the policy's turns and of the environment's answers.
+      ended: False if the token limit cut off the last turn.
+    """
 
     ids: list[int] = field(default_factory=list)
     trained: list[bool] = field(default_factory=list)
@@ -26,14 +35,14 @@ class Episode:
     replies: list[str] = field(default_factory=list)
     ended: bool = False
 
-    def say(self, ids: Sequence[int], logprobs: Sequence[float], text: str) -> None:
+    def add_action(self, ids: Sequence[int], logprobs: Sequence[float], text: str) -> None:
         """Appends a turn of the policy."""
         self.ids += ids
         self.trained += [True] * len(ids)
         self.logprobs += logprobs
         self.turns.append(text)
 
-    def hear(self, ids: Sequence[int], text: str) -> None:
+    def add_observation(self, ids: Sequence[int], text: str) -> None:
         """Appends an answer of the environment."""
         self.ids += ids
         self.trained += [False] * len(ids)
@@ -68,7 +77,7 @@ class Rollout:
     episodes: list[list[Episode]]
 
     def reward_arguments(self) -> dict[str, Any]:
-        """What reward functions are called with, one entry per completion, the rows of a prompt side by side."""
+        """The keyword arguments of reward functions: one entry per completion, the rows of a prompt side by side."""
         rows = [(example, e) for example, group in zip(self.examples, self.episodes, strict=True) for e in group]
         columns = {key for example in self.examples for key in example} - {"prompt"}
         return {
@@ -92,17 +101,11 @@ def completion(example: Example, episode: Episode) -> str | list[dict[str, str]]
 
 
 def collect(
-    examples: Sequence[Example],
-    prompt_ids: np.ndarray,
-    prompts: np.ndarray,
-    lengths: np.ndarray,
-    episodes: list[list[Episode]],
-    *,
-    shortest: int,
+    prompts: PromptBatch, prompt_ids: Sequence[int] | np.ndarray, episodes: list[list[Episode]], *, shortest: int
 ) -> Rollout:
     """Episodes as arrays. T is a bucket no smaller than `shortest`, so that short completions share one shape."""
     longest = max(len(episode.ids) for group in episodes for episode in group)
-    shape = (len(episodes), len(episodes[0]), shortest if longest <= shortest else bucket(longest))
+    shape = (len(episodes), len(episodes[0]), padded_length(longest, shortest))
     tokens, logprobs = np.zeros(shape, np.int32), np.zeros(shape, np.float32)
     valid, mask, ended = np.zeros(shape, bool), np.zeros(shape, bool), np.zeros(shape[:2], bool)
     for p, group in enumerate(episodes):
@@ -111,33 +114,61 @@ def collect(
             tokens[p, g, :size], valid[p, g, :size] = episode.ids, True
             mask[p, g, :size], logprobs[p, g, :size] = episode.trained, episode.logprobs
             ended[p, g] = episode.ended
-    return Rollout(examples, prompt_ids, prompts, lengths, tokens, valid, mask, logprobs, ended, episodes)
+    names = np.asarray(prompt_ids, np.int32)
+    return Rollout(
+        prompts.examples, names, prompts.ids, prompts.lengths, tokens, valid, mask, logprobs, ended, episodes
+    )
 
 
-def demonstrations(
-    task: Task,
-    prompts: Prompts,
-    split: str,
-    indices: Sequence[int],
-    prompt_ids: Sequence[int],
-    samples: Sequence[int],
-    tokenizer: Tokenizer,
-    *,
-    seed: int,
-    step: int,
+def single_turn(
+    prompts: PromptBatch, prompt_ids: Sequence[int] | np.ndarray, generation: Generation, tokenizer: Tokenizer
 ) -> Rollout:
-    """The same arrays from the task's demonstrations, for supervised fine-tuning; its log-probabilities are 0.
+    """Episodes of one turn: the sampler's arrays [P, G, T] (on the host) become the update's, padded to a bucket."""
+    tokens, mask, logprobs, ended = (np.asarray(x) for x in generation)
+    size = padded_length(int(mask.sum(-1).max()), shortest_length(mask.shape[2]))
 
-    Raises `UserError` for a demonstration that goes on when its episode is over.
-    """
-    examples = [getattr(task, split)[i] for i in indices]
+    def fit(x: np.ndarray) -> np.ndarray:
+        return np.pad(x[..., :size], [(0, 0), (0, 0), (0, max(size - x.shape[-1], 0))])
+
+    tokens, mask, logprobs = fit(np.where(mask, tokens, 0)), fit(mask), fit(logprobs)
     episodes = []
-    for example, prompt_id in zip(examples, prompt_ids, strict=True):
+    for rows in zip(tokens, mask, logprobs, ended, strict=True):
+        episodes.append([])
+        for ids, sampled, values, stopped in zip(*rows, strict=True):
+            episode = Episode(ended=bool(stopped))
+            kept = ids[sampled].tolist()
+            episode.add_action(kept, values[sampled].tolist(), tokenizer.decode(kept))
+            episodes[-1].append(episode)
+    names = np.asarray(prompt_ids, np.int32)
+    return Rollout(prompts.examples, names, prompts.ids, prompts.lengths, tokens, mask, mask, logprobs, ended, episodes)
+
+
+def shortest_length(max_tokens: int) -> int:
+    """The least T of a sampled batch."""
+    return min(max_tokens, 16)
+
+
+def padded_length(longest: int, shortest: int) -> int:
+    """T for completions of up to `longest` tokens: `shortest`, or a bucket above it."""
+    return shortest if longest <= shortest else bucket(longest)
+
+
+def demonstrations(task: Task, prompts: PromptBatch, noise: Noise, tokenizer: Tokenizer) -> Rollout:
+    """The same arrays from the task's demonstrations, for supervised fine-tuning; their log-probabilities are 0.
+
+    Args:
+      noise: names each demonstration, as it names what is sampled, so a resumed run sees the same ones.
+
+    Raises:
+      UserError: for a demonstration that goes on after its episode is over.
+    """
+    assert task.demonstrate is not None
+    episodes = []
+    for example, prompt_id, samples in zip(prompts.examples, noise.prompt_ids, noise.samples, strict=True):
         episodes.append([])
         for sample in samples:
             episode = Episode(ended=True)
-            # Named as the sampler's noise is, so that a resumed run sees the same demonstrations.
-            turns = task.demonstrate(example, random.Random(f"{seed} {step} {prompt_id} {sample}"))
+            turns = task.demonstrate(example, random.Random(f"{noise.seed} {noise.step} {prompt_id} {sample}"))
             for turn in turns:
                 if episode.turns:
                     text = None if task.reply is None else task.reply(example, episode.turns)
@@ -146,67 +177,59 @@ def demonstrations(
                             f"a demonstration of {task.name} has {len(turns)} turns, but its episode is over after "
                             f"{len(episode.turns)}: {turns!r}."
                         )
-                    episode.hear(tokenizer.reply(text), text)
-                said = [*tokenizer.encode(turn), tokenizer.stop_ids[0]]
-                episode.say(said, [0.0] * len(said), turn)
+                    episode.add_observation(tokenizer.reply(text), text)
+                ids = [*tokenizer.encode(turn), tokenizer.stop_ids[0]]
+                episode.add_action(ids, [0.0] * len(ids), turn)
             episodes[-1].append(episode)
-    ids, lengths = prompts.batch(split, indices)
-    return collect(examples, np.asarray(prompt_ids, np.int32), ids, lengths, episodes, shortest=4)
+    return collect(prompts, noise.prompt_ids, episodes, shortest=4)
 
 
-def shown(prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]]) -> Rollout:
-    """Completions of one turn that somebody else has made, each with its prompt, as ids: groups of one."""
+def from_completions(prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]]) -> Rollout:
+    """Completions of one turn from elsewhere, each with its own prompt, all as token ids: groups of one."""
     ids, lengths = pad_prompts(prompts)
     episodes = [[Episode(list(c), [True] * len(c), [0.0] * len(c), ended=True)] for c in completions]
-    return collect([], np.arange(len(prompts), dtype=np.int32), ids, lengths, episodes, shortest=4)
+    return collect(PromptBatch([], ids, lengths), range(len(prompts)), episodes, shortest=4)
 
 
 def take_groups(rollouts: Sequence[Rollout], chosen: Sequence[tuple[int, int]]) -> Rollout:
-    """One rollout of groups of several, given as (which rollout, which of its P prompts)."""
-    size = max(played.prompts.shape[1] for played in rollouts)
-    prompts = [np.pad(played.prompts, ((0, 0), (0, size - played.prompts.shape[1]))) for played in rollouts]
-    return collect(
+    """One rollout of groups from several, given as (which rollout, which of its P prompts)."""
+    size = max(rollout.prompts.shape[1] for rollout in rollouts)
+    ids = [np.pad(rollout.prompts, ((0, 0), (0, size - rollout.prompts.shape[1]))) for rollout in rollouts]
+    prompts = PromptBatch(
         [rollouts[r].examples[p] for r, p in chosen],
-        np.array([rollouts[r].prompt_ids[p] for r, p in chosen], np.int32),
-        np.stack([prompts[r][p] for r, p in chosen]),
+        np.stack([ids[r][p] for r, p in chosen]),
         np.array([rollouts[r].lengths[p] for r, p in chosen], np.int32),
+    )
+    return collect(
+        prompts,
+        [rollouts[r].prompt_ids[p] for r, p in chosen],
         [rollouts[r].episodes[p] for r, p in chosen],
-        shortest=min(played.mask.shape[2] for played in rollouts),
+        shortest=min(rollout.mask.shape[2] for rollout in rollouts),
     )
 
 
-def take_rows(played: Rollout, order: np.ndarray) -> Rollout:
+def take_rows(rollout: Rollout, order: np.ndarray) -> Rollout:
     """The same groups with their rows in another order, `order` [P, G]."""
 
     def take(x: np.ndarray) -> np.ndarray:
         return np.take_along_axis(x, order.reshape(*order.shape, *[1] * (x.ndim - 2)), axis=1)
 
-    episodes = [[group[g] for g in places] for group, places in zip(played.episodes, order, strict=True)]
-    arrays = {name: take(getattr(played, name)) for name in ("tokens", "valid", "mask", "logprobs", "ended")}
-    return replace(played, episodes=episodes, **arrays)
+    episodes = [[group[g] for g in places] for group, places in zip(rollout.episodes, order, strict=True)]
+    arrays = {name: take(getattr(rollout, name)) for name in ("tokens", "valid", "mask", "logprobs", "ended")}
+    return replace(rollout, episodes=episodes, **arrays)
 
 
-def beside(rollouts: Sequence[Rollout]) -> Rollout:
-    """Groups of the same prompts side by side: the first rollout's rows, then the second's, and so on."""
+def join_groups(rollouts: Sequence[Rollout]) -> Rollout:
+    """Larger groups of the same prompts: the first rollout's rows, then the second's, and so on."""
     first = rollouts[0]
     groups = [
         [e for group in of_prompt for e in group] for of_prompt in zip(*(r.episodes for r in rollouts), strict=True)
     ]
-    return collect(first.examples, first.prompt_ids, first.prompts, first.lengths, groups, shortest=4)
+    prompts = PromptBatch(first.examples, first.prompts, first.lengths)
+    return collect(prompts, first.prompt_ids, groups, shortest=4)
 
 
-def score_rollout(played: Rollout, experiment: Experiment) -> Scores:
+def score_rollout(rollout: Rollout, experiment: Experiment) -> Scores:
     """The experiment's rewards of every episode, the rows of a prompt side by side (see `rewards.scoring.score`)."""
-    config = experiment.reward
-    arguments = played.reward_arguments()
-    return score(
-        experiment.rewards,
-        config.weights,
-        **{name: arguments.pop(name) for name in ("prompts", "completions", "completion_ids")},
-        columns=arguments,
-        combine=config.combine,
-        group_size=played.mask.shape[1],
-        on_failure=config.on_failure,
-        retries=config.retries,
-        time_limit=config.time_limit,
-    )
+    arguments = rollout.reward_arguments()
+    return score(experiment.rewards, arguments, experiment.reward, group_size=rollout.mask.shape[1])

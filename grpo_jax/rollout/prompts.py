@@ -2,30 +2,53 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
 from grpo_jax.errors import UserError
 from grpo_jax.policy.tokenizer import Tokenizer
-from grpo_jax.tasks import Task
+from grpo_jax.tasks import Example, Task
+
+Split = Literal["train", "held_out"]
+
+
+@dataclass(frozen=True)
+class PromptBatch:
+    """Some of a task's prompts as arrays.
+
+    Attributes:
+      examples: the P examples that the prompts are from.
+      ids: right-padded token ids [P, S] int32.
+      lengths: [P] int32.
+      shared_prefix_length: how many leading tokens all prompts share.
+    """
+
+    examples: Sequence[Example]
+    ids: np.ndarray
+    lengths: np.ndarray
+    shared_prefix_length: int = 0
 
 
 @dataclass(frozen=True)
 class Prompts:
-    """A task's prompts as token ids, by split, and how many leading tokens all of them share."""
+    """All of a task's prompts as token ids, by split, and how many leading tokens all of them share."""
 
+    task: Task
     ids: Mapping[str, Sequence[Sequence[int]]]
-    common: int
+    shared_prefix_length: int = 0
 
-    def batch(self, split: str, indices: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-        """Right-padded ids [P, S] and lengths [P] of some prompts; S is a bucket, so that few shapes are compiled."""
-        return pad_prompts([self.ids[split][i] for i in indices], self.common)
+    def batch(self, split: str, indices: Sequence[int]) -> PromptBatch:
+        """Some prompts of a split; S is a bucket, so that few shapes are compiled."""
+        examples = getattr(self.task, split)
+        ids, lengths = pad_prompts([self.ids[split][i] for i in indices], self.shared_prefix_length)
+        return PromptBatch([examples[i] for i in indices], ids, lengths, self.shared_prefix_length)
 
 
-def pad_prompts(rows: Sequence[Sequence[int]], common: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Right-padded ids [P, S] and lengths [P] of prompts that share `common` leading tokens; S is a bucket."""
+def pad_prompts(rows: Sequence[Sequence[int]], shared_prefix_length: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Right-padded ids [P, S] and lengths [P]. S is the shared prefix and a bucket for the rest."""
     lengths = np.array([len(row) for row in rows], np.int32)
-    size = common + bucket(int(lengths.max()) - common)
+    size = shared_prefix_length + bucket(int(lengths.max()) - shared_prefix_length)
     prompts = np.zeros((len(rows), size), np.int32)
     for row, ids in zip(prompts, rows, strict=True):
         row[: len(ids)] = ids
@@ -51,10 +74,11 @@ def encode_prompts(task: Task, tokenizer: Tokenizer, max_positions: int, max_tok
                     f"exceed the policy's context of {max_positions}: shorten the prompt or lower max_tokens."
                 )
     first, *others = [row for rows in ids.values() for row in rows]
+    # The last token of a prompt is never shared, because it predicts the first sampled one.
     shared = min(len(first) - 1, *(len(row) - 1 for row in others)) if others else 0
     for row in others:
         shared = next((i for i in range(shared) if row[i] != first[i]), shared)
-    return Prompts(ids, shared if shared >= 16 else 0)  # below that, the second pass costs more than it saves
+    return Prompts(task, ids, shared if shared >= 16 else 0)  # a shorter one costs a second pass and saves less
 
 
 def bucket(n: int) -> int:

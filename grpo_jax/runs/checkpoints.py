@@ -46,13 +46,13 @@ def latest_step(directory: str | Path) -> int | None:
 
 
 def restore(
-    directory: str | Path, like: Any, *, step: int | None = None, later: Collection[str] = ()
+    directory: str | Path, like: Any, *, step: int | None = None, optional_leaves: Collection[str] = ()
 ) -> tuple[int, Any]:
     """Reads the checkpoint of `step` (default: the newest) into the structure of `like` and returns (step, state).
 
     `like` is a pytree of arrays, `jax.ShapeDtypeStruct`s or numbers. A leaf with a sharding is returned as a
-    `jax.Array` with that sharding, a number as a number, and any other leaf as a NumPy array. `later` names leaves that
-    the checkpoint may lack, because earlier versions did not save them; then the values of `like` are returned.
+    `jax.Array` with that sharding, a number as a number, and any other leaf as a NumPy array. `optional_leaves` names
+    leaves that the checkpoint may lack, because earlier versions did not save them; then those of `like` are returned.
     Raises `UserError` if there is no checkpoint, if it cannot be read, or if a leaf's name, shape or dtype differs.
     """
     step = latest_step(directory) if step is None else step
@@ -63,7 +63,7 @@ def restore(
     with _manager(directory) as manager:
         try:
             found = dict(manager.item_metadata(step).tree)
-            wanted = {name: leaf for name, leaf in leaves.items() if name in found or name not in later}
+            wanted = {name: leaf for name, leaf in leaves.items() if name in found or name not in optional_leaves}
             _compare(place, wanted, found)
             arguments = {name: _restore_arguments(wanted[name]) for name in found}
             stored = manager.restore(step, args=ocp.args.PyTreeRestore(restore_args=arguments))

@@ -14,30 +14,31 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-import jax
 import numpy as np
 from rich.console import Console
 from tensorboardX import summary as proto
 from tensorboardX.event_file_writer import EventsWriter  # without the thread of SummaryWriter, which hides a full disk
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
+from grpo_jax import sharding
 from grpo_jax.errors import RunError, UserError
 from grpo_jax.experiment import Experiment, to_dict
 from grpo_jax.runs.display import Display, group_table, markdown_table, summary_table, visible
 from grpo_jax.runs.files import append_rows, json_line, jsonable, read_rows, write_json, write_text, writing
-
-__all__ = ["Display", "RunLog", "group_table", "read_rows", "summary_table", "visible", "write_json"]
 
 PACKAGES = ("grpo_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "numpy")
 SAMPLE_TEXTS = 20  # how many times in a run a whole group is written to TensorBoard
 
 
 class RunLog:
-    """Creates a run directory and writes to it while the run goes on; see DESIGN §3 for what lies where.
+    """Creates a run directory and writes to it while the run goes on.
+
+    The directory holds `experiment.py`, `config.json`, `run.json`, `metrics.jsonl`, `completions.jsonl`, TensorBoard's
+    `events`, `summary.json`, and `checkpoints` (see `grpo_jax.runs.checkpoints`).
 
     Steps count from 0: step s is the one made with the parameters after s updates, and an evaluation "at s" is one of
-    those parameters. With `resume` nothing is there twice: the first step that arrives, s, removes what an interrupted
-    run had written from s on, and an evaluation takes the place of an earlier one at its step. The status in run.json
+    those parameters. With `resume` nothing is written twice: the first step that arrives, s, removes what an
+    interrupted run had written from s on, and an evaluation replaces an earlier one at its step. The status in run.json
     ends as `finished`, `interrupted` (KeyboardInterrupt) or `failed`. Raises `UserError` for a directory that holds
     another run, and `RunError` when something cannot be written.
     """
@@ -50,12 +51,10 @@ class RunLog:
         source: Path | None = None,
         overrides: Iterable[str] = (),
         resume: bool = False,
-        quiet: bool = False,
-        title: str = "",
-        console: Console | None = None,
+        display: Display | None = None,
     ) -> None:
         self.run_dir = Path(run_dir)
-        self.display = Display(experiment.steps, experiment.token_budget, title=title, quiet=quiet, console=console)
+        self.display = display_of(experiment) if display is None else display
         self._experiment = experiment
         self._source = source
         self._overrides = list(overrides)
@@ -190,9 +189,15 @@ class RunLog:
         write_json(self.run_dir / "run.json", self._info)
 
 
+def display_of(
+    experiment: Experiment, *, title: str = "", quiet: bool = False, console: Console | None = None
+) -> Display:
+    """The progress display of a run, a warm start or a control (its `title`)."""
+    return Display(experiment.steps, experiment.token_budget, title=title, quiet=quiet, console=console)
+
+
 def describe_run(experiment: Experiment, source: Path | None, overrides: Sequence[str]) -> dict[str, Any]:
     """Returns what run.json says of a run that starts now: everything needed to run it again."""
-    devices = jax.devices()
     return {
         "status": "running",
         "started": _now(),
@@ -203,7 +208,7 @@ def describe_run(experiment: Experiment, source: Path | None, overrides: Sequenc
         "seed": experiment.seed,
         "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
         "platform": platform.platform(),
-        "device": {"platform": devices[0].platform, "kind": devices[0].device_kind, "count": len(devices)},
+        "device": sharding.describe(),
         "git": None if source is None else _git(source.resolve().parent),
     }
 

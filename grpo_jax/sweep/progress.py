@@ -1,4 +1,4 @@
-"""One live board of all runs of a sweep, drawn from the files in their directories alone."""
+"""The live table of all runs of a sweep, made from the files in their directories alone."""
 
 import json
 import time
@@ -14,17 +14,17 @@ from rich.text import Text
 
 from grpo_jax.experiment import PlannedRun
 
-TAIL = 1 << 14  # bytes at the end of metrics.jsonl that are read for the board
+TAIL = 1 << 14  # bytes at the end of metrics.jsonl that are read for the table
 STYLES = {"finished": "green", "failed": "red", "running": "bold", "waiting": "dim"}
 
 
-class Board:
+class SweepProgress:
     """Shows how far each run is: a live table on a terminal, a line whenever a run's status changes elsewhere."""
 
     def __init__(self, runs: Sequence[PlannedRun], directory: Path, metric: str, console: Console) -> None:
         self.runs, self.directory, self.metric, self.console = runs, directory, metric, console
         self._live = Live(console=console, auto_refresh=False) if console.is_interactive else None
-        self._told: dict[str, str] = {}
+        self._shown: dict[str, str] = {}
         self._drawn = 0.0
 
     def __enter__(self) -> Self:
@@ -42,15 +42,15 @@ class Board:
         if self._live is None:
             for run in self.runs:
                 status = self._status(run, under_way, failed)
-                if status != self._told.get(run.key, "waiting"):
-                    self._told[run.key] = status
+                if status != self._shown.get(run.key, "waiting"):
+                    self._shown[run.key] = status
                     self.console.print(Text(f"{_name(run)}  seed {run.seed}  {run.key}  {status}"), soft_wrap=True)
         elif time.monotonic() - self._drawn > 1:  # reading every file of a large sweep takes a while
             self._live.update(self.table(under_way, failed), refresh=True)
             self._drawn = time.monotonic()
 
     def table(self, under_way: Set[str], failed: Set[str]) -> Table:
-        """Returns the board: one row for each run."""
+        """Returns the table: one row for each run."""
         done = sum(self._status(run, under_way, failed) == "finished" for run in self.runs)
         table = Table(title=f"{done} of {len(self.runs)} runs finished", title_justify="left")
         for column in ("arm", "seed", "run", "status", "step", "reward", self.metric):

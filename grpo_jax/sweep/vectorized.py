@@ -1,13 +1,13 @@
 """All seeds of a from-scratch arm in one compiled program: sampling, reward and update, mapped over seeds.
 
-A whole step runs on the device and `CHUNK` of them per call (Lu et al. 2022, purejaxrl, is the model). The devices
-share the lanes (`grpo-jax sweep` makes a device of each core of a CPU) and train on while this process writes down what
-they did. Noise, prompts and initial parameters are named by the seed as in a run of its own, so on a CPU a lane has
-that run's numbers to the last digit; an accelerator takes its lanes at once, where the rounding of batched matrix
-products can turn a draw. Everything around the steps (evaluations, metrics, checkpoints, files) is that of
-`grpo_jax.training`, lane by lane, so `grpo-jax table` and `grpo-jax evaluate` find ordinary runs.
+A whole step runs on the device and `CHUNK` of them per call (Lu et al. 2022, purejaxrl, is the model). The seeds are
+shared out over the devices (`grpo-jax sweep` makes a device of each core of a CPU), which go on training while this
+process writes files. Noise, prompts and initial parameters are named by the seed as in a run of its own, so on a CPU a
+seed has that run's numbers to the last digit. An accelerator trains its seeds at once; there the rounding of batched
+matrix products can change which token is drawn. Everything around the steps (evaluations, metrics, checkpoints, files)
+is that of `grpo_jax.training`, seed by seed, so `grpo-jax table` and `grpo-jax evaluate` find ordinary runs.
 
-A program under way cannot be resumed: runs that are not finished begin anew.
+Runs that are not finished cannot be resumed: they start again.
 """
 
 import math
@@ -25,27 +25,33 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from grpo_jax import sharding as devices
-from grpo_jax.algorithms import LESSONS, Lesson, on_policy
+from grpo_jax import sharding
+from grpo_jax.algorithms import GRPO, SFT, Batch, TrainBatch, algorithm_of
+from grpo_jax.algorithms.batches import reward_arrays, schedule
 from grpo_jax.algorithms.dynamic_sampling import Round
-from grpo_jax.algorithms.lesson import reward_arrays, schedule
-from grpo_jax.algorithms.objectives import Batch
+from grpo_jax.algorithms.on_policy import rewarded_batch
 from grpo_jax.errors import RunError, UserError
 from grpo_jax.experiment import Experiment, variant_of
 from grpo_jax.policy import Policy
-from grpo_jax.rollout import single_turn
-from grpo_jax.runs.log import RunLog
-from grpo_jax.sampler.decode import Noise, Settings, Turn, first_turn
+from grpo_jax.rollout import settings_of, single_turn
+from grpo_jax.runs.log import RunLog, display_of
+from grpo_jax.runs.restore import source_policy
+from grpo_jax.sampler import Generation, Noise, generate
 from grpo_jax.sweep import array_rewards
-from grpo_jax.training import Result, Run, source_policy, summarize
-from grpo_jax.update import State, make_optimizer, make_update
+from grpo_jax.training import Result, Trainer, summarize
+from grpo_jax.update import State, UpdateOutput, make_optimizer, make_update
 
 CHUNK = 20  # steps in one call: between two calls files are written and Ctrl-C is heard
 
 
 class Inputs(NamedTuple):
-    """What a step of one lane is given: prompts [P, S], lengths [P], prompt_ids [P], and either the secrets [P, L] that
-    its completions are rewarded by, or (for SFT) the demonstrations that it trains on.
+    """What a step of one seed is given.
+
+    Attributes:
+      step: the step's number.
+      prompts, lengths, prompt_ids: [P, S], [P] and [P] int32.
+      secrets: [P, L] int32, from which completions are rewarded; None for SFT.
+      demonstrated: the demonstrations that SFT trains on; None for GRPO.
     """
 
     step: Any
@@ -58,24 +64,25 @@ class Inputs(NamedTuple):
 
 def require_vectorizable(config: Experiment) -> None:
     """Raises `UserError` for an experiment that cannot be trained in one program, and says why."""
+    algorithm = algorithm_of(config)
     scratch = config.policy.source == "scratch" and config.policy.lora is None
     obstacles = {
-        f"its method is {config.method}, neither grpo nor sft": config.method not in ("grpo", "sft"),
-        "its demonstrations are packed (sft.packing)": config.method == "sft" and config.sft.packing,
+        f"its method is {config.method_name}, neither grpo nor sft": type(algorithm) not in (GRPO, SFT),
+        "its demonstrations are packed (sft.packing)": config.sft.packing,
         "its policy is not from scratch (policy.source = 'scratch' without adapters)": not scratch,
         "its task has several turns": config.task.max_turns > 1,
         "it has a control": config.control is not None,
         "reward.combine is not 'sum'": config.reward.combine != "sum",
         "token_budget is set": config.token_budget is not None,
         "dynamic_sampling_rounds is not 0": config.dynamic_sampling_rounds > 0,
-        "loss.sync_ref_model is on": config.loss.sync_ref_model,
-        "loss.mask_truncated_completions is on": config.loss.mask_truncated_completions,
-        "loss.importance_sampling_mode is not None": config.loss.importance_sampling_mode is not None,
+        "loss.sync_ref_model is on": config.loss_config.sync_ref_model,
+        "loss.mask_truncated_completions is on": config.loss_config.mask_truncated_completions,
+        "loss.importance_sampling_mode is not None": config.loss_config.importance_sampling_mode is not None,
     }
     for obstacle, stands in obstacles.items():
         if stands:
             raise UserError(f"this experiment cannot be vectorised: {obstacle}. Run it without --vectorize.")
-    if config.method == "grpo":
+    if algorithm.on_policy:
         array_rewards.require_form(config)
     if config.warm_start is not None:
         require_vectorizable(variant_of(config, config.warm_start))
@@ -87,7 +94,7 @@ def train_seeds(runs: Mapping[Path, tuple[Experiment, list[str]]], *, source: Pa
     Args:
       runs: for each run directory the experiment, and the overrides of the file that it came from, for the record.
 
-    Raises as `training.train` does; what one seed fails by ends them all.
+    Raises as `training.train` does. If one seed fails, all end.
     """
     configs = [config for config, _ in runs.values()]
     for config in configs:
@@ -98,19 +105,21 @@ def train_seeds(runs: Mapping[Path, tuple[Experiment, list[str]]], *, source: Pa
         for run_dir, (config, overrides) in runs.items():
             if run_dir.exists():
                 shutil.rmtree(run_dir)
-            logs.append(stack.enter_context(RunLog(run_dir, config, source=source, overrides=overrides, quiet=True)))
-        lanes = _lanes(configs, logs)
-        before = [(lane.examine(0), lane.show_group()) for lane in lanes]
-        _go(lanes)
-        for lane, (evaluation, group) in zip(lanes, before, strict=True):
-            after, run_dir = lane.examine(lane.experiment.steps), lane.log.run_dir
+            quiet = display_of(config, quiet=True)
+            log = RunLog(run_dir, config, source=source, overrides=overrides, display=quiet)
+            logs.append(stack.enter_context(log))
+        trainers = _trainers(configs, logs)
+        before = [(trainer.evaluate(0), trainer.sample_group()) for trainer in trainers]
+        _fit(trainers)
+        for trainer, (evaluation, group) in zip(trainers, before, strict=True):
+            after, run_dir = trainer.evaluate(trainer.experiment.steps), trainer.log.run_dir
             seconds = time.monotonic() - began
-            result = Result(run_dir, lane.policy(), evaluation, after, {}, group, lane.show_group(), seconds)
-            lane.log.summary(summarize(result, lane.experiment))
+            result = Result(run_dir, trainer.policy(), evaluation, after, {}, group, trainer.sample_group(), seconds)
+            trainer.log.summary(summarize(result, trainer.experiment))
 
 
-def _lanes(configs: Sequence[Experiment], logs: Sequence[RunLog]) -> list[Run]:
-    """A `Run` for each seed, which begins where its warm start, trained in one program too, has ended."""
+def _trainers(configs: Sequence[Experiment], logs: Sequence[RunLog]) -> list[Trainer]:
+    """A `Trainer` for each seed. It begins where the seed's warm start, trained in one program too, has ended."""
     starts: list[Policy] = []
     if configs[0].warm_start is None:
         starts = [source_policy(config) for config in configs]
@@ -118,39 +127,40 @@ def _lanes(configs: Sequence[Experiment], logs: Sequence[RunLog]) -> list[Run]:
         variants = [variant_of(config, config.warm_start or {}) for config in configs]
         with ExitStack() as stack:
             warm_logs = [
-                stack.enter_context(RunLog(log.run_dir / "warm_start", variant, quiet=True))
-                for variant, log in zip(variants, logs, strict=True)
+                stack.enter_context(RunLog(log.run_dir / "warm_start", v, display=display_of(v, quiet=True)))
+                for v, log in zip(variants, logs, strict=True)
             ]
-            warm = _lanes(variants, warm_logs)
-            _go(warm)
-            starts = [lane.policy() for lane in warm]
-    # What its run may take several devices for, a lane does on one.
+            warm = _trainers(variants, warm_logs)
+            _fit(warm)
+            starts = [trainer.policy() for trainer in warm]
+    # A run of its own may use several devices; a seed of a vectorized sweep uses one.
     configs = [replace(config, devices=1) for config in configs]
-    return [Run(*parts) for parts in zip(configs, starts, logs, strict=True)]
+    return [Trainer(*parts) for parts in zip(configs, starts, logs, strict=True)]
 
 
-def _go(lanes: Sequence[Run]) -> None:
-    """Trains all lanes from the first step to the last, as `Run.go` trains one."""
-    config, every = lanes[0].experiment, lanes[0].experiment.evaluation.every
-    program, size = _program(lanes[0]), _chunk(config)
-    places = jax.local_devices()[: len(lanes)]
-    shares = [lanes[i :: len(places)] for i in range(len(places))]
-    own = [[devices.unreplicate((lane.state, lane.actor.frozen, lane.reference)) for lane in share] for share in shares]
+def _fit(trainers: Sequence[Trainer]) -> None:
+    """Trains all seeds from the first step to the last, as `Trainer.fit` trains one."""
+    config, every = trainers[0].experiment, trainers[0].experiment.evaluation.every
+    program, size = _program(trainers[0]), _chunk(config)
+    num_shares = sharding.up_to(len(trainers)).count
+    shares = [trainers[i::num_shares] for i in range(num_shares)]
+    own = [[t.replicas.first((t.state, t.actor.frozen, t.reference)) for t in share] for share in shares]
     states, *constant = zip(*[map(_stack, zip(*trees, strict=True)) for trees in own], strict=True)
-    seeds = [np.array([lane.experiment.seed for lane in share], np.int32) for share in shares]
+    seeds = [np.array([t.experiment.seed for t in share], np.int32) for share in shares]
     chunks = [range(first, first + size) for first in range(0, config.steps, size)]
-    upcoming = [[_inputs(lane, chunks[0]) for lane in share] for share in shares] if chunks else []
+    upcoming = [[_inputs(t, chunks[0]) for t in share] for share in shares] if chunks else []
     write_last: Callable[[], None] = _nothing
-    # Not one program for all devices: partitioned, it is fused in another way, and rounds in another.
-    with ThreadPoolExecutor(len(places)) as pool:
+    # Not one program for all devices: partitioned, it would be fused in another way and round in another.
+    with ThreadPoolExecutor(num_shares) as pool:
         for steps in chunks:
             began, given = time.monotonic(), upcoming
             stacked = [_stack([inputs for inputs, _ in share]) for share in given]
-            under_way = pool.map(partial(_on, program), places, states, *constant, seeds, stacked)
+            run = partial(_run_on, program)
+            under_way = pool.map(run, range(num_shares), states, *constant, seeds, stacked)
             write_last()
             if steps is not chunks[-1]:
                 following = range(steps.stop, steps.stop + size)
-                upcoming = [[_inputs(lane, following) for lane in share] for share in shares]
+                upcoming = [[_inputs(t, following) for t in share] for share in shares]
             states, outputs = zip(*under_way, strict=True)
             seconds = (time.monotonic() - began) / size
             write_last = partial(_write, shares, steps, given, outputs, seconds=seconds)
@@ -158,18 +168,16 @@ def _go(lanes: Sequence[Run]) -> None:
                 write_last()
                 write_last = _nothing
                 for share, ended in zip(shares, states, strict=True):
-                    for i, lane in enumerate(share):
-                        lane.state = State(*devices.replicate(tuple(_lane(ended, i)), 1))
+                    for i, trainer in enumerate(share):
+                        trainer.state = State(*trainer.replicas.replicate(tuple(_at(ended, i))))
                         if steps is not chunks[-1]:
-                            lane.examine(steps.stop)
-    for lane in lanes:
-        lane.save(config.steps)
+                            trainer.evaluate(steps.stop)
+    for trainer in trainers:
+        trainer.save(config.steps)
 
 
-def _on(program: Callable[..., Any], device: jax.Device, *arguments: Any) -> Any:
-    """What a program returns when it runs on a device, on the host."""
-    with jax.default_device(device):
-        return jax.device_get(program(*arguments))
+def _run_on(program: Callable[..., Any], index: int, *arguments: Any) -> Any:
+    return sharding.run_on(index, program, *arguments)
 
 
 def _nothing() -> None:
@@ -182,133 +190,129 @@ def _chunk(config: Experiment) -> int:
     return max((n for n in range(1, min(span, CHUNK) + 1) if span % n == 0), default=1)
 
 
-def _program(lane: Run) -> Any:
-    """Builds `program(states, frozen, reference, seeds, inputs) -> (states, outputs)`: N lanes' K steps [N, K, …]."""
-    config, actor = lane.experiment, lane.actor
+def _program(trainer: Trainer) -> Any:
+    """Builds `program(states, frozen, reference, seeds, inputs) -> (states, outputs)`: N seeds' K steps [N, K, …]."""
+    config, actor = trainer.experiment, trainer.actor
     optimizer, _ = make_optimizer(config.optimizer, config.steps * config.num_iterations)
-    update = make_update(actor.model, config, optimizer, common=lane.prompts.common, axis_name=None)
-    sampling, tokenizer = config.sampling, actor.tokenizer
-    truncate = sampling.top_k > 0 or sampling.top_p < 1
-    settings = Settings(sampling.max_tokens, tokenizer.stop_ids, tokenizer.pad_id, sampling.top_k, truncate=truncate)
+    update = make_update(trainer.setup._replace(axis_name=None), optimizer)
+    sampling, shared = config.sampling, trainer.prompts.shared_prefix_length
+    settings = replace(settings_of(sampling, actor.tokenizer), shared_prefix_length=shared)
     samples = jnp.tile(jnp.arange(config.group_size, dtype=jnp.int32), (config.prompts_per_step, 1))
-    sample = partial(first_turn, settings=settings, slots=sampling.max_tokens - 1, common=lane.prompts.common)
 
-    def play(state: State, frozen: Any, seed: jax.Array, given: Inputs) -> tuple[Turn | None, Batch]:
-        if config.method == "sft":
+    def play(state: State, frozen: Any, seed: jax.Array, given: Inputs) -> tuple[Generation | None, Batch]:
+        if given.demonstrated is not None:
             return None, given.demonstrated
         noise = Noise(seed, given.step, given.prompt_ids, samples)
         policy = actor.model.bind(state.trainable, frozen)
         scales = jnp.float32(sampling.temperature), jnp.float32(sampling.top_p)
-        turn, _ = sample(policy, given.prompts, given.lengths, noise, *scales)
-        rewards = array_rewards.reward(config, turn.tokens, turn.mask, given.secrets)
-        tokens, kept = jnp.where(turn.mask, turn.tokens, 0), jnp.ones(rewards.shape, bool)
-        return turn, Batch(given.prompts, given.lengths, tokens, turn.mask, turn.mask, turn.logprobs, rewards, kept)
+        generation, _ = generate(policy, given.prompts, given.lengths, noise, *scales, settings)
+        mask = generation.mask
+        rewards = array_rewards.reward(config, generation.tokens, mask, given.secrets)
+        tokens, sample_mask = jnp.where(mask, generation.tokens, 0), jnp.ones(rewards.shape, bool)
+        arrays = (given.prompts, given.lengths, tokens, mask, mask, generation.logprobs, rewards, sample_mask)
+        return generation, Batch(*arrays)
 
     def step(state: State, frozen: Any, reference: Any, seed: jax.Array, given: Inputs) -> tuple[State, Any]:
-        turn, batch = play(state, frozen, seed, given)
-        state, metrics = update(state, frozen, reference, batch, jnp.bool_(True))
+        generation, batch = play(state, frozen, seed, given)
+        state, output = update(state, frozen, reference, batch, jnp.bool_(True))
+        first = output
         for _ in range(config.num_iterations - 1):
-            first = metrics
-            state, metrics = update(state, frozen, reference, batch, jnp.bool_(False))
-            # As in `Run.step`: the first iteration measures the sampler's gap, the last how far the policy has moved.
-            of_first = ("sampling/logprob_difference/mean", "sampling/logprob_difference/max", "logprob_gaps")
-            metrics |= {name: first[name] for name in of_first if name in first}
-        return state, (turn, batch.rewards, metrics)
+            state, output = update(state, frozen, reference, batch, jnp.bool_(False))
+        # As in `Trainer.step`: the first iteration measures the sampler's gap, the last how far the policy has moved.
+        of_first = {k: v for k, v in first.metrics.items() if k.startswith("sampling/")}
+        output = output._replace(metrics={**output.metrics, **of_first}, logprob_gaps=first.logprob_gaps)
+        return state, (generation, batch.rewards, output)
 
-    def steps(lane: tuple[State, Any, Any, jax.Array, Inputs]) -> tuple[State, Any]:
-        state, frozen, reference, seed, inputs = lane
+    def steps(one: tuple[State, Any, Any, jax.Array, Inputs]) -> tuple[State, Any]:
+        state, frozen, reference, seed, inputs = one
         return jax.lax.scan(lambda state, given: step(state, frozen, reference, seed, given), state, inputs)
 
-    return jax.jit(lambda *lanes: _over_lanes(steps, lanes))
+    return jax.jit(lambda *seeds: _over_seeds(steps, seeds))
 
 
-def _over_lanes(function: Callable[[Any], Any], lanes: Any) -> Any:
-    """`function` of every lane, the leading axis of the tree `lanes`.
+def _over_seeds(function: Callable[[Any], Any], seeds: Any) -> Any:
+    """`function` of every seed, the leading axis of the tree `seeds`.
 
-    An accelerator takes all lanes at once. A CPU gains little by that, and loses that a lane has the shapes, and so the
-    rounding, of a run of its own.
+    An accelerator takes all seeds at once. A CPU gains little by that, and one after another each seed has the shapes,
+    and so the rounding, of a run of its own.
     """
-    return jax.lax.map(function, lanes) if jax.default_backend() == "cpu" else jax.vmap(function)(lanes)
+    return jax.lax.map(function, seeds) if jax.default_backend() == "cpu" else jax.vmap(function)(seeds)
 
 
-def _inputs(lane: Run, steps: range) -> tuple[Inputs, list[Lesson | None]]:
-    """What the program is given for K steps of one lane, [K, …], and for SFT the lessons that they are."""
-    config, task, tokenizer = lane.experiment, lane.experiment.task, lane.actor.tokenizer
+def _inputs(trainer: Trainer, steps: range) -> tuple[Inputs, list[TrainBatch | None]]:
+    """What the program is given for K steps of one seed, [K, …], and for SFT the batches that they are."""
+    config, task, tokenizer = trainer.experiment, trainer.experiment.task, trainer.actor.tokenizer
     given: list[Inputs] = []
-    lessons: list[Lesson | None] = []
+    batches: list[TrainBatch | None] = []
     for step in steps:
         indices, ids = schedule(config.seed, step, config.prompts_per_step, len(task.train))
-        named = np.int32(step), *lane.prompts.batch("train", indices), np.asarray(ids, np.int32)
-        if config.method == "sft":
-            lesson = LESSONS["sft"](lane.classroom(), step)
-            lessons.append(lesson)
-            given.append(Inputs(*named, None, lesson.batch))
-        else:
-            secrets = array_rewards.secrets_of([task.train[i] for i in indices], tokenizer)
-            lessons.append(None)
+        prompts = trainer.prompts.batch("train", indices)
+        named = np.int32(step), prompts.ids, prompts.lengths, np.asarray(ids, np.int32)
+        if trainer.algorithm.on_policy:
+            secrets = array_rewards.secrets_of(prompts.examples, tokenizer)
+            batches.append(None)
             given.append(Inputs(*named, np.asarray(secrets, np.int32), None))
-    return _stack(given), lessons
+        else:
+            train_batch = trainer.algorithm.make_batch(trainer.context(), step)
+            batches.append(train_batch)
+            given.append(Inputs(*named, None, train_batch.batch))
+    return _stack(given), batches
 
 
 def _write(
-    shares: Sequence[Sequence[Run]],
+    shares: Sequence[Sequence[Trainer]],
     steps: range,
-    given: Sequence[Sequence[tuple[Inputs, list[Lesson | None]]]],
+    given: Sequence[Sequence[tuple[Inputs, list[TrainBatch | None]]]],
     outputs: Sequence[Any],
     *,
     seconds: float,
 ) -> None:
-    """Logs K steps of all lanes; each device's outputs are [N, K, …]."""
+    """Logs K steps of all seeds; each device's outputs are [N, K, …]."""
     for share, of_share, returned in zip(shares, given, outputs, strict=True):
-        for i, (lane, (inputs, lessons)) in enumerate(zip(share, of_share, strict=True)):
+        for i, (trainer, (inputs, batches)) in enumerate(zip(share, of_share, strict=True)):
             for k, step in enumerate(steps):
-                at = jax.tree.map(lambda x, i=i, k=k: x[i, k], returned)
-                _record(lane, step, _lane(inputs, k), lessons[k], *at, seconds=seconds)
+                generation, rewards, output = jax.tree.map(lambda x, i=i, k=k: x[i, k], returned)
+                train_batch = batches[k]
+                if train_batch is None:
+                    train_batch = _sampled_batch(trainer, step, _at(inputs, k), generation, rewards)
+                _record(trainer, step, train_batch, output, seconds=seconds)
 
 
-def _record(
-    lane: Run,
-    step: int,
-    given: Inputs,
-    lesson: Lesson | None,
-    turn: Turn | None,
-    rewards: np.ndarray,
-    metrics: dict[str, np.ndarray],
-    *,
-    seconds: float,
-) -> None:
-    """Logs one step of one lane, once its Python rewards have paid what the program was trained on."""
-    if lesson is None:
-        assert turn is not None
-        lesson = _played(lane, step, given, turn, rewards)
-        assert lesson.played is not None
-        lane.check_contract(metrics["logprob_gaps"], lesson.played, step)
-        lesson = lesson.with_advantages(metrics["advantages"])
-    scalars = {name: float(value) for name, value in metrics.items() if np.ndim(value) == 0}
-    lane.record(step, lesson, scalars, seconds=seconds)
+def _record(trainer: Trainer, step: int, train_batch: TrainBatch, output: UpdateOutput, *, seconds: float) -> None:
+    """Logs one step of one seed."""
+    if output.logprob_gaps is not None:
+        trainer.check_logprobs(output.logprob_gaps, train_batch.rollout, step)
+        train_batch = train_batch.with_advantages(output.advantages)
+    trainer.record(step, train_batch, {k: float(v) for k, v in output.metrics.items()}, seconds=seconds)
 
 
-def _played(lane: Run, step: int, given: Inputs, turn: Turn, rewards: np.ndarray) -> Lesson:
-    """The lesson that a lane's step was, from the arrays that its program returned."""
-    config = lane.experiment
+def _sampled_batch(
+    trainer: Trainer, step: int, given: Inputs, generation: Generation, rewards: np.ndarray
+) -> TrainBatch:
+    """The batch that a seed's step was, from the arrays that its program returned.
+
+    Raises:
+      RunError: if the experiment's Python rewards pay something else than the program was trained on.
+    """
+    config = trainer.experiment
     indices, _ = schedule(config.seed, step, config.prompts_per_step, len(config.task.train))
-    examples = [config.task.train[i] for i in indices]
-    played = single_turn(examples, given.prompt_ids, given.prompts, given.lengths, turn, lane.actor.tokenizer)
-    scores = lane.classroom().score(played, step)
-    paid, kept = reward_arrays(scores, rewards.shape)
+    prompts = trainer.prompts.batch("train", indices)
+    rollout = single_turn(prompts, given.prompt_ids, generation, trainer.actor.tokenizer)
+    scores = trainer.context().score(rollout, step)
+    paid, sample_mask = reward_arrays(scores, rewards.shape)
     if not np.allclose(paid, rewards, rtol=0, atol=1e-6):
         p, g = np.argwhere(~np.isclose(paid, rewards, rtol=0, atol=1e-6))[0]
         raise RunError(
-            f"step {step}: {played.episodes[p][g].turns[0]!r} was trained on with a reward of {rewards[p, g]:g}, but "
+            f"step {step}: {rollout.episodes[p][g].turns[0]!r} was trained on with a reward of {rewards[p, g]:g}, but "
             f"the experiment's rewards pay {paid[p, g]:g}: their JAX form is wrong."
         )
-    return on_policy.lesson_of([Round(played, scores, paid, kept)], config)
+    return rewarded_batch([Round(rollout, scores, paid, sample_mask)], config)
 
 
 def _stack(trees: Sequence[Any]) -> Any:
     return jax.tree.map(lambda *leaves: np.stack(leaves), *trees)
 
 
-def _lane(tree: Any, index: int) -> Any:
-    """The entry `index` of the leading axis, of lanes or of steps."""
+def _at(tree: Any, index: int) -> Any:
+    """The entry `index` of the leading axis, of seeds or of steps."""
     return jax.tree.map(lambda x: x[index], tree)

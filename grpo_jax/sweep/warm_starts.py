@@ -5,9 +5,9 @@ from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
-from grpo_jax.experiment import EvaluationConfig, Experiment, RewardConfig, SamplingConfig, variant_of
+from grpo_jax.experiment import EvaluationConfig, Experiment, RewardConfig, SamplingConfig, method_of, variant_of
 from grpo_jax.experiment.fingerprint import fingerprint
-from grpo_jax.sweep import is_finished
+from grpo_jax.sweep.processes import is_finished
 
 
 def adopt_warm_start(run_dir: Path, config: Experiment, others: Iterable[tuple[Path, Experiment]]) -> None:
@@ -31,11 +31,11 @@ def adopt_warm_start(run_dir: Path, config: Experiment, others: Iterable[tuple[P
 
 
 def warm_start_fingerprint(config: Experiment) -> str | None:
-    """A name for what a run's warm start depends on; imitation depends neither on rewards nor on how one samples."""
+    """A name for what a run's warm start depends on; an offline method depends on neither rewards nor sampling."""
     if config.warm_start is None:
         return None
     variant = variant_of(config, config.warm_start)
-    if variant.method == "sft":
+    if method_of(variant.method).is_offline:
         sampling = SamplingConfig(max_tokens=variant.sampling.max_tokens)
         unread = {"rewards": {}, "reward": RewardConfig(), "sampling": sampling, "evaluation": EvaluationConfig()}
         variant = replace(variant, **unread)

@@ -17,11 +17,12 @@ from grpo_jax.experiment import Budget, load_ablation
 def run(
     source: Path, arm: str, seeds: Sequence[int], directory: Path, *, budget: Budget, vectorize: bool = False
 ) -> None:
-    """Makes the runs of an arm at some seeds, or goes on with them; what is finished is left as it is.
+    """Makes the runs of an arm at some seeds, or continues them; what is finished is left as it is.
 
-    Waits while another process makes the same run, as one does that a killed sweep has left behind.
+    Waits while another process makes the same run, such as one that a killed sweep has left behind.
     """
-    from grpo_jax import sweep, training
+    from grpo_jax import training
+    from grpo_jax.sweep.processes import is_finished
     from grpo_jax.sweep.warm_starts import adopt_warm_start
 
     ablation = load_ablation(source, budget)
@@ -29,7 +30,7 @@ def run(
     with ExitStack() as locks:
         for one in planned:
             locks.enter_context(_lock(directory / f".{one.key}.lock"))
-        planned = [one for one in planned if not sweep.is_finished(directory / one.key)]
+        planned = [one for one in planned if not is_finished(directory / one.key)]
         overrides = {one.key: [f"arm={arm}", f"budget={budget}", f"seed={one.seed}"] for one in planned}
         if vectorize:
             from grpo_jax.sweep.vectorized import train_seeds

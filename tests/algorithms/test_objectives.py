@@ -8,13 +8,14 @@ import numpy as np
 import optax
 import pytest
 
-from grpo_jax import sharding as devices
-from grpo_jax.algorithms.objectives import Batch, make_appraise, new_head
+from grpo_jax.algorithms import Batch, Setup, algorithm_of
+from grpo_jax.algorithms.forward import new_head
 from grpo_jax.algorithms.packing import pack
 from grpo_jax.experiment import Experiment, PolicyConfig, SamplingConfig, ScratchConfig, override
-from grpo_jax.logprobs import completion_logprobs
+from grpo_jax.logprobs import Completions, completion_logprobs
 from grpo_jax.policy import load
 from grpo_jax.policy.lora import Model, split
+from grpo_jax.sharding import Replicas
 from grpo_jax.tasks import Task
 from grpo_jax.update import State, make_update
 
@@ -50,7 +51,7 @@ def batch() -> Batch:
     model, trainable, frozen, _ = parts()
     prompts, lengths = rng.integers(3, 11, (P, 4)), rng.integers(1, 5, P)
     tokens, valid = rng.integers(3, 11, (P, G, T)), np.arange(T) < rng.integers(1, T + 1, (P, G, 1))
-    logprobs, _ = completion_logprobs(model.bind(trainable, frozen), prompts, lengths, tokens, valid)
+    logprobs, _ = completion_logprobs(model.bind(trainable, frozen), Completions(prompts, lengths, tokens, valid))
     noisy = np.where(valid, logprobs + 0.2 * rng.normal(size=valid.shape), 0).astype(np.float32)
     rewards, kept = rng.normal(size=(P, G)).astype(np.float32), rng.random((P, G)) < 0.8
     return Batch(prompts, lengths, tokens, valid, valid, noisy, rewards, kept)
@@ -62,19 +63,17 @@ def run(given: Batch, n: int = 1, **overrides):
     model, trainable, frozen, head = parts()
     trainable = {**trainable, **head} if experiment.method in ("ppo", "reward_model") else trainable
     reference = {path: 1.1 * value for path, value in trainable.items()}
-    trainable_, frozen_, reference_ = (devices.replicate(x, n) for x in (trainable, frozen, reference))
-    given = devices.shard(jax.tree.map(np.asarray, given), n)
-    found = {}
-    if experiment.method == "ppo":
-        appraise = make_appraise(model, experiment, common=0, axis_name=devices.AXIS)
-        given, found = devices.parallel(appraise, n)(trainable_, frozen_, reference_, given)
-    update = make_update(model, experiment, RECORD, common=0, axis_name=devices.AXIS)
-    state = devices.replicate(State(trainable, RECORD.init(trainable), jnp.int32(0)), n)
-    state, metrics = devices.parallel(update, n, in_axes=(0, 0, 0, 0, None))(
-        state, frozen_, reference_, given, np.bool_(False)
-    )
-    metrics = {k: v for k, v in {**found, **metrics}.items() if k not in ("advantages", "logprob_gaps")}
-    return *devices.unreplicate((state.optimizer, metrics)), devices.unshard(given)
+    replicas, setup = Replicas(n), Setup(model, experiment, 0, Replicas.axis_name)
+    trainable_, frozen_, reference_ = (replicas.replicate(x) for x in (trainable, frozen, reference))
+    given, found = replicas.split(jax.tree.map(np.asarray, given)), {}
+    before_updates = algorithm_of(experiment).make_objective(setup).before_updates
+    if before_updates is not None:
+        given, found = replicas.compile(before_updates)(trainable_, frozen_, reference_, given)
+    state = replicas.replicate(State(trainable, RECORD.init(trainable), jnp.int32(0)))
+    update = replicas.compile(make_update(setup, RECORD))
+    state, output = update(state, frozen_, reference_, given, replicas.broadcast(np.bool_(False)))
+    metrics = replicas.fetch({**found, **output.metrics})
+    return replicas.first(state.optimizer), metrics, replicas.gather(given)
 
 
 CASES = {
@@ -105,7 +104,7 @@ def test_two_devices_and_four_micro_batches_give_the_gradient_of_one_batch(name)
 
 
 def test_packed_rows_give_the_gradient_of_examples_in_groups():
-    given = batch()._replace(kept=np.ones((P, G), bool))
+    given = batch()._replace(sample_mask=np.ones((P, G), bool))
     examples = [
         (
             [*given.prompts[p, : given.lengths[p]], *given.tokens[p, g, given.valid[p, g]]],
@@ -125,12 +124,12 @@ def test_ppos_advantages_are_those_of_its_rewards_and_values():
     # gamma = lambda = 1 without a KL and without whitening: a token's return is its completion's reward.
     given = batch()
     options = dict(method="ppo", ppo__lam=1.0, ppo__kl_coef=0.0, ppo__whiten_advantages=False)
-    _, metrics, appraised = run(given, **options)
-    mask = given.mask & given.kept[..., None]
+    _, metrics, estimated = run(given, **options)
+    mask = given.mask & given.sample_mask[..., None]
     returns = np.where(mask, given.rewards[..., None], 0)
-    np.testing.assert_allclose(appraised.returns, returns, atol=1e-5)
-    expected = np.where(mask, returns - appraised.values, 0)
-    np.testing.assert_allclose(appraised.advantages, expected, atol=1e-5)
-    np.testing.assert_allclose(metrics["objective/rlhf_reward"], given.rewards[given.kept].mean(), rtol=1e-5)
-    residual = (returns - appraised.values)[mask].var()
+    np.testing.assert_allclose(estimated.returns, returns, atol=1e-5)
+    expected = np.where(mask, returns - estimated.values, 0)
+    np.testing.assert_allclose(estimated.advantages, expected, atol=1e-5)
+    np.testing.assert_allclose(metrics["objective/rlhf_reward"], given.rewards[given.sample_mask].mean(), rtol=1e-5)
+    residual = (returns - estimated.values)[mask].var()
     np.testing.assert_allclose(metrics["value/explained_variance"], 1 - residual / returns[mask].var(), rtol=1e-4)

@@ -9,11 +9,11 @@ import letters
 import numpy as np
 import pytest
 
-from grpo_jax import training
 from grpo_jax.errors import UserError
 from grpo_jax.experiment import (
     Experiment,
     override,
+    variant_of,
 )
 from grpo_jax.reward_model import learned_reward
 from grpo_jax.training import train
@@ -163,4 +163,4 @@ def test_a_variant_of_another_method_leaves_behind_what_it_does_not_read():
     assert (variant.loss.beta, variant.advantages.scale, variant.dynamic_sampling_rounds) == (0.0, "group", 0)
     assert variant.dpo.beta == 0.3
     assert override(base, {"method": "grpo"}) == base
-    assert training.variant_of(base, {"method": "sft", "steps": 2}).loss.beta == 0
+    assert variant_of(base, {"method": "sft", "steps": 2}).loss.beta == 0

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from grpo_jax import training
-from grpo_jax.algorithms.lesson import schedule
+from grpo_jax.algorithms.batches import schedule
 from grpo_jax.errors import UserError
 from grpo_jax.experiment import EvaluationConfig, Experiment, PolicyConfig, SamplingConfig, ScratchConfig
 from grpo_jax.policy.tokenizer import CharacterTokenizer

@@ -9,13 +9,14 @@ import numpy as np
 import pytest
 
 from grpo_jax import rollout
-from grpo_jax import sharding as devices
 from grpo_jax.errors import RunError, UserError
 from grpo_jax.experiment import SamplingConfig, ScratchConfig
-from grpo_jax.logprobs import completion_logprobs
+from grpo_jax.logprobs import Completions, completion_logprobs
 from grpo_jax.policy import Policy, load
 from grpo_jax.policy.tokenizer import CharacterTokenizer
-from grpo_jax.rollout import Prompts, Rollout, bucket, compaction, demonstrations, encode_prompts, make_actor
+from grpo_jax.rollout import Prompts, Rollout, bucket, demonstrations, encode_prompts, make_actor, name_noise
+from grpo_jax.rollout.generator import compaction
+from grpo_jax.sharding import Replicas
 from grpo_jax.tasks import Task
 
 ALPHABET = "abcd+-"
@@ -45,9 +46,8 @@ def play(policy: Policy, task: Task, n: int = 1, *, num_samples: int = 6, temper
     sampling = SamplingConfig(max_tokens=4, temperature=temperature)
     prompts = encode_prompts(task, policy.require_tokenizer(), policy.config.max_positions, sampling.max_tokens)
     places = range(len(task.train))
-    return rollout.rollout(
-        make_actor(policy, n), task, prompts, "train", places, places, range(num_samples), sampling, seed=3, step=5
-    )
+    noise = name_noise(3, 5, places, range(num_samples))
+    return rollout.rollout(make_actor(policy, Replicas(n)), task, prompts.batch("train", places), noise, sampling)
 
 
 @pytest.fixture(scope="module")
@@ -139,12 +139,12 @@ def test_a_token_that_no_text_encodes_to_is_kept_as_it_was_sampled(talk):
 @pytest.mark.parametrize("temperature", [0.7, 1.3])
 def test_log_probabilities_of_a_whole_episode_are_found_again(policy, temperature):
     played = play(policy, TALK, temperature=temperature)
-    actor = make_actor(policy, 1)
+    actor = make_actor(policy, Replicas(1))
     recompute = jax.jit(lambda trainable, *batch: completion_logprobs(
-        actor.model.bind(trainable, {}), *batch, temperature=temperature
+        actor.model.bind(trainable, {}), Completions(*batch), temperature=temperature
     )[0])  # fmt: skip
     arrays = (played.prompts, played.lengths, played.tokens, played.valid)
-    found = recompute(devices.unreplicate(actor.trainable), *arrays)
+    found = recompute(actor.replicas.first(actor.trainable), *arrays)
     assert np.abs(np.where(played.mask, found - played.logprobs, 0)).max() < 1e-4
     assert played.mask.sum() > 100 and (played.logprobs[played.mask] < 0).all()
 
@@ -155,7 +155,7 @@ def test_log_probabilities_of_a_whole_episode_are_found_again(policy, temperatur
 def test_leaving_finished_rows_behind_changes_no_completion(policy, talk, monkeypatch):
     made = []
     # What stands in for it returns None: nothing leaves.
-    monkeypatch.setattr(rollout.play, "compaction", lambda active, n: made.append(compaction(active, n)))
+    monkeypatch.setattr(rollout.generator, "compaction", lambda active, n: made.append(compaction(active, n)))
     assert_same_episodes(talk, play(policy, TALK))
     assert any(chosen is not None for chosen in made)  # there was something to leave behind
 
@@ -169,11 +169,11 @@ def test_rows_are_kept_only_where_that_halves_the_batch():
     active = np.zeros((4, 4), bool)
     active[0, 3] = active[3, 1] = active[3, 2] = True
     prompt, row = compaction(active, 1)  # prompts 0 and 3, with two rows each
-    assert prompt.tolist() == [[0, 3]]
-    assert row.tolist() == [[[3, 0], [1, 2]]]
-    prompt, row = compaction(active, 2)  # each device keeps its own prompts, counted from its first
-    assert prompt.tolist() == [[0], [1]]
-    assert row.tolist() == [[[3, 0]], [[1, 2]]]
+    assert prompt.tolist() == [0, 3]
+    assert row.tolist() == [[3, 0], [1, 2]]
+    prompt, row = compaction(active, 2)  # each device keeps its own prompts
+    assert prompt.tolist() == [0, 3]
+    assert row.tolist() == [[3, 0], [1, 2]]
     active[:3, :3] = True  # 4 prompts with up to 4 rows: nothing is gained
     assert compaction(active, 1) is None
 
@@ -186,17 +186,18 @@ def test_sizes_are_padded_to_few_shapes(n, size):
 
 
 def test_prompts_are_right_padded_to_a_bucket():
-    prompts = Prompts({"train": [[5, 6, 7], [5, 6, 7, 8, 9, 3]]}, common=2)
-    ids, lengths = prompts.batch("train", [1, 0])
-    assert ids.tolist() == [[5, 6, 7, 8, 9, 3], [5, 6, 7, 0, 0, 0]]  # 2 in common, and a bucket of 4
-    assert lengths.tolist() == [6, 3]
+    prompts = Prompts(make_task(["a", "b"]), {"train": [[5, 6, 7], [5, 6, 7, 8, 9, 3]]}, shared_prefix_length=2)
+    batch = prompts.batch("train", [1, 0])
+    assert batch.ids.tolist() == [[5, 6, 7, 8, 9, 3], [5, 6, 7, 0, 0, 0]]  # 2 in common, and a bucket of 4
+    assert batch.lengths.tolist() == [6, 3]
+    assert [example["prompt"] for example in batch.examples] == ["b", "a"]
 
 
 # Prompts and rewards -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("prompts", "common"),
+    ("prompts", "shared"),
     [
         (["a" * 30 + "b", "a" * 30 + "c"], 31),  # the begin token and thirty
         (["a" * 10 + "b", "a" * 10 + "c"], 0),  # too few to be worth a pass of their own
@@ -206,8 +207,8 @@ def test_prompts_are_right_padded_to_a_bucket():
         (["a" * 30], 0),
     ],
 )
-def test_the_tokens_that_all_prompts_begin_with_are_found(prompts, common):
-    assert encode_prompts(make_task(prompts), TOKENIZER, 64, 4).common == common
+def test_the_tokens_that_all_prompts_begin_with_are_found(prompts, shared):
+    assert encode_prompts(make_task(prompts), TOKENIZER, 64, 4).shared_prefix_length == shared
 
 
 def test_a_prompt_that_leaves_no_room_is_one_sentence():
@@ -267,7 +268,7 @@ def demonstrate(example: dict[str, Any], rng: random.Random) -> list[str]:
 def show(samples: range, step: int = 0) -> Rollout:
     task = make_task(["a", "bb"], reply=answer, max_turns=3, demonstrate=demonstrate)
     prompts = encode_prompts(task, TOKENIZER, 64, 4)
-    return demonstrations(task, prompts, "train", [1, 0], [7, 8], samples, TOKENIZER, seed=0, step=step)
+    return demonstrations(task, prompts.batch("train", [1, 0]), name_noise(0, step, [7, 8], samples), TOKENIZER)
 
 
 def test_a_demonstration_is_an_episode_whose_turns_all_end():
@@ -296,16 +297,16 @@ def test_a_demonstration_that_goes_on_after_the_end_is_one_sentence():
     task = make_task(["a"], reply=answer, max_turns=3, demonstrate=lambda example, rng: ["b", "a", "c"])
     prompts = encode_prompts(task, TOKENIZER, 64, 4)
     with pytest.raises(UserError, match="of talk has 3 turns, but its episode is over after 2"):
-        demonstrations(task, prompts, "train", [0], [0], range(1), TOKENIZER, seed=0, step=0)
+        demonstrations(task, prompts.batch("train", [0]), name_noise(0, 0, [0], [0]), TOKENIZER)
 
 
 # Talking to a policy -------------------------------------------------------------------------------------------------
 
 
 def sample(policy: Policy, prompts: list[Any], **options: Any) -> list[list[str]]:
-    return rollout.sample_text(
-        policy, prompts, **{"temperature": 1.0, "max_tokens": 5, "num_samples": 3, "seed": 0} | options
-    )
+    options = {"temperature": 1.0, "max_tokens": 5, "num_samples": 3, "seed": 0} | options
+    sampling = SamplingConfig(temperature=options.pop("temperature"), max_tokens=options.pop("max_tokens"))
+    return rollout.sample_text(policy, prompts, sampling, **options)
 
 
 def test_any_number_of_prompts_is_completed_whatever_the_number_of_devices(policy):

@@ -49,9 +49,9 @@ def test_shapes_alone_are_enough_to_restore(tmp_path):
 def test_a_leaf_that_earlier_versions_did_not_save_keeps_the_callers_value(tmp_path):
     checkpoints.save(tmp_path, 1, make_state())
     wanted = {**make_state(), "tokens": 5}
-    assert checkpoints.restore(tmp_path, wanted, later=("tokens",))[1]["tokens"] == 5
+    assert checkpoints.restore(tmp_path, wanted, optional_leaves=("tokens",))[1]["tokens"] == 5
     checkpoints.save(tmp_path, 2, {**make_state(), "tokens": 8})
-    assert checkpoints.restore(tmp_path, wanted, later=("tokens",))[1]["tokens"] == 8
+    assert checkpoints.restore(tmp_path, wanted, optional_leaves=("tokens",))[1]["tokens"] == 8
 
 
 def test_the_newest_two_remain_and_the_newest_is_restored(tmp_path):

@@ -17,7 +17,7 @@ from tensorboardX.proto.event_pb2 import Event
 
 from grpo_jax.errors import RunError, UserError
 from grpo_jax.experiment import Experiment
-from grpo_jax.runs.log import RunLog
+from grpo_jax.runs.log import RunLog, display_of
 
 HOSTILE = "[bold]x[/bold] \x1b[31mred\x1b[0m \x07\r\u202eevil | <b>&#60;</b>\nnext"
 
@@ -95,7 +95,11 @@ def scalars(run_dir: Path, tag: str) -> dict[int, float]:
 
 
 def open_log(run_dir: Path, **options) -> RunLog:
-    return RunLog(run_dir, options.pop("experiment", experiment()), **{"quiet": True, **options})
+    shown = options.pop("experiment", experiment())
+    display = display_of(
+        shown, **{"quiet": True} | {k: options.pop(k) for k in ("quiet", "console", "title") if k in options}
+    )
+    return RunLog(run_dir, shown, display=display, **options)
 
 
 # The directory -------------------------------------------------------------------------------------------------------

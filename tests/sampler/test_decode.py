@@ -11,17 +11,18 @@ from hypothesis import example, given, settings
 from hypothesis.extra import numpy as numpy_st
 from scipy.stats import chi2
 
-from grpo_jax.logprobs import completion_logprobs
+from grpo_jax.logprobs import Completions, completion_logprobs
 from grpo_jax.policy import transformer
 from grpo_jax.policy.config import ModelConfig
-from grpo_jax.policy.transformer import bind, forward
-from grpo_jax.sampler.decode import (
+from grpo_jax.policy.transformer import TokenRows, bind, forward
+from grpo_jax.sampler import (
     Noise,
+    Observation,
     Settings,
     choose_token,
-    first_turn,
+    continue_generation,
+    generate,
     inverse_cdf,
-    next_turn,
     row_keys,
     truncated,
 )
@@ -59,24 +60,23 @@ def noise(ids, samples, seed=0, step=3) -> Noise:
 
 
 @cache
-def compiled(slots: int, common: int, max_tokens: int, stop_ids: tuple[int, ...]):
-    chosen = Settings(max_tokens, stop_ids, PAD)
+def compiled(cache_size: int, shared_prefix_length: int, max_tokens: int, stop_ids: tuple[int, ...]):
+    chosen = Settings(max_tokens, stop_ids, PAD, cache_size=cache_size, shared_prefix_length=shared_prefix_length)
 
     def play(params, prompts, lengths, named, temperature):
-        model = bind(CONFIG, params)
-        return first_turn(model, prompts, lengths, named, temperature, 1.0, settings=chosen, slots=slots, common=common)
+        return generate(bind(CONFIG, params), prompts, lengths, named, temperature, 1.0, chosen)
 
     return jax.jit(play)
 
 
 def sample(
-    params, which=(0, 1, 2), samples=range(4), *, width=6, slots=TURN - 1, common=0, max_tokens=TURN, temperature=1.0,
-    stop_ids=STOPS, **named,
+    params, which=(0, 1, 2), samples=range(4), *, width=6, cache_size=TURN - 1, shared_prefix_length=0, max_tokens=TURN,
+    temperature=1.0, stop_ids=STOPS, **named,
 ):  # fmt: skip
-    """The turn and the rows of some of the prompts, each padded to `width`."""
+    """The generation and the state of some of the prompts, each padded to `width`."""
     which = list(which)
     prompts = np.pad(PROMPTS[which], [(0, 0), (0, width - 6)], constant_values=28)
-    play = compiled(slots, common, max_tokens, stop_ids)
+    play = compiled(cache_size, shared_prefix_length, max_tokens, stop_ids)
     return play(params, prompts, LENGTHS[which], noise(IDS[which], list(samples), **named), temperature)
 
 
@@ -86,7 +86,9 @@ def sample(
 @jax.jit
 def recomputed(params, tokens, valid, temperature):
     """What training makes of the tokens: log-probabilities and entropies."""
-    return completion_logprobs(bind(CONFIG, params), PROMPTS, LENGTHS, tokens, valid, temperature=temperature)
+    return completion_logprobs(
+        bind(CONFIG, params), Completions(PROMPTS, LENGTHS, tokens, valid), temperature=temperature
+    )
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.7, 1.3])
@@ -101,20 +103,17 @@ def test_reported_log_probabilities_are_those_that_training_recomputes(params, t
 
 
 def test_the_contract_holds_over_turns_with_replies_of_different_lengths(params):
-    # Three turns; rows 0 and 3 of every prompt leave after the second. Slots: 3 for the first turn's tokens but its
+    # Three turns; rows 0 and 3 of every prompt leave after the second. Cache: 3 places for the first turn's tokens but its
     # last, then for each further turn its reply's 5, the token before it and the 4 - 1 that it feeds back: 5 + 4.
     turns, size = [], 4
-    chosen, slots = Settings(size, STOPS, PAD), (size - 1) + 2 * (5 + size)
+    chosen = Settings(size, STOPS, PAD, cache_size=(size - 1) + 2 * (5 + size))
     named = noise(IDS, range(4))
-    first = jax.jit(
-        lambda params: first_turn(bind(CONFIG, params), PROMPTS, LENGTHS, named, 1.3, 1.0, settings=chosen, slots=slots)
-    )
+    first = jax.jit(lambda params: generate(bind(CONFIG, params), PROMPTS, LENGTHS, named, 1.3, 1.0, chosen))
 
     @jax.jit
     def further(params, rows, reply, reply_lengths, active):
-        return next_turn(
-            bind(CONFIG, params), rows, reply, reply_lengths, active, LENGTHS, named, 1.3, 1.0, settings=chosen
-        )
+        observation = Observation(reply, reply_lengths, active)
+        return continue_generation(bind(CONFIG, params), rows, observation, named, 1.3, 1.0, chosen)
 
     rng = np.random.default_rng(5)
     sequences = [[[] for _ in range(4)] for _ in range(3)]  # (token, log-probability or None) of every row
@@ -162,8 +161,8 @@ SURROUNDINGS = {
     "a smaller group": dict(samples=range(2)),
     "a larger group": dict(samples=range(7)),
     "a wider bucket": dict(width=11),
-    "more slots": dict(slots=17),
-    "common tokens": dict(common=3),
+    "a larger cache": dict(cache_size=17),
+    "a shared prefix": dict(shared_prefix_length=3),
 }
 
 
@@ -225,7 +224,7 @@ def test_stop_tokens_end_rows_are_included_and_everything_after_is_padding(param
 
 
 def test_a_row_cut_by_max_tokens_has_not_stopped(params):
-    short, _ = sample(params, max_tokens=3, slots=2)
+    short, _ = sample(params, max_tokens=3, cache_size=2)
     longer, _ = sample(params)
     np.testing.assert_array_equal(short.tokens, np.where(short.mask, longer.tokens[..., :3], PAD))
     ended = (np.isin(longer.tokens[..., :3], STOPS) & np.asarray(longer.mask[..., :3])).any(-1)
@@ -234,20 +233,20 @@ def test_a_row_cut_by_max_tokens_has_not_stopped(params):
 
 
 def test_turns_of_one_token(params):
-    one, rows = sample(params, max_tokens=1, slots=0)
+    one, rows = sample(params, max_tokens=1, cache_size=0)
     np.testing.assert_array_equal(one.tokens, sample(params)[0].tokens[..., :1])
-    assert one.mask.all() and rows.slot == 0
+    assert one.mask.all() and rows.cache_length == 0
 
 
 def test_a_turn_ends_with_its_last_row(params):
-    # The loop feeds one token back per iteration, so the next free slot counts its iterations.
-    turn, rows = sample(params, max_tokens=40, slots=39, stop_ids=tuple(range(1, 29, 2)))
+    # The loop feeds one token back per iteration, so the length of the cache counts its iterations.
+    turn, rows = sample(params, max_tokens=40, cache_size=39, stop_ids=tuple(range(1, 29, 2)))
     longest = int(turn.mask.sum(-1).max())
     assert turn.stopped.all() and 1 < longest < 20
-    assert rows.slot == longest - 1
+    assert rows.cache_length == longest - 1
     assert int(rows.cache.valid.sum()) == int(turn.mask.sum()) - 12  # every token but each row's last is cached
     turn, rows = sample(params, stop_ids=())
-    assert turn.mask.all() and not turn.stopped.any() and rows.slot == TURN - 1
+    assert turn.mask.all() and not turn.stopped.any() and rows.cache_length == TURN - 1
 
 
 def test_temperature_0_takes_the_likeliest_token_whatever_the_noise(params):
@@ -264,7 +263,7 @@ def test_temperature_0_takes_the_likeliest_token_whatever_the_noise(params):
     @jax.jit
     def likeliest(params):
         model = bind(CONFIG, params)
-        return model.logits(forward(model, rows, positions, mask)[0]).argmax(-1)
+        return model.logits(forward(model, TokenRows(rows, positions, mask))[0]).argmax(-1)
 
     following = np.asarray(likeliest(params))[:, 0]
     for p in range(3):

@@ -22,7 +22,7 @@ from grpo_jax import sweep
 from grpo_jax.errors import RunError, UserError
 from grpo_jax.experiment import Ablation, load_ablation
 from grpo_jax.sweep import worker
-from grpo_jax.sweep.progress import Board, latest_metrics
+from grpo_jax.sweep.progress import SweepProgress, latest_metrics
 
 FILE = (
     Path(letters.__file__).read_text()
@@ -113,7 +113,7 @@ def test_no_jobs_is_a_mistake(source, ablation, tmp_path):
         sweep.sweep(source, ablation, tmp_path, jobs=0)
 
 
-def test_the_board_reads_the_runs_files(ablation, tmp_path):
+def test_the_progress_reads_the_runs_files(ablation, tmp_path):
     first, second, *_ = ablation.runs()
     run_dir = tmp_path / first.key
     run_dir.mkdir()
@@ -122,7 +122,9 @@ def test_the_board_reads_the_runs_files(ablation, tmp_path):
     (run_dir / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"step": 10, "rew')
     assert latest_metrics(run_dir) == {"step": 9, "reward": 0.25, "evaluation/success": 0.5}
     console = Console(file=io.StringIO(), width=120)
-    console.print(Board(ablation.runs(), tmp_path, "evaluation/success", console).table({first.key}, {second.key}))
+    console.print(
+        SweepProgress(ablation.runs(), tmp_path, "evaluation/success", console).table({first.key}, {second.key})
+    )
     [row] = [line for line in console.file.getvalue().splitlines() if first.key in line]
     assert [cell.strip() for cell in row.split("│")[1:-1]] == [
         "base", "0", first.key, "running", "10/30", "0.250", "0.500",

@@ -75,9 +75,9 @@ def test_a_compiled_reward_rounds_as_the_python_reward(reward):
 
 
 @pytest.fixture(scope="module")
-def lanes(tmp_path_factory) -> Path:
-    """Three lanes on two devices: seeds 3 and 7 on one, 5 on the other."""
-    directory = tmp_path_factory.mktemp("lanes")
+def seeds(tmp_path_factory) -> Path:
+    """Three seeds on two devices: seeds 3 and 7 on one, 5 on the other."""
+    directory = tmp_path_factory.mktemp("seeds")
     devices = jax.local_devices()[:2]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(jax, "local_devices", lambda: devices)
@@ -91,22 +91,22 @@ def rows(path: Path) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("seed", [5, 7])
-def test_a_lane_is_the_run_of_its_seed_to_the_last_digit(lanes, tmp_path, seed):
+def test_a_seed_is_the_run_of_its_seed_to_the_last_digit(seeds, tmp_path, seed):
     training.train(override(CONFIG, {"seed": seed}), tmp_path, quiet=True)
     for name in ("warm_start/metrics.jsonl", "metrics.jsonl", "completions.jsonl"):
-        assert rows(lanes / str(seed) / name) == rows(tmp_path / name)
-    ours, own = (json.loads((d / "summary.json").read_text())["after"] for d in (lanes / str(seed), tmp_path))
+        assert rows(seeds / str(seed) / name) == rows(tmp_path / name)
+    ours, own = (json.loads((d / "summary.json").read_text())["after"] for d in (seeds / str(seed), tmp_path))
     assert ours == own
 
 
-def test_lanes_differ_in_their_seed(lanes):
-    three, five = (rows(lanes / str(seed) / "completions.jsonl") for seed in (3, 5))
+def test_lanes_differ_in_their_seed(seeds):
+    three, five = (rows(seeds / str(seed) / "completions.jsonl") for seed in (3, 5))
     assert [row["completion"] for row in three] != [row["completion"] for row in five]
 
 
-def test_a_lane_leaves_a_finished_run_with_a_checkpoint(lanes):
-    assert json.loads((lanes / "3" / "run.json").read_text())["status"] == "finished"
-    assert (lanes / "3" / "checkpoints" / "4").is_dir() and (lanes / "3" / "warm_start" / "checkpoints" / "3").is_dir()
+def test_a_seed_leaves_a_finished_run_with_a_checkpoint(seeds):
+    assert json.loads((seeds / "3" / "run.json").read_text())["status"] == "finished"
+    assert (seeds / "3" / "checkpoints" / "4").is_dir() and (seeds / "3" / "warm_start" / "checkpoints" / "3").is_dir()
 
 
 def test_a_form_that_pays_something_else_ends_the_run(monkeypatch, tmp_path):

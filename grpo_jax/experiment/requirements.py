@@ -1,0 +1,154 @@
+"""What each training method asks of an experiment: the fields that it reads, and what must be there for it.
+
+This is the half of a method that is checked when a config is made, and so without JAX. The other half, how the method
+trains, is `grpo_jax.algorithms`. A method of the user's own is a subclass of `grpo_jax.algorithms.Algorithm`, which has
+both halves, and is passed as `Experiment(method=MyMethod())`.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from grpo_jax.errors import UserError
+
+Range = tuple[bool, str]  # whether a field's value is in range, and what it must be
+
+
+class Method:
+    """A training method, as a config knows it.
+
+    Attributes:
+      name: what it is called in messages.
+      reads: the fields of an experiment that it reads and that not all methods read.
+      is_offline: whether it trains on the task's own data alone, so that neither rewards nor how completions are
+        sampled change its result.
+    """
+
+    name: str = ""
+    reads: tuple[str, ...] = ()
+    is_offline: bool = False
+
+    def needs_rewards(self, experiment: Any) -> bool:
+        """Whether training itself calls reward functions. (Evaluation shows them where there are any.)"""
+        return False
+
+    def group_size_range(self, experiment: Any) -> Range:
+        """Whether `experiment.group_size` is in range, and what it must be."""
+        return experiment.group_size > 0, "positive"
+
+    def check(self, experiment: Any) -> None:
+        """Raises `UserError` if the experiment lacks what the method needs, or sets what it does not read."""
+
+
+class GRPO(Method):
+    name = "grpo"
+    reads = ("loss", "advantages", "dynamic_sampling_rounds")
+
+    def needs_rewards(self, experiment: Any) -> bool:
+        return True
+
+    def group_size_range(self, experiment: Any) -> Range:
+        wanted = "at least 2 for method 'grpo', since a group of one has no relative advantage"
+        return experiment.group_size > 1, wanted
+
+    def check(self, experiment: Any) -> None:
+        scale = getattr(experiment.advantages, "scale", None)
+        if experiment.reward.combine == "normalize_then_sum" and scale == "group":
+            raise UserError(
+                "reward.combine = 'normalize_then_sum' has each reward scaled by its group, so that advantages.scale = "
+                "'group' would undo it: it must be 'whiten' (GDPO), 'batch' or 'none'."
+            )
+
+
+class PPO(Method):
+    name = "ppo"
+    reads = ("loss", "ppo")
+
+    def needs_rewards(self, experiment: Any) -> bool:
+        return True
+
+    def check(self, experiment: Any) -> None:
+        loss = experiment.loss_config
+        if loss.beta or loss.importance_sampling_mode:
+            name = "beta" if loss.beta else "importance_sampling_mode"
+            remedy = "its KL is ppo.kl_coef's" if loss.beta else "it knows no correction for another sampler"
+            raise UserError(f"loss.{name} is set, but method 'ppo' does not read it: {remedy}.")
+
+
+class SFT(Method):
+    name = "sft"
+    reads = ("sft",)
+    is_offline = True
+
+    def check(self, experiment: Any) -> None:
+        _require_demonstrations(experiment, "method 'sft'")
+
+
+class RFT(Method):
+    name = "rft"
+    reads = ("rft",)
+
+    def needs_rewards(self, experiment: Any) -> bool:
+        return True
+
+    def group_size_range(self, experiment: Any) -> Range:
+        if experiment.rft.select == "best":
+            return experiment.group_size > 1, "at least 2 for method 'rft', which takes the best of a group"
+        return super().group_size_range(experiment)
+
+
+class _Preferences(Method):
+    """What DPO and the reward model have in common: they compare completions two and two."""
+
+    splits: tuple[str, ...] = ("train",)  # those of which pairs are made
+
+    def needs_rewards(self, experiment: Any) -> bool:
+        return experiment.preferences.completions != "columns"
+
+    def group_size_range(self, experiment: Any) -> Range:
+        size = experiment.group_size
+        if experiment.preferences.completions == "columns":
+            return size == 2, "2 with preferences.completions 'columns': a chosen and a rejected completion"
+        return size > 0 and size % 2 == 0, f"even for method {self.name!r}, which compares two and two"
+
+    def check(self, experiment: Any) -> None:
+        if experiment.preferences.completions == "demonstrations":
+            _require_demonstrations(experiment, "preferences.completions = 'demonstrations'")
+        if experiment.preferences.completions != "columns":
+            return
+        for split in self.splits:
+            if any(not {"chosen", "rejected"} <= set(e) for e in getattr(experiment.task, split)):
+                raise UserError(
+                    f"preferences.completions = 'columns' needs the columns 'chosen' and 'rejected', which not every "
+                    f"{split} example of task {_task_name(experiment)!r} has."
+                )
+
+
+class DPO(_Preferences):
+    name = "dpo"
+    reads = ("dpo", "preferences")
+
+
+class RewardModel(_Preferences):
+    name = "reward_model"
+    reads = ("reward_model", "preferences")
+    splits = ("train", "held_out")  # it is evaluated on pairs, too
+
+
+def _task_name(experiment: Any) -> Any:
+    return getattr(experiment.task, "name", experiment.task)
+
+
+def _require_demonstrations(experiment: Any, what: str) -> None:
+    if getattr(experiment.task, "demonstrate", None) is None:
+        raise UserError(
+            f"{what} needs demonstrations, but task {_task_name(experiment)!r} has no `demonstrate` function."
+        )
+
+
+METHODS: Mapping[str, Method] = {m.name: m for m in (GRPO(), PPO(), SFT(), RFT(), DPO(), RewardModel())}
+"""The methods that a config may name."""
+
+
+def method_of(method: str | Method) -> Method:
+    """The method that a config names, or the user's own."""
+    return METHODS[method] if isinstance(method, str) else method
