@@ -27,6 +27,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from grpo_jax import statistics
+from grpo_jax.errors import RunError, exit_status
 from grpo_jax.experiment import Experiment, load, run_file
 from grpo_jax.runs.files import read_rows
 
@@ -160,15 +161,18 @@ def main() -> None:
                     print(f"{stage}, seed {seed}", file=sys.stderr, flush=True)
                     arguments = [str(options.experiment), "--runs", str(runs), "--one", stage, str(seed)]
                     further = ["--set", *options.set] if options.set else []
-                    subprocess.run([sys.executable, __file__, *arguments, *further], check=True)
+                    done = subprocess.run([sys.executable, __file__, *arguments, *further])
+                    if done.returncode:
+                        raise RunError(f"{stage}, seed {seed} ended with exit status {done.returncode}.")
             found[method].append(together([costs(stage, runs / f"{stage}-{seed}") for stage in stages]))
     text = table(found)
     print(text, end="")
     if options.output:
         run = json.loads((runs / f"{methods[0]}-0" / "run.json").read_text())
-        notes = f"Made by `python {' '.join(sys.argv)}`, {options.seeds} seeds, commit {run['git']['commit']}.\n"
+        commit = f"commit {run['git']['commit']}" if run["git"] else "outside of a git repository"
+        notes = f"Made by `python {' '.join(sys.argv)}`, {options.seeds} seeds, {commit}.\n"
         options.output.write_text(f"{text}\n{notes}")
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(exit_status(main))

@@ -17,7 +17,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from grpo_jax.errors import UserError
+from grpo_jax.errors import exit_status
 from grpo_jax.research.exact_gradient import compare, exact_moments, family, make_game, probabilities, sampled_moments
 
 
@@ -109,7 +109,4 @@ def main(options: Options) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(tyro.cli(Options, description=__doc__))
-    except UserError as error:
-        sys.exit(f"error: {error}")
+    sys.exit(exit_status(lambda: main(tyro.cli(Options, description=__doc__))))

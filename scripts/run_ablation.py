@@ -1,12 +1,12 @@
 #!/usr/bin/env python
-"""Makes one run of an ablation by its number, for array jobs: one process per run, in any order, on any machine.
+"""Makes one run of an ablation, chosen by its number: for array jobs, one process per run, in any order.
 
     python scripts/run_ablation.py ABLATION.py --count              how many runs there are
     python scripts/run_ablation.py ABLATION.py 3                    the fourth of them
     sbatch --array=0-$((N - 1)) scripts/ablation_array.sh ABLATION.py
 
-A run that was stopped goes on from its checkpoint, one that is finished is left alone, and `grpo-jax table` compares
-them as though `grpo-jax sweep` had made them. Exit status as that of grpo-jax.
+A run that was stopped continues from its checkpoint. A finished run is not run again. `grpo-jax table` compares the
+runs as if `grpo-jax sweep` had made them. The exit status is that of `grpo-jax`.
 """
 
 import argparse
@@ -25,7 +25,7 @@ def main() -> None:
     parser.add_argument("--count", action="store_true", help="print how many runs there are")
     parser.add_argument("--dir", type=Path, help="where the runs' directories are (default: runs/ABLATION)")
     parser.add_argument("--budget", choices=("steps", "tokens"), help="instead of what the file says")
-    options = parser.parse_args()
+    options = parser.parse_intermixed_args()  # ablation_array.sh puts the number after the options
     ablation = load_ablation(options.ablation, options.budget)
     runs = ablation.runs()
     if options.count:

@@ -1,4 +1,4 @@
-"""What the commands have in common: the app, the types of their options, and what they say to the terminal."""
+"""What several commands share: the types of their options, reading an experiment, and the environment of JAX."""
 
 import os
 import shutil
@@ -7,10 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
-import tyro
 from tyro.conf import Positional, UseAppendAction, arg
 
-from grpo_jax.errors import UserError
+from grpo_jax.experiment import Budget, Experiment, load, load_run
 
 Assignments = Annotated[
     UseAppendAction[tuple[tuple[str, ...], ...]],
@@ -21,18 +20,19 @@ Assignments = Annotated[
         help_behavior_hint="",
     ),
 ]
-Run = Annotated[Positional[Path], arg(metavar="RUN", help="The directory of a run.")]
+AblationFile = Annotated[Positional[Path], arg(metavar="ABLATION.py", help="A file that defines `ablation`.")]
+OptionalBudget = Annotated[Budget | None, arg(help_behavior_hint="")]
 OptionalPath = Annotated[Path | None, arg(metavar="DIR", help_behavior_hint="")]
+OptionalFile = Annotated[Path | None, arg(metavar="FILE", help_behavior_hint="")]
 OptionalInt = Annotated[int | None, arg(metavar="N", help_behavior_hint="")]
 OptionalFloat = Annotated[float | None, arg(metavar="T", help_behavior_hint="")]
 OptionalText = Annotated[str | None, arg(metavar="TEXT", help_behavior_hint="")]
 Flag = Annotated[bool, arg(help_behavior_hint="")]
-
-app = tyro.extras.SubcommandApp()
+Inline = arg(name="")  # the fields of a dataclass become options of the command itself
 
 
 def command() -> str:
-    """How to call this command again: in an environment that is not activated, by its path."""
+    """How the user can call this command again: by its path in an environment that is not activated."""
     return "grpo-jax" if shutil.which("grpo-jax") else os.path.relpath(sys.argv[0])
 
 
@@ -41,27 +41,21 @@ def join(assignments: Sequence[Sequence[str]]) -> list[str]:
     return [assignment for group in assignments for assignment in group]
 
 
-def prepare_jax() -> None:
-    """Sets what JAX and transformers read when they are imported; what the user has set stays.
+def load_source(source: Path, overrides: Sequence[str] = ()) -> Experiment:
+    """The experiment of a run's directory or of an experiment file."""
+    return load_run(source, overrides) if source.is_dir() else load(source, overrides)
 
-    JAX's persistent compilation cache is on, so that a second run starts in seconds.
+
+def prepare_jax() -> None:
+    """Sets the environment variables that JAX and transformers read when they are imported.
+
+    Variables that the user has set are not changed. JAX's persistent compilation cache is on, so that a second run
+    starts in seconds.
     """
     cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.join(cache, "grpo_jax", "xla"))
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # that there is no PyTorch is as it should be
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # it would warn at every process that a reward starts
-
-
-def require_run(directory: Path) -> None:
-    """Raises `UserError` for a directory that is not that of a run."""
-    if not (directory / "run.json").is_file():
-        raise UserError(f"{str(directory)!r} is not the directory of a run: there is no run.json in it.")
-
-
-def read_line() -> str:
-    """A line from the terminal; nothing at its end."""
-    try:
-        return input("> ").strip()
-    except EOFError:
-        return ""
+    os.environ.setdefault(
+        "TRANSFORMERS_VERBOSITY", "error"
+    )  # transformers warns that PyTorch is missing: it is not used
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # or it warns at every process that a reward starts

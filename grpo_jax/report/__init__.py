@@ -1,1 +1,1 @@
-"""Plots, and the self-contained HTML page about a run or an ablation."""
+"""Plots of runs and ablations (plots.py, curves.py, completion_plots.py), and an HTML page about them (page.py)."""

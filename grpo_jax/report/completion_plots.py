@@ -1,4 +1,4 @@
-"""Pictures of what a run said: its rewards over time, the advantages of its groups, and a group to look at."""
+"""Plots of a run's completions: rewards over time, the advantages of all groups, and the completions of one group."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,7 +17,8 @@ from grpo_jax.runs.display import visible
 from grpo_jax.runs.files import read_rows, writing
 
 Row = Mapping[str, Any]  # a line of completions.jsonl
-COLUMNS, LEVELS, SHOWN = 200, 24, 24  # of a heat map; completions of a group that are shown
+COLUMNS, LEVELS = 200, 24  # the most columns and rows of a heat map
+SHOWN = 24  # the most completions of a group in its plot
 
 
 def completion_rows(run_dir: Path) -> list[Row]:
@@ -29,7 +30,7 @@ def completion_rows(run_dir: Path) -> list[Row]:
 
 
 def reward_histograms(run_dir: Path) -> Path:
-    """Draws `RUN/reward_histograms.png`: at every step, the share of completions that earned each reward."""
+    """Draws `RUN/reward_histograms.png`: the share of each step's completions that earned each reward."""
     steps, levels, shares, mean = histogram_over_time(completion_rows(run_dir))
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(8, 3.6), layout="constrained")
@@ -47,10 +48,13 @@ def reward_histograms(run_dir: Path) -> Path:
 
 
 def histogram_over_time(rows: Sequence[Row]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Rewards by step: edges of K spans of steps [K + 1], edges of L levels [L + 1], shares [K, L] and means [K].
+    """A histogram of rewards for each span of steps.
 
-    A level is one reward where few different ones occur, else one of `LEVELS` equal spans. A span without a reward has
-    shares of 0 and the mean nan.
+    Returns the edges of K spans of steps [K + 1], the edges of L bins of rewards [L + 1], the share of each bin [K, L],
+    and the mean rewards [K]. A bin holds one reward if at most `LEVELS` different ones occur; otherwise there are
+    `LEVELS` bins of equal width. A span without any reward has shares of 0 and the mean nan.
+
+    Raises `UserError` if no completion has a reward.
     """
     known = np.array([(row["step"], row["reward"]) for row in rows if row["reward"] is not None], float).reshape(-1, 2)
     if not len(known):
@@ -72,9 +76,9 @@ def histogram_over_time(rows: Sequence[Row]) -> tuple[np.ndarray, np.ndarray, np
 
 
 def advantage_map(run_dir: Path) -> Path:
-    """Draws `RUN/advantage_map.png`: a column for each group, its completions from the worst to the best."""
+    """Draws `RUN/advantage_map.png`: a column for each group, its completions sorted by advantage."""
     advantages = advantages_by_group(completion_rows(run_dir))
-    largest = float(np.nanpercentile(np.abs(advantages), 99)) or 1.0  # a rare one would pale all others
+    largest = float(np.nanpercentile(np.abs(advantages), 99)) or 1.0  # of the maximum, all others could be too pale
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(8, 3.6), layout="constrained")
         axes = figure.subplots()
@@ -83,8 +87,8 @@ def advantage_map(run_dir: Path) -> Path:
         image = axes.imshow(
             advantages.T, cmap="RdBu", norm=norm, aspect="auto", origin="lower", interpolation="nearest"
         )
-        dead = float(np.mean(np.nanmax(np.abs(advantages), axis=1) == 0))
-        axes.set_title(f"Advantages by group ({dead:.0%} without signal)")
+        no_signal = float(np.mean(np.nanmax(np.abs(advantages), axis=1) == 0))
+        axes.set_title(f"Advantages by group ({no_signal:.0%} without signal)")
         axes.set_xlabel("groups, in the order of training")
         axes.set_ylabel("completions, sorted")
         figure.colorbar(image, ax=axes, label="advantage")
@@ -92,7 +96,7 @@ def advantage_map(run_dir: Path) -> Path:
 
 
 def advantages_by_group(rows: Sequence[Row]) -> np.ndarray:
-    """The advantages of every group [N, G], sorted within each; nan where a group is smaller than the largest."""
+    """The advantages of all N groups, [N, G] and sorted within each; nan where a group is smaller than the largest."""
     groups: dict[tuple[int, Any], list[float]] = {}
     for row in rows:
         groups.setdefault((row["step"], row["prompt_id"]), []).append(row["advantage"] or 0.0)
@@ -105,7 +109,7 @@ def advantages_by_group(rows: Sequence[Row]) -> np.ndarray:
 def group_picture(run_dir: Path, step: int, prompt_id: int | None = None) -> Path:
     """Draws `RUN/group_STEP.png`: a group's completions with their rewards, coloured by advantage, the best on top.
 
-    The group is that of `prompt_id`, or the step's first. Raises `UserError` if the run has no such group.
+    The group is that of `prompt_id`, or the first of the step. Raises `UserError` if the run has no such group.
     """
     rows = [row for row in completion_rows(run_dir) if row["step"] == step]
     wanted = rows[0]["prompt_id"] if rows and prompt_id is None else prompt_id
@@ -121,7 +125,7 @@ def group_picture(run_dir: Path, step: int, prompt_id: int | None = None) -> Pat
     names = [f"{text[:48]}{'…' * (len(text) > 48)}{f' ×{n}' if n > 1 else ''}" for text, (n, _) in shown]
     rewards = [row["reward"] or 0.0 for _, (_, row) in shown]
     advantages = [row["advantage"] or 0.0 for _, (_, row) in shown]
-    with matplotlib.rc_context({**STYLE, "text.parse_math": False}):  # a completion may hold dollar signs
+    with matplotlib.rc_context({**STYLE, "text.parse_math": False}):  # completions may contain dollar signs
         figure = Figure(figsize=(8, 0.27 * len(shown) + 1), layout="constrained")
         axes = figure.subplots()
         axes.grid(axis="y", visible=False)

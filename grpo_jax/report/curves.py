@@ -1,4 +1,4 @@
-"""Learning curves of several runs: a line for each arm, with a band that says how far its seeds differ."""
+"""Learning curves of an ablation: the mean over seeds of each arm, with its 95 % interval."""
 
 from collections.abc import Mapping, Sequence
 from itertools import cycle, product
@@ -15,13 +15,13 @@ from grpo_jax.report.plots import BLUE, GREEN, GREY, ORANGE, PURPLE, STYLE, Seri
 from grpo_jax.runs.files import read_rows, writing
 
 COLOURS = (BLUE, ORANGE, GREEN, PURPLE, "#b83280", "#0e7c86", GREY)
-DASHES = {"-": "", "--": "╌ ", ":": "┈ "}  # when colours are used up; a dashed line's label begins with such a dash
+DASHES = {"-": "", "--": "╌ ", ":": "┈ "}  # dashed lines follow the last colour; their labels begin so
 
 
 def seed_curves(arms: Mapping[str, Sequence[Path]], metric: str, path: Path) -> Path:
-    """Draws `metric` over the updates, the mean of each arm's runs with its 95 % interval, and returns `path`.
+    """Draws the mean of `metric` over each arm's runs, with its 95 % interval, against the updates; returns `path`.
 
-    More arms than there are colours have no intervals: they would hide one another, and the table has them.
+    If there are more arms than colours, no intervals are drawn: they would hide one another, and the table has them.
 
     Raises `UserError` if no run has the metric.
     """
@@ -48,7 +48,7 @@ def seed_curves(arms: Mapping[str, Sequence[Path]], metric: str, path: Path) -> 
             labels.append((found.values[-1], f"{DASHES[dash]}{name} {found.values[-1]:.2f} (n = {num})", colour))
         shown = np.concatenate([found.values for found in bands.values()])
         edges = np.concatenate([np.r_[found.low, found.high] for found in bands.values()]) if banded else shown
-        room = max(np.ptp(shown), 0.1)  # two seeds have an interval so wide that it would flatten every curve
+        room = max(np.ptp(shown), 0.1)  # the interval of two seeds is so wide that it would flatten every curve
         axes.set_ylim(max(edges.min(), shown.min() - room) - 0.03, min(edges.max(), shown.max() + room) + 0.03)
         axes.set_title(f"{metric}: mean over seeds{', 95 % interval' if banded else ''}")
         axes.set_xlabel("updates")
@@ -62,7 +62,7 @@ def seed_curves(arms: Mapping[str, Sequence[Path]], metric: str, path: Path) -> 
 def seed_band(curves: Sequence[Series]) -> Series:
     """The mean of several seeds' curves at the steps that all have, with Student's 95 % interval over the seeds.
 
-    The interval is that of the mean at each step on its own. A single seed has none: its bounds are the value itself.
+    Each step has its own interval. A single seed has none: its bounds are the value itself.
     """
     if not curves:
         return Series(*np.zeros((4, 0)))
@@ -77,7 +77,7 @@ def seed_band(curves: Sequence[Series]) -> Series:
 
 
 def metric_curves(runs: Sequence[Path], metric: str) -> list[Series]:
-    """The metric of every run that has it; one of each step, noisy, is smoothed."""
+    """The metric of every run that has it. Metrics of training steps, which are noisy, are smoothed."""
     found = [each for run in runs if len(each := series(read_rows(run / "metrics.jsonl"), metric))]
     if metric.startswith("evaluation/"):
         return found

@@ -1,4 +1,4 @@
-"""What a report shows of a run, as plain data for its page: curves, heat maps, completions, configs."""
+"""The data of the HTML page, ready for page.js: curves, heat maps, completions, differences of configs."""
 
 import dataclasses
 import json
@@ -16,15 +16,16 @@ from grpo_jax.rewards import turns
 from grpo_jax.runs.display import visible
 from grpo_jax.runs.files import read_rows
 
-COMPLETIONS, LONGEST = 3000, 2000  # completions of a page, and characters of one
-GROUPS, MEMBERS, POINTS = 120, 24, 200  # of the advantage map, and of a curve in a report of many
+COMPLETIONS, LONGEST = 3000, 2000  # the most completions on a page, and characters of one
+GROUPS, MEMBERS = 120, 24  # the most groups, and members of a group, in the advantage map
+POINTS = 200  # the most points of a curve in a report of many runs
 SHARES = ("frac_reward_zero_std", "completions/unique_fraction", "completions/top_share", "completions/clipped_ratio")
 RATES = (*SHARES, "success", "evaluation/success", "evaluation/train/success")
-HIDDEN = ("num_prompts", "num_samples", "temperature", "_low", "_high", "pass_at_k")  # no curves to look at
+HIDDEN = ("num_prompts", "num_samples", "temperature", "_low", "_high", "pass_at_k")  # parts of names without a curve
 
 
 def curve(name: str, found: Series, colour: int, style: str = "line", *, smoothed: bool = False) -> dict[str, Any]:
-    """A curve as page.js draws it; bounds only where they differ from the values."""
+    """A curve as page.js expects it. It has bounds if it has points, or if the bounds differ from the values."""
     shown = {"name": name, "colour": colour, "style": style, "x": found.steps.tolist(), "y": digits(found.values)}
     if style == "points" or (found.low != found.high).any():
         shown |= {"low": digits(found.low), "high": digits(found.high)}
@@ -34,7 +35,7 @@ def curve(name: str, found: Series, colour: int, style: str = "line", *, smoothe
 
 
 def run_charts(run: Path, references: Mapping[str, float]) -> tuple[list[dict[str, Any]], dict[str, list[Any]]]:
-    """The plots of a run that always matter, and a curve for each of its other metrics by name."""
+    """The main plots of a run, and a curve for each of its metrics by name."""
     rows = list(read_rows(run / "metrics.jsonl"))
     names = sorted({name for row in rows for name in row} - {"step"})
     found = {name: each for name in names if len(each := series(rows, name))}
@@ -77,7 +78,7 @@ def run_charts(run: Path, references: Mapping[str, float]) -> tuple[list[dict[st
 def arm_charts(
     arms: Mapping[str, Sequence[Path]], metric: str
 ) -> tuple[list[dict[str, Any]], dict[str, list[dict[str, Any]]]]:
-    """Each metric's mean over the seeds of every arm, with its interval: the important ones, and all by name."""
+    """The main plots of an ablation (metrics with mean and interval over the seeds of each arm), and all by name."""
     names = {name for runs in arms.values() for run in runs for row in read_rows(run / "metrics.jsonl") for name in row}
     wanted = sorted(name for name in names - {"step"} if not any(part in name for part in HIDDEN))
     bands: dict[str, list[dict[str, Any]]] = {}
@@ -103,7 +104,7 @@ def arm_charts(
 
 
 def heat_maps(rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """The rewards over time, and the advantages of each group; empty where no completion has a reward."""
+    """The heat maps of rewards over time and of advantages by group; an empty list if no completion has a reward."""
     if not any(row["reward"] is not None for row in rows):
         return []
     steps, levels, shares, mean = histogram_over_time(rows)
@@ -125,10 +126,10 @@ def heat_maps(rows: Sequence[Row]) -> list[dict[str, Any]]:
     ranks = np.unique(np.linspace(0, advantages.shape[1] - 1, min(advantages.shape[1], MEMBERS)).round().astype(int))
     shown = np.nan_to_num(advantages[places][:, ranks])
     largest = float(np.percentile(np.abs(advantages[~np.isnan(advantages)]), 99)) or 1.0
-    dead = float(np.mean(np.nanmax(np.abs(advantages), axis=1) == 0))
+    no_signal = float(np.mean(np.nanmax(np.abs(advantages), axis=1) == 0))
     groups = {
         "title": "Advantages by group",
-        "note": f"A column is a group, its completions sorted; blue is pushed up, orange down; {dead:.1%} of "
+        "note": f"A column is a group, its completions sorted; blue is pushed up, orange down; {no_signal:.1%} of "
         f"{len(advantages)} groups have no signal.",
         "columns": list(range(len(places) + 1)),
         "rows": list(range(len(ranks) + 1)),
@@ -143,9 +144,9 @@ def heat_maps(rows: Sequence[Row]) -> list[dict[str, Any]]:
 
 
 def completions(runs: Mapping[str, Sequence[Row]]) -> tuple[dict[str, Any], str]:
-    """The completions of some runs as page.js filters them, and a sentence on which of them these are.
+    """The completions of some runs, by the run's name, as page.js expects them; and a sentence on which these are.
 
-    Of many, those of evenly spaced steps are taken, always with the first and the last.
+    If there are more than `COMPLETIONS`, those of evenly spaced steps are taken, with the first and the last step.
     """
     allowance = COMPLETIONS // max(len(runs), 1)
     prompts: dict[str, int] = {}
@@ -161,7 +162,7 @@ def completions(runs: Mapping[str, Sequence[Row]]) -> tuple[dict[str, Any], str]
                 prompt = prompts.setdefault(_text(row["prompt"]), len(prompts))
                 earned = [row["rewards"].get(name) for name in rewards]
                 shown.append(
-                    [index, row["step"], prompt, _said(row["completion"]), row["reward"], row["advantage"], earned]
+                    [index, row["step"], prompt, _shown(row["completion"]), row["reward"], row["advantage"], earned]
                 )
     which = f"all {num_steps}" if num_chosen == num_steps else f"{num_chosen} of {num_steps}"
     note = f"Completions of {which} steps{f' of {len(runs)} runs' if len(runs) > 1 else ''}."
@@ -169,7 +170,7 @@ def completions(runs: Mapping[str, Sequence[Row]]) -> tuple[dict[str, Any], str]
 
 
 def defaults() -> dict[str, Any]:
-    """What an experiment's fields are unless it says otherwise, flat; a field without a default is not there."""
+    """The defaults of an experiment's fields, with dotted names; fields without a default are None."""
     fields = [field for field in dataclasses.fields(Experiment) if field.name not in ("task", "rewards")]
     return flat(
         {field.name: to_dict(field.default if field.default is not dataclasses.MISSING else None) for field in fields}
@@ -177,7 +178,7 @@ def defaults() -> dict[str, Any]:
 
 
 def differences(columns: Mapping[str, Mapping[str, Any]], ignore: Iterable[str] = ()) -> list[list[str]]:
-    """The fields in which flat configs differ: rows of the field's name and its value in each of the columns."""
+    """The fields that differ between flat configs: rows of the field's name and its value in each of them."""
     names = list(dict.fromkeys(name for column in columns.values() for name in column))
     return [
         [name, *("–" if name not in column else json.dumps(column[name]) for column in columns.values())]
@@ -195,11 +196,12 @@ def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def digits(values: np.ndarray) -> list[float]:
-    """The numbers to five digits: a page need not carry more."""
+    """The numbers rounded to five significant digits, to keep the page small."""
     return [float(f"{value:.5g}") for value in values.tolist()]
 
 
 def _lines(found: Mapping[str, Series], names: Mapping[str, str]) -> list[dict[str, Any]]:
+    """A smoothed curve for each metric in `names` (metric: label) that the run has."""
     return [
         curve(label, found[name], colour + 2, smoothed=True)
         for colour, (name, label) in enumerate(names.items())
@@ -208,30 +210,32 @@ def _lines(found: Mapping[str, Series], names: Mapping[str, str]) -> list[dict[s
 
 
 def _before(found: Series) -> Series:
-    """A warm start's curve, which ends where the run begins."""
+    """The curve of a warm start, moved so that its last step is 0, where the run begins."""
     return dataclasses.replace(found, steps=found.steps - found.steps.max()) if len(found) else found
 
 
 def _last(found: Series) -> Series:
+    """The last point of a curve."""
     return Series(*(column[-1:] for column in (found.steps, found.values, found.low, found.high)))
 
 
 def _thinned(found: Series) -> Series:
-    """At most `POINTS` of the points, with the first and the last."""
+    """At most `POINTS` of a curve's points, evenly spaced, with the first and the last."""
     chosen = np.unique(np.linspace(0, len(found) - 1, min(len(found), POINTS)).round().astype(int))
     return Series(*(column[chosen] for column in (found.steps, found.values, found.low, found.high)))
 
 
-def _said(completion: Any) -> str:
+def _shown(completion: Any) -> str:
+    """The text of a completion, cut to `LONGEST` characters."""
     text = "\n⋯\n".join(_printable(turn) for turn in turns(completion))
     return text if len(text) <= LONGEST else f"{text[:LONGEST]}… ({len(text)} characters)"
 
 
 def _text(prompt: Any) -> str:
-    """The prompt, of a chat its last message, cut to what a choice can show."""
+    """The text of a prompt (of a chat, its last message), cut to 300 characters."""
     return _printable(prompt if isinstance(prompt, str) else prompt[-1]["content"])[:300]
 
 
 def _printable(text: str) -> str:
-    """With control and invisible characters spelled out, which could make a line look like another; newlines stay."""
+    """The text with control and invisible characters escaped, which could make a line look like another."""
     return "\n".join(visible(line).plain for line in text.split("\n"))

@@ -1,5 +1,5 @@
 "use strict";
-// The page's plots and filters. What a model said reaches the page only as text nodes, never as markup.
+// The page's plots and filters. The text of a model is added to the page only as text nodes, never as markup.
 
 const data = JSON.parse(document.getElementById("data").textContent);
 const HEIGHT = 240, LEFT = 46, RIGHT = 14, TOP = 10, BOTTOM = 26, PAGE = 60;
@@ -14,7 +14,7 @@ const svg = (tag, attributes = {}, ...children) =>
   build(document.createElementNS("http://www.w3.org/2000/svg", tag), attributes, children);
 const COLOURS = 6, DASHES = ["", "7 4", "2 3"];
 const colour = (index) => `var(--c${index % COLOURS})`;
-/** What tells a line from the one whose colour it has, when there are more lines than colours. */
+/** The dashes that distinguish lines of the same colour, if there are more lines than colours. */
 const dash = (index) => DASHES[Math.floor(index / COLOURS) % DASHES.length];
 
 /** A number in few digits; of shares, in percent. */
@@ -33,7 +33,7 @@ function ticks(low, high, count) {
   return Array.from({ length: Math.max(Math.floor(high / step + 1e-9) - first + 1, 0) }, (_, i) => +((first + i) * step).toPrecision(12));
 }
 
-/** Axes over [x0, x1] × [y0, y1], redrawn whenever the width changes; `paint` fills them, `read` says what is at x, y. */
+/** Axes over [x0, x1] × [y0, y1], redrawn whenever the width changes. `paint` draws the content; `read` returns the text of the tooltip at x, y. */
 function plot(title, bounds, percent, paint, read, grid = true) {
   const image = svg("svg", { height: HEIGHT, role: "img", "aria-label": title });
   const tip = html("div", { class: "tip", hidden: "" });
@@ -122,7 +122,7 @@ function chart({ title, note, percent, clip, series, rules = [] }) {
   return html("figure", {}, html("h3", {}, title), legend, plot(title, limits, percent, paint, read).box, ...(note ? [html("p", { class: "dim" }, note)] : []));
 }
 
-/** A heat map. `columns` and `rows` are edges, `cells[column][row]` in [-1, 1]: how strongly, and in which colour. */
+/** A heat map. `columns` and `rows` are edges; `cells[column][row]` in [-1, 1]: the size is the opacity, the sign chooses the colour. */
 function heat({ title, note, columns, rows, cells, labels }) {
   const limits = () => ({ x0: columns[0], x1: columns.at(-1), y0: rows[0], y1: rows.at(-1) });
   const paint = (image, at) => cells.forEach((column, i) => column.forEach((value, j) => {
@@ -148,7 +148,7 @@ function explorer(metrics) {
   return html("div", {}, html("label", {}, "Any other metric ", choose), place);
 }
 
-/** Completions that one can filter by run, step, prompt, reward and text. Rows: [run, step, prompt, text, reward, advantage, rewards]. */
+/** Completions with filters for run, step, prompt, reward and text. Rows: [run, step, prompt, text, reward, advantage, rewards]. */
 function completions({ runs, prompts, rewards, rows }) {
   const place = document.getElementById("completions");
   const options = (select, values, all) => {

@@ -1,7 +1,7 @@
-"""One self-contained HTML page about a run or an ablation: nothing on it is loaded from anywhere.
+"""The HTML page about a run or an ablation: one file that loads nothing from anywhere.
 
-What a model said is hostile here. The template escapes whatever is written into it, the data lie in JSON whose `<` is
-spelled out, the script makes text nodes only, and the page's own policy forbids every script but that one.
+The text of a model may be hostile. So the template escapes everything that is written into it, `<` is escaped in the
+JSON that holds the data, the script only makes text nodes, and the content security policy forbids other scripts.
 """
 
 import base64
@@ -21,15 +21,7 @@ from grpo_jax.errors import UserError
 from grpo_jax.experiment import load_ablation
 from grpo_jax.report.completion_plots import advantage_map, group_picture, reward_histograms
 from grpo_jax.report.curves import metric_curves, seed_curves
-from grpo_jax.report.data import (
-    arm_charts,
-    completions,
-    defaults,
-    differences,
-    flat,
-    heat_maps,
-    run_charts,
-)
+from grpo_jax.report.data import arm_charts, completions, defaults, differences, flat, heat_maps, run_charts
 from grpo_jax.report.plots import learning_curve, series
 from grpo_jax.runs.files import jsonable, read_rows, write_text
 
@@ -38,9 +30,13 @@ MINUS = "−"
 
 @dataclass(frozen=True)
 class Sweep:
-    """The runs of a sweep: directories by arm, in the order of the seeds, and what they are compared by.
+    """The runs of a sweep.
 
-    `seeds` has the seed of each directory; `missing` says which planned runs have none.
+    Attributes:
+      arms: the directories of each arm's runs, in the order of the seeds.
+      metric, baseline: the ablation's metric and its baseline arm.
+      seeds: the seed of each directory.
+      missing: a sentence on each planned run that has no directory.
     """
 
     arms: dict[str, list[Path]]
@@ -51,7 +47,7 @@ class Sweep:
 
 
 def report(directory: Path, output: Path | None = None) -> Path:
-    """Writes the page about a run, or about the sweep whose runs lie in `directory`, and returns its path.
+    """Writes the page about the run or the sweep in `directory` and returns the path of the page.
 
     Raises `UserError` if the directory holds neither.
     """
@@ -65,7 +61,7 @@ def report(directory: Path, output: Path | None = None) -> Path:
 
 
 def draw(directory: Path) -> list[Path]:
-    """Draws the plots of a run, or of the sweep in `directory`, as PNG files there; returns their paths."""
+    """Draws the plots of the run or the sweep in `directory` as PNG files there; returns their paths."""
     if (directory / "run.json").is_file():
         pictures = [learning_curve(directory)]
         if rows := list(read_rows(directory / "completions.jsonl")):
@@ -82,7 +78,7 @@ def draw(directory: Path) -> list[Path]:
 
 
 def render(page: Mapping[str, Any]) -> str:
-    """The page as HTML, from what `run_page` and `ablation_page` return."""
+    """The page as HTML, from what `run_page` or `ablation_page` returned."""
     files = importlib.resources.files("grpo_jax.report")
     html, style, script = ((files / f"page.{kind}").read_text("utf-8") for kind in ("html", "css", "js"))
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
@@ -92,11 +88,11 @@ def render(page: Mapping[str, Any]) -> str:
 
 
 def run_page(run: Path) -> dict[str, Any]:
-    """What the template shows of a run, finished or not."""
+    """The data of the page about a run, finished or not."""
     info, config, summary = (_json(run / f"{name}.json") for name in ("run", "config", "summary"))
     rows = list(read_rows(run / "completions.jsonl"))
     charts, metrics = run_charts(run, summary.get("references", {}))
-    said, note = completions({run.resolve().name: rows})
+    shown, note = completions({run.resolve().name: rows})
     status = info.get("status", "unknown")
     return {
         "title": run.resolve().name,
@@ -106,7 +102,7 @@ def run_page(run: Path) -> dict[str, Any]:
         else [" ".join(filter(None, [f"The run is {status}.", info.get("error")]))],
         "command": info.get("command"),
         "scores": [table for split in ("held_out", "train") if (table := _score_table(run, split))],
-        "data": {"charts": charts, "metrics": metrics, "heat": heat_maps(rows), "completions": said},
+        "data": {"charts": charts, "metrics": metrics, "heat": heat_maps(rows), "completions": shown},
         "completions_note": note,
         "difference": {
             "title": "Config: what differs from the defaults",
@@ -121,7 +117,7 @@ def run_page(run: Path) -> dict[str, Any]:
 
 
 def ablation_page(directory: Path, sweep: Sweep) -> dict[str, Any]:
-    """What the template shows of an ablation: its arms against the baseline."""
+    """The data of the page about an ablation: its arms against the baseline."""
     first = {arm: runs[0] for arm, runs in sweep.arms.items()}
     configs = {arm: _json(run / "config.json") for arm, run in first.items()}
     charts, metrics = arm_charts(sweep.arms, sweep.metric)
@@ -130,7 +126,7 @@ def ablation_page(directory: Path, sweep: Sweep) -> dict[str, Any]:
         for arm, directories in sweep.arms.items()
         for run in directories
     }
-    said, note = completions({name: rows for name, rows in runs.items() if rows})
+    shown, note = completions({name: rows for name, rows in runs.items() if rows})
     unfinished = [
         f"{arm}, seed {sweep.seeds[run]} is {status}."
         for arm, directories in sweep.arms.items()
@@ -148,7 +144,7 @@ def ablation_page(directory: Path, sweep: Sweep) -> dict[str, Any]:
         "warnings": [*unfinished, *sweep.missing],
         "command": None,
         "scores": [_arm_table(sweep)],
-        "data": {"charts": charts, "metrics": metrics, "heat": [], "completions": said},
+        "data": {"charts": charts, "metrics": metrics, "heat": [], "completions": shown},
         "completions_note": note,
         "difference": {
             "title": f"Config: what differs from the baseline ({baseline})",
@@ -160,9 +156,9 @@ def ablation_page(directory: Path, sweep: Sweep) -> dict[str, Any]:
 
 
 def read_sweep(directory: Path) -> Sweep:
-    """The runs of a sweep's directory, by the ablation of which each of them holds a copy.
+    """The runs in a sweep's directory. The ablation is read from the copy of its file that each run has.
 
-    Raises `UserError` if no run of a sweep lies there.
+    Raises `UserError` if the directory holds no run of a sweep.
     """
     found: dict[tuple[str, int], Path] = {}
     for path in sorted(directory.glob("*/run.json")):
@@ -179,7 +175,7 @@ def read_sweep(directory: Path) -> Sweep:
     arms: dict[str, list[Path]] = {arm: [] for arm in ablation.arms}
     seeds, missing = {}, []
     for planned in ablation.runs():
-        # The copy's own functions have another module's name, so that a key may differ: the arm and the seed do not.
+        # Functions defined in the copy have another module name, so a key may differ; the arm and the seed do not.
         others = [found[arm, planned.seed] for arm in planned.arms if (arm, planned.seed) in found]
         run = next((run for run in (directory / planned.key, *others) if (run / "run.json").is_file()), None)
         if run is None:
@@ -223,7 +219,7 @@ def _arm_table(sweep: Sweep) -> dict[str, Any]:
 
 
 def _final(runs: Sequence[Path], sweep: Sweep) -> dict[int, float]:
-    """The last value of the metric by seed, of the runs that are finished."""
+    """The last value of the metric of each finished run, by seed."""
     finals = {}
     for run in runs:
         found = series(read_rows(run / "metrics.jsonl"), sweep.metric)
@@ -233,7 +229,7 @@ def _final(runs: Sequence[Path], sweep: Sweep) -> dict[int, float]:
 
 
 def _score_table(run: Path, split: str) -> dict[str, Any] | None:
-    """The evaluations before and after the training, and the control's; None where there is none."""
+    """The evaluations of a split before and after training, and the control's; None if there are none."""
     prefix = "evaluation" if split == "held_out" else f"evaluation/{split}"
     rows = [row for row in read_rows(run / "metrics.jsonl") if f"{prefix}/success" in row]
     if not rows:
@@ -252,7 +248,7 @@ def _score_table(run: Path, split: str) -> dict[str, Any] | None:
         "title": f"Evaluation on {split.replace('_', '-')} prompts",
         "columns": ["success", "95 % interval", "reward", "tokens"],
         "rows": [_score_row(name, row, prefix) for name, row in shown.items()],
-        "note": f"{asked} The intervals take the prompts for a sample, and know samples of one prompt to be kin.",
+        "note": f"{asked} The intervals treat the prompts as a random sample, and each prompt's samples as a cluster.",
     }
 
 
@@ -269,7 +265,7 @@ def _score_row(name: str, row: Mapping[str, Any], prefix: str) -> dict[str, Any]
 
 
 def _place(value: float, low: float, high: float, start: float, end: float) -> dict[str, float]:
-    """Where an interval and its value stand between start and end, in percent."""
+    """The position of an interval and its value between start and end, in percent."""
     left, middle, right = (100 * float(np.clip((x - start) / (end - start or 1), 0, 1)) for x in (low, value, high))
     return {"low": round(left, 2), "width": round(right - left, 2), "value": round(middle, 2)}
 
@@ -283,7 +279,7 @@ def _interval(found: statistics.Estimate, *, signed: bool = False, bounds: bool 
 
 
 def _facts(info: Mapping[str, Any], config: Mapping[str, Any]) -> list[str]:
-    """A few lines on what was run, when, on what, from which code."""
+    """Two lines on the run: its status, time and seed; its task, method, devices, JAX version and commit."""
     git, device, task = info.get("git") or {}, info.get("device") or {}, config.get("task") or {}
     commit = f"commit {git['commit'][:12]}{' with changes' if git.get('dirty') else ''}" if git else "no commit known"
     begun = [info.get("status"), f"started {info['started']}" if info.get("started") else None]
@@ -299,7 +295,7 @@ def _facts(info: Mapping[str, Any], config: Mapping[str, Any]) -> list[str]:
 
 
 def _json(path: Path) -> dict[str, Any]:
-    """A file of a run directory, or nothing where it is missing or torn."""
+    """A JSON file of a run directory; empty if it is missing or cannot be read."""
     try:
         return json.loads(path.read_text("utf-8"))
     except (OSError, ValueError):

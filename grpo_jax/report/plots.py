@@ -1,4 +1,4 @@
-"""Pictures of a run, drawn from the files in its directory alone, so that they can be drawn again at any time."""
+"""The learning curve of a run, drawn from the files in its directory. Also what all plots share: style and labels."""
 
 import json
 from collections.abc import Iterable, Mapping
@@ -16,7 +16,7 @@ from grpo_jax.errors import RunError, UserError
 from grpo_jax.runs.files import read_rows
 
 BLUE, ORANGE, GREEN, PURPLE, GREY = "#2563a8", "#d1661c", "#2e8b57", "#7b4fa3", "#6b7280"
-# Metrics by which a collapse shows first: no signal in the groups, no doubt in the policy, no variety in its answers.
+# Metrics that show a collapse early: groups without signal, equal completions, low entropy.
 COLLAPSE = {
     "frac_reward_zero_std": ("groups without signal", ORANGE),
     "completions/unique_fraction": ("unique completions", GREEN),
@@ -41,7 +41,7 @@ STYLE = {
 
 @dataclass(frozen=True)
 class Series:
-    """Values [N] at updates [N]; steps without a value are left out. `low`, `high` [N] bound a 95 % interval."""
+    """Values [N] at steps [N], with the bounds `low` and `high` [N] of their 95 % intervals."""
 
     steps: np.ndarray
     values: np.ndarray
@@ -55,11 +55,14 @@ class Series:
 def learning_curve(run_dir: str | Path) -> Path:
     """Draws `RUN/learning_curve.png` from the metrics of a run, its warm start and its control, and returns its path.
 
-    Above: the training reward of each step with a smoothed line, the held-out success with 95 % intervals (and that on
-    the training prompts, hollow, where it was evaluated), the warm start left of step 0, the control beside the last
-    step, and a line for each of the summary's `references` (success rates of, say, a blind and a perfect player). A
-    reward that leaves [0, 1] gets a panel of its own. Below: the signs of collapse.
-    Raises `UserError` if the directory holds no metrics.
+    The upper panel has the training reward of each step with a smoothed line; the held-out success with 95 % intervals,
+    and the success on training prompts (hollow points) if it was evaluated; the warm start left of step 0; the control
+    right of the last step; and a line for each of the summary's `references` (e.g. the success rates of a blind and a
+    perfect player). A reward outside [0, 1] has its own panel. The lower panel has the signs of collapse.
+
+    Raises:
+      UserError: if the directory holds no metrics.
+      RunError: if the picture cannot be written.
     """
     run_dir = Path(run_dir)
     rows = list(read_rows(run_dir / "metrics.jsonl"))
@@ -102,7 +105,10 @@ def learning_curve(run_dir: str | Path) -> Path:
 
 
 def series(rows: Iterable[Mapping[str, Any]], name: str) -> Series:
-    """Returns the finite values of metric `name` with the bounds `{name}_low` and `{name}_high` (the value itself)."""
+    """The values of the metric `name` that are not None; steps without one are left out.
+
+    The bounds are `{name}_low` and `{name}_high`, or the value itself if a row lacks them.
+    """
     found = [(row["step"], row[name], row.get(f"{name}_low"), row.get(f"{name}_high")) for row in rows if name in row]
     bounded = [
         (s, v, v if low is None else low, v if high is None else high) for s, v, low, high in found if v is not None
@@ -111,18 +117,19 @@ def series(rows: Iterable[Mapping[str, Any]], name: str) -> Series:
 
 
 def smooth(values: np.ndarray, width: float) -> np.ndarray:
-    """Returns the Gaussian-weighted mean around each of `values` [N], over about `width` neighbours on either side."""
+    """The Gaussian-weighted mean around each of `values` [N], over about `width` neighbours on either side."""
     index = np.arange(len(values))
     weights = np.exp(-0.5 * ((index[:, None] - index[None, :]) / width) ** 2)
     return weights @ values / weights.sum(axis=1)
 
 
 def _references(run_dir: Path) -> dict[str, float]:
+    """The success rates in a run's summary that its own is compared with, by name."""
     path = run_dir / "summary.json"
     return json.loads(path.read_text()).get("references", {}) if path.is_file() else {}
 
 
-Labels = list[tuple[float, str, str]]  # height, text, colour
+Labels = list[tuple[float, str, str]]  # (height, text, colour)
 
 
 def _draw_success(
@@ -184,13 +191,13 @@ def _draw_collapse(axes: Axes, collapse: Mapping[str, Series]) -> Labels:
 
 
 def label_right(axes: Axes, labels: Labels) -> None:
-    """Writes each label right of the axes at its height, moved apart where two would overlap."""
+    """Writes each label right of the axes at its height; labels that would overlap are moved apart."""
     low, high = axes.get_ylim()
     inches = axes.get_position().height * axes.figure.get_figheight()
     gap = 0.19 / inches * (high - low)
     labels = sorted(labels)
     places = [height for height, *_ in labels]
-    for _ in range(100):  # every overlap pushes its two labels apart, until none is left
+    for _ in range(100):  # each overlap moves its two labels apart, until there is none
         for i in range(len(places) - 1):
             overlap = max(0.0, gap - (places[i + 1] - places[i]))
             places[i], places[i + 1] = places[i] - overlap / 2, places[i + 1] + overlap / 2

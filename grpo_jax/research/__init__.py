@@ -1,1 +1,1 @@
-"""Gradient estimators against the exact gradient, and printed tables against our own numbers."""
+"""Gradient estimators against the exact gradient (exact_gradient.py); papers' tables, recomputed (reproduction.py)."""

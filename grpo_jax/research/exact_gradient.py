@@ -1,9 +1,9 @@
 """Gradient estimators against the true gradient, in games so small that every completion can be listed.
 
-The policy is a table of logits, one row for every prompt and prefix; token 0 ends a completion, and so does the
-horizon. The gradient of the expected reward is then a finite sum, and so are the mean and the covariance of any
-estimator: over every batch that could have been sampled, with its probability. The estimators are the framework's own
-`group_advantages` and `policy_gradient.loss`; nothing is written down a second time.
+The policy is a table of logits, one row for every prompt and prefix. A completion ends with token 0 or at the horizon.
+So the gradient of the expected reward is a finite sum. The mean and the variance of an estimator are finite sums too,
+over every batch that can be sampled, weighted by its probability. The estimators are the framework's own
+`group_advantages` and `policy_gradient.loss`, not copies of them.
 """
 
 import math
@@ -20,7 +20,7 @@ from grpo_jax.errors import UserError
 from grpo_jax.experiment import AdvantageConfig, LossConfig
 from grpo_jax.losses import policy_gradient
 
-MAX_BATCHES = 2_000_000  # beyond which a listing of every batch is refused
+MAX_BATCHES = 2_000_000  # the most batches that are listed
 
 
 @dataclass(frozen=True)
@@ -28,9 +28,10 @@ class Game:
     """P prompts with N possible completions each, of up to T tokens out of V, after K possible prefixes.
 
     Attributes:
-      tokens, prefixes, mask: [N, T] a completion's tokens, which prefix each follows, and where it has a token.
-      logits: [P, K, V] of the policy whose gradient is sought.
-      behaviour: [P, K, V] of the policy that samples; the same array if the game is on-policy.
+      tokens, prefixes, mask: [N, T] a completion's tokens, the number of the prefix that each follows, and where it has
+        a token.
+      logits: [P, K, V] of the policy whose gradient is estimated.
+      behaviour: [P, K, V] logits of the policy that samples; the same array if the game is on-policy.
       rewards: [P, N].
     """
 
@@ -44,7 +45,7 @@ class Game:
 
 @dataclass(frozen=True)
 class Estimator:
-    """A way from rewards to advantages, and one from advantages to a loss."""
+    """How advantages are computed from rewards, and the loss from advantages."""
 
     advantages: AdvantageConfig
     loss: LossConfig
@@ -52,7 +53,7 @@ class Estimator:
 
 @dataclass(frozen=True)
 class Moments:
-    """An estimate's mean [P, K, V] and its standard error (0 where all batches were listed), and its total variance."""
+    """The mean [P, K, V] of an estimate, its standard error (0 if all batches were listed), and the total variance."""
 
     mean: np.ndarray
     error: np.ndarray
@@ -74,10 +75,11 @@ def completions(vocabulary: int, horizon: int) -> tuple[np.ndarray, np.ndarray, 
 
 
 def make_game(vocabulary: int, horizon: int, num_prompts: int, *, drift: float = 0.0, seed: int = 0) -> Game:
-    """A random policy with, for each prompt, a random half of the completions right (reward 1, otherwise 0).
+    """A game with a random policy. Right completions have reward 1, all others 0.
 
-    The prompts' difficulty differs: the right completions of prompt p are those half as likely as those of the one
-    before. `drift` is the standard deviation, in nats, by which the behaviour's logits differ from the policy's.
+    Prompts differ in difficulty: random completions of prompt p = 0, 1, … are right until together they have a
+    probability of about 0.5 ** (p + 1). `drift` is the standard deviation, in nats, of the difference between the
+    behaviour's logits and the policy's.
     """
     rng = np.random.default_rng(seed)
     tokens, prefixes, mask = completions(vocabulary, horizon)
@@ -95,7 +97,7 @@ def make_game(vocabulary: int, horizon: int, num_prompts: int, *, drift: float =
 
 
 def token_logprobs(game: Game, logits: np.ndarray | jax.Array) -> jax.Array:
-    """Log-probabilities [P, N, T] of every completion's tokens."""
+    """The log-probabilities [P, N, T] of the tokens of every completion."""
     return jax.nn.log_softmax(logits)[:, game.prefixes, game.tokens]
 
 
@@ -141,7 +143,7 @@ def estimates(game: Game, estimator: Estimator, chosen: np.ndarray) -> np.ndarra
 
 
 def every_batch(game: Game, group_size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Every batch of P groups, [M, P, G], without regard to order within a group; and their probabilities [M].
+    """Every batch of P groups, [M, P, G], and their probabilities [M]. The order within a group does not matter.
 
     Raises:
       UserError: if there are more than `MAX_BATCHES`.
@@ -161,7 +163,7 @@ def every_batch(game: Game, group_size: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def exact_moments(game: Game, estimator: Estimator, group_size: int) -> Moments:
-    """The mean and variance over every batch that could be sampled, without any sampling."""
+    """The mean and variance of an estimator over every batch that can be sampled."""
     chosen, weights = every_batch(game, group_size)
     values = estimates(game, estimator, chosen).astype(np.float64)
     mean = np.tensordot(weights, values, 1)
@@ -169,7 +171,7 @@ def exact_moments(game: Game, estimator: Estimator, group_size: int) -> Moments:
 
 
 def sampled_moments(game: Game, estimator: Estimator, group_size: int, *, samples: int, seed: int = 0) -> Moments:
-    """The same from `samples` random batches."""
+    """The mean and variance of an estimator over `samples` random batches."""
     rng = np.random.default_rng(seed)
     sampled = np.asarray(probabilities(game, game.behaviour), np.float64)
     chosen = np.stack(
@@ -181,12 +183,13 @@ def sampled_moments(game: Game, estimator: Estimator, group_size: int, *, sample
 
 
 def compare(game: Game, moments: Moments) -> dict[str, float]:
-    """An estimator beside the true gradient.
+    """An estimator compared with the true gradient.
 
-    `scale` is the factor c that brings c * truth nearest to the mean estimate: a step size, and no bias. `bias` is what
-    remains, |mean / c - truth| / |truth|. `noise` is the standard deviation of an estimate over the length of its mean.
-    `length` is how much faster mean / c lengthens completions than the truth does, as a share of |truth| |gradient of
-    the expected length|. `weight p` is prompt p's own factor over c.
+    `scale` is the factor c for which c * truth is nearest to the mean estimate; it only changes the step size. `bias`
+    is the rest, |mean / c - truth| / |truth|. `noise` is the standard deviation of an estimate, divided by the norm of
+    its mean. `length` says how much faster mean / c makes completions longer than the truth does: the inner product of
+    (mean / c - truth) and the gradient of the expected length, divided by the norms of the truth and of that gradient.
+    `weight p` is prompt p's own factor, divided by c.
     """
     truth, mean = true_gradient(game).astype(np.float64), moments.mean
     lengths = true_gradient(game, np.broadcast_to(game.mask.sum(-1), game.rewards.shape)).astype(np.float64)
@@ -205,7 +208,10 @@ def compare(game: Game, moments: Moments) -> dict[str, float]:
 
 
 def family(horizon: int) -> Mapping[str, Estimator]:
-    """The estimators of the literature, by name. `bnpo` is `dapo`, and GDPO is REINFORCE++-baseline for one reward."""
+    """The estimators of the literature, by name.
+
+    `bnpo` is not listed because it equals `dapo`, nor is GDPO: with one reward it equals REINFORCE++-baseline.
+    """
 
     def of(scale: str, baseline: str, loss_type: str, **fields: object) -> Estimator:
         return Estimator(AdvantageConfig(scale=scale, baseline=baseline), LossConfig(loss_type=loss_type, **fields))

@@ -1,4 +1,4 @@
-"""Printed numbers against our own: what a manifest of a paper's tables declares, and the verdict on each cell."""
+"""The numbers in papers' tables, recomputed: the cells that a manifest declares, and whether our numbers agree."""
 
 import math
 from collections.abc import Callable, Iterable
@@ -14,17 +14,18 @@ Verdict = Literal["agrees", "disagrees", "not run here"]
 
 @dataclass(frozen=True)
 class Cell:
-    """One printed number (or claim), and how to find it again.
+    """One printed number (or claim), and how to compute it.
 
     Attributes:
-      table, cell: where it is printed; `source` says in what.
-      printed: what is printed there; None where the table has a gap.
-      expected: the verdict that is known; a different one is news.
-      compute: our number, in the unit of `printed`; None where this machine cannot find it, and then `hardware` says
-        what could and `command` how.
-      tolerance: how far apart the two may be: half of the last printed digit, plus three standard errors of ours.
-      why: of a disagreement, what is wrong and what the right value is.
-      note: what a reader should know besides.
+      table, cell: the names of the table and of the cell; `source` names the paper.
+      printed: what is printed there; None if the cell is empty.
+      expected: the known verdict; any other verdict is news.
+      compute: computes our number, in the unit of `printed`; None if this machine cannot. Then `hardware` says what is
+        needed and `command` how to run it.
+      tolerance: the largest difference at which the two agree: half of the last printed digit, plus three standard
+        errors of our number.
+      why: for a disagreement, what is wrong and what the right value is.
+      note: a remark for the reader.
     """
 
     table: str
@@ -41,14 +42,16 @@ class Cell:
 
     def __post_init__(self) -> None:
         if (self.compute is None) != (self.expected == "not run here" and self.printed is not None):
-            raise UserError(f"{self.table}, {self.cell}: a cell is computed or expected not to be run, one of the two.")
+            raise UserError(
+                f"{self.table}, {self.cell}: a cell is either computed or expected not to be run, one of the two."
+            )
         if self.expected == "disagrees" and not self.why:
             raise UserError(f"{self.table}, {self.cell}: a disagreement must say why.")
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """A cell with our number (None if there is none), and whether the verdict is the one that was expected."""
+    """A cell with our number (None if there is none), the verdict and a note."""
 
     cell: Cell
     ours: float | None
@@ -57,11 +60,11 @@ class Outcome:
 
     @property
     def is_news(self) -> bool:
-        """Whether the verdict differs from the committed one."""
+        """Whether the verdict differs from the expected one."""
         return self.verdict != self.cell.expected
 
     def to_dict(self) -> dict[str, Any]:
-        """The outcome as JSON-able data; the verdict of a disagreement says why."""
+        """The outcome as JSON-able data; the verdict of a disagreement includes the reason."""
         why = self.cell.why if self.verdict == "disagrees" else ""
         return {
             "table": self.cell.table,
@@ -74,7 +77,7 @@ class Outcome:
 
 
 def check(cell: Cell) -> Outcome:
-    """Computes a cell's number, where this machine can, and compares."""
+    """Computes a cell's number, if this machine can, and compares it with the printed one."""
     if cell.compute is None:
         needs = f"needs {cell.hardware}" + (f": {cell.command}" if cell.command else "")
         return Outcome(cell, None, "not run here", f"{needs}. {cell.note}".strip())
@@ -90,7 +93,7 @@ def check(cell: Cell) -> Outcome:
 
 
 def load_manifests(paths: Iterable[Path]) -> list[Cell]:
-    """The `cells` of some manifests, in order. Raises `UserError` for a file that declares none."""
+    """The `cells` of some manifest files, in order. Raises `UserError` for a file that defines none."""
     found: list[Cell] = []
     for path in paths:
         cells = getattr(run_file(path), "cells", None)

@@ -1,8 +1,8 @@
-"""Attacks on a reward: answers that say nothing about their prompt, and what they earn all the same.
+"""Attacks on a reward: the highest reward of answers that ignore their prompt and are wrong.
 
-Whatever a reward pays for such an answer a policy can find, and then it collapses onto it. An attack is worth what it
-earns *where it is wrong*: a constant answer that happens to be right is no exploit. It is found on some examples of the
-task and judged on others, so that a lucky hit on one prompt does not count as a discovery.
+A policy can find any answer that a reward pays well, and then it collapses onto that answer. The value of an attack is
+its mean reward on the examples where it is wrong: a constant answer that happens to be right is no exploit. Attacks are
+chosen on some examples of the task and judged on others, so that a lucky hit on one prompt does not count.
 """
 
 import itertools
@@ -24,21 +24,22 @@ from grpo_jax.rollout import Episode, completion
 from grpo_jax.tasks import Example, Task
 
 Answer = str | Callable[[Example], str]
-"""What is said in every turn: always the same, or made from the example."""
+"""The policy's text in every turn: always the same, or made from the example."""
 
 Value = Callable[[Sequence[str]], np.ndarray]
-"""What constant answers [N] are worth [N]; nan for one that cannot be said or is always right."""
+"""The values [N] of constant answers [N]; nan for one that cannot be encoded or is always right."""
 
-VOCABULARY, SYMBOLS, AT_ONCE = 512, 64, 512  # answers and symbols that a search may draw on; completions per call
-HANDFUL, STARTS = 64, 4  # neighbours looked at together; starts of each kind
+VOCABULARY, SYMBOLS = 512, 64  # the most answers, and the most characters or tokens, that attacks are made from
+BATCH = 512  # completions per call of the rewards
+NEIGHBOURS, STARTS = 64, 4  # of a search: texts scored together, and starting texts of each kind
 
 
 @dataclass(frozen=True)
 class Attack:
     """The best answer of a family against one variant of the reward.
 
-    `text` is what is said (of an echo, on the first example); `value` the mean reward over the examples on which it is
-    wrong; `success` the share of examples on which it is right.
+    `text` is the answer (of an echo, that to the first example), `value` the mean reward over the examples on which it
+    is wrong, and `success` the share of examples on which it is right.
     """
 
     family: str
@@ -49,18 +50,18 @@ class Attack:
 
 @dataclass(frozen=True)
 class Honest:
-    """What honest attempts from one source earn under one variant: the rewards [N]."""
+    """The rewards [N] of honest attempts from one source under one variant."""
 
     source: str
     values: np.ndarray
 
     @property
     def mean(self) -> float:
-        """What an attack must not exceed: if it earns more, a policy gains by giving up these attempts for it."""
+        """The most that an attack may earn: if it earns more, a policy gains by replacing these attempts with it."""
         return float(self.values.mean()) if self.values.size else math.nan
 
     def is_beaten_by(self, value: float) -> bool:
-        """Whether an attack that earns `value` (nan: none) outscores these attempts."""
+        """Whether an attack with this value earns more than these attempts; false for nan."""
         return value > self.mean + 1e-9
 
     def share_below(self, value: float) -> float:
@@ -70,7 +71,7 @@ class Honest:
 
 @dataclass(frozen=True)
 class Target:
-    """An experiment's rewards, as an attacker meets them: answers go in, rewards come out."""
+    """The rewards that are attacked: those of an experiment and the `extra` ones."""
 
     experiment: Experiment
     extra: Mapping[str, RewardFunction]
@@ -80,35 +81,35 @@ class Target:
     def task(self) -> Task:
         return self.experiment.task
 
-    def earn(self, answers: Sequence[Answer], examples: Sequence[Example]) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    def score(self, answers: Sequence[Answer], examples: Sequence[Example]) -> tuple[dict[str, np.ndarray], np.ndarray]:
         """Rewards [N, E] by variant, and success [N, E], of N answers to each of E examples.
 
-        nan where a reward fails or does not apply, and in the whole row of an answer that the tokenizer cannot encode:
-        no policy could say it.
+        nan where a reward fails or does not apply, and for an answer that the tokenizer cannot encode, which no policy
+        could sample.
         """
         shape = (len(answers), len(examples))
-        known: dict[str, np.ndarray] = {}
+        rewards: dict[str, np.ndarray] = {}
         success = np.zeros(shape, bool)
-        rows = max(AT_ONCE // len(examples), 1)
+        rows = max(BATCH // len(examples), 1)
         for start in range(0, len(answers), rows):
-            played = [
+            episodes = [
                 (i, e, episode)
                 for i, answer in enumerate(answers[start : start + rows], start)
                 for e, example in enumerate(examples)
-                if (episode := self._say(answer, example)) is not None
+                if (episode := self._episode(answer, example)) is not None
             ]
-            if not played:
+            if not episodes:
                 continue
-            at = tuple(np.array([(i, e) for i, e, _ in played]).T)
-            arguments = _arguments([examples[e] for _, e, _ in played], [episode for *_, episode in played])
+            where = tuple(np.array([(i, e) for i, e, _ in episodes]).T)
+            arguments = _arguments([examples[e] for _, e, _ in episodes], [episode for *_, episode in episodes])
             scores = score_variants(arguments, 1, self.experiment, self.extra, on_failure="drop")
             for name, values in scores.items():
-                known.setdefault(name, np.full(shape, math.nan))[at] = values
-            success[at] = self.task.success(**arguments)
-        return known, success
+                rewards.setdefault(name, np.full(shape, math.nan))[where] = values
+            success[where] = self.task.success(**arguments)
+        return rewards, success
 
-    def _say(self, answer: Answer, example: Example) -> Episode | None:
-        """Plays an episode in which the policy says `answer` in every turn."""
+    def _episode(self, answer: Answer, example: Example) -> Episode | None:
+        """An episode in which the policy gives `answer` in every turn; None if the answer cannot be encoded."""
         text, episode, reply = answer if isinstance(answer, str) else answer(example), Episode(), self.task.reply
         try:
             ids = [*self.tokenizer.encode(text), *self.tokenizer.stop_ids[:1]]
@@ -130,61 +131,66 @@ def wrong_value(rewards: np.ndarray, success: np.ndarray) -> np.ndarray:
     return np.where(counts.any(1), total / np.maximum(counts.sum(1), 1), math.nan)
 
 
-def attack(
-    target: Target,
-    variants: Sequence[str],
-    *,
-    search_on: Sequence[Example],
-    judge_on: Sequence[Example],
-    demonstrations: Sequence[str],
-    completions: Sequence[str],
-    max_tokens: int,
-    budget: int,
-    seed: int = 0,
-) -> dict[str, list[Attack]]:
-    """The best attack of each family on each variant, judged on `judge_on`.
+@dataclass(frozen=True)
+class AttackConfig:
+    """What the attacks may use.
 
-    Args:
-      search_on, judge_on: the examples that a family's best is chosen on, and those that it is judged on.
-      demonstrations, completions: honest answers, from which the symbols and the starts of the search are taken.
+    Attributes:
+      search_on, judge_on: the examples that a family's best answer is chosen on, and those that it is judged on.
+      demonstrations, completions: honest answers. The characters and the starting texts of the search come from them.
       max_tokens: the longest answer that the policy can give in a turn.
       budget: how many completions the search may score for each variant.
     """
-    rng = random.Random(seed)
-    vocabulary = list(dict.fromkeys([*demonstrations, *completions]))
-    symbols = [s for s, _ in Counter("".join([*demonstrations, *completions])).most_common(SYMBOLS)]
-    candidates = families(vocabulary, demonstrations or completions, symbols, target.tokenizer, max_tokens)
-    tried: dict[str, tuple[dict[str, np.ndarray], np.ndarray]] = {
-        family: target.earn(answers, search_on) for family, answers in candidates.items() if answers
+
+    search_on: Sequence[Example]
+    judge_on: Sequence[Example]
+    demonstrations: Sequence[str]
+    completions: Sequence[str]
+    max_tokens: int
+    budget: int
+    seed: int = 0
+
+
+def attack(target: Target, variants: Sequence[str], config: AttackConfig) -> dict[str, list[Attack]]:
+    """The best attack of each family on each variant, judged on `config.judge_on`."""
+    rng = random.Random(config.seed)
+    honest = [*config.demonstrations, *config.completions]
+    vocabulary = list(dict.fromkeys(honest))
+    symbols = [s for s, _ in Counter("".join(honest)).most_common(SYMBOLS)]
+    shown = config.demonstrations or config.completions
+    candidates = families(vocabulary, shown, symbols, target.tokenizer, config.max_tokens)
+    scored: dict[str, tuple[dict[str, np.ndarray], np.ndarray]] = {
+        family: target.score(answers, config.search_on) for family, answers in candidates.items() if answers
     }
     found: dict[str, list[Attack]] = {}
     for name in variants:
         best: dict[str, Answer] = {}
-        for family, (rewards, success) in tried.items():
+        for family, (rewards, success) in scored.items():
             values = wrong_value(rewards[name], success) if name in rewards else np.array([math.nan])
             if not np.isnan(values).all():
                 best[family] = candidates[family][int(np.nanargmax(values))]
 
         def value(texts: Sequence[str], name: str = name) -> np.ndarray:
-            rewards, success = target.earn(texts, search_on)
+            rewards, success = target.score(texts, config.search_on)
             return wrong_value(rewards[name], success) if name in rewards else np.full(len(texts), math.nan)
 
         starts = _starts(best.values(), vocabulary, symbols, rng)
-        text = search(value, starts, symbols, max(budget // len(search_on), 1), rng)
+        text = search(value, starts, symbols, max(config.budget // len(config.search_on), 1), rng)
         if text is not None:
             best["best constant found"] = text
-        found[name] = [_judge(target, name, family, answer, judge_on) for family, answer in best.items()]
+        found[name] = [_judge(target, name, family, answer, config.judge_on) for family, answer in best.items()]
     return found
 
 
 def families(
     vocabulary: Sequence[str], demonstrations: Sequence[str], symbols: Sequence[str], tokenizer: Tokenizer, limit: int
 ) -> dict[str, list[Answer]]:
-    """Answers by kind. Each stands both alone and in the template that all demonstrations share, if they share one.
+    """The answers to try, by family: each alone, and inside the template that all demonstrations share, if any.
 
     Args:
-      vocabulary: honest answers to be given blindly, whatever the prompt.
-      demonstrations: what honest answers look like.
+      vocabulary: honest answers, which are given here whatever the prompt is.
+      demonstrations: honest answers, from which the template is read.
+      symbols: characters to repeat.
       limit: the most tokens of an answer.
     """
     prefix, suffix = template(demonstrations)
@@ -214,7 +220,10 @@ def families(
 
 
 def template(texts: Sequence[str]) -> tuple[str, str]:
-    """The longest beginning and the longest end that all different texts share, such as tags around an answer."""
+    """The longest beginning and the longest end that all texts share, such as tags around an answer.
+
+    Both are empty if there are fewer than two different texts.
+    """
     texts = list(dict.fromkeys(texts))
     if len(texts) < 2:
         return "", ""
@@ -223,14 +232,17 @@ def template(texts: Sequence[str]) -> tuple[str, str]:
 
 
 def search(value: Value, starts: Iterable[str], symbols: Sequence[str], budget: int, rng: random.Random) -> str | None:
-    """Hill climbing from each start in turn: the best text among at most `budget` that are tried, None if none counts.
+    """Hill climbing from each start, one after the other.
 
-    A step replaces, or drops, one character. Of the neighbours, in random order, the best of the first handful that
-    holds an improvement is taken: with hundreds of neighbours, looking at all of them would cost most of the budget.
+    Returns the best of at most `budget` texts that are tried; None if the value of all of them is nan.
+
+    A step replaces or removes one character. The neighbours are scored in random order, `NEIGHBOURS` at a time, and the
+    step goes to the best of the first such batch with an improvement: a text has hundreds of neighbours, and scoring
+    all of them would take most of the budget.
     """
     best, best_value = None, -math.inf
 
-    def look(texts: Sequence[str]) -> tuple[str, float]:
+    def best_of(texts: Sequence[str]) -> tuple[str, float]:
         nonlocal budget
         texts = texts[:budget]
         budget -= len(texts)
@@ -241,33 +253,33 @@ def search(value: Value, starts: Iterable[str], symbols: Sequence[str], budget: 
     for start in starts:
         if budget <= 0:
             break
-        text, height = look([start])
+        text, current = best_of([start])
         improved = True
         while improved and budget > 0:
             improved = False
             near = neighbours(text, symbols)
             rng.shuffle(near)
-            for first in range(0, len(near), HANDFUL):
+            for first in range(0, len(near), NEIGHBOURS):
                 if budget <= 0:
                     break
-                other, other_height = look(near[first : first + HANDFUL])
-                if other_height > height:
-                    text, height, improved = other, other_height, True
+                other, other_value = best_of(near[first : first + NEIGHBOURS])
+                if other_value > current:
+                    text, current, improved = other, other_value, True
                     break
-        if height > best_value:
-            best, best_value = text, height
+        if current > best_value:
+            best, best_value = text, current
     return best
 
 
 def neighbours(text: str, symbols: Sequence[str]) -> list[str]:
-    """All texts that differ from `text` in one character, or lack one."""
+    """All texts that differ from `text` in one character, or have one character less."""
     places = range(len(text))
     replaced = [text[:i] + symbol + text[i + 1 :] for i in places for symbol in symbols if symbol != text[i]]
     return replaced + [text[:i] + text[i + 1 :] for i in places]
 
 
 def warning(variant: str, attacks: Sequence[Attack], honest: Sequence[Honest]) -> str | None:
-    """One sentence on the attacks that outscore an honest attempt of some source under a variant; None if none does."""
+    """One sentence on the attacks that earn more than the honest attempts of some source; None if there are none."""
     known = [source for source in honest if source.values.size]
     over = [attack for attack in attacks if any(source.is_beaten_by(attack.value) for source in known)]
     if not over:
@@ -281,7 +293,7 @@ def warning(variant: str, attacks: Sequence[Attack], honest: Sequence[Honest]) -
 
 
 def _judge(target: Target, variant: str, family: str, answer: Answer, examples: Sequence[Example]) -> Attack:
-    rewards, success = target.earn([answer], examples)
+    rewards, success = target.score([answer], examples)
     value = wrong_value(rewards[variant], success)[0] if variant in rewards else math.nan
     text = answer if isinstance(answer, str) else answer(examples[0])
     return Attack(family, text, float(value), float(success.mean()))
@@ -290,7 +302,7 @@ def _judge(target: Target, variant: str, family: str, answer: Answer, examples: 
 def _starts(
     answers: Iterable[Answer], vocabulary: Sequence[str], symbols: Sequence[str], rng: random.Random
 ) -> list[str]:
-    """Where a search begins: the best answers so far, some honest ones, and random strings of an honest length."""
+    """Where a search begins: the best answers so far, some honest ones, and random texts of the same lengths."""
     known = [answer for answer in answers if isinstance(answer, str)]
     some = rng.sample(vocabulary, min(STARTS, len(vocabulary)))
     noise = ["".join(rng.choices(symbols, k=len(text))) for text in some] if symbols else []
@@ -298,7 +310,7 @@ def _starts(
 
 
 def _arguments(examples: Sequence[Example], episodes: Sequence[Episode]) -> dict[str, list[Any]]:
-    """What reward functions are called with, for one episode of each of the examples."""
+    """The keyword arguments of the rewards, for one episode of each of the examples."""
     columns = sorted({key for example in examples for key in example} - {"prompt"})
     return {
         "prompts": [example["prompt"] for example in examples],
@@ -309,13 +321,14 @@ def _arguments(examples: Sequence[Example], episodes: Sequence[Episode]) -> dict
 
 
 def _prompt_text(prompt: str | Sequence[Mapping[str, str]], whole: bool) -> str:
-    """The prompt's text, of a chat the last message or all of them."""
+    """The text of a prompt; of a chat, its last message, or all of them if `whole`."""
     if isinstance(prompt, str):
         return prompt
     return "\n".join(message["content"] for message in (prompt if whole else prompt[-1:]))
 
 
 def _shared_start(texts: Sequence[str]) -> str:
+    """The longest beginning that all texts share."""
     columns = itertools.takewhile(lambda characters: len(set(characters)) == 1, zip(*texts, strict=False))
     return "".join(first for first, *_ in columns)
 

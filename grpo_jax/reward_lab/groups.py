@@ -1,4 +1,4 @@
-"""Groups of completions to study: sampled from a policy, or read from a file; and rewards by name."""
+"""The groups of completions to score: sampled from a policy, or read from a file. Also reward functions by name."""
 
 import importlib
 import json
@@ -24,10 +24,10 @@ class Groups:
     """P groups of G completions, the members of a group side by side.
 
     Attributes:
-      label: where they are from, e.g. "temperature 0.7".
-      arguments: what reward functions are called with: lists of P * G entries (see `Rollout.reward_arguments`).
+      label: where they come from, e.g. "temperature 0.7".
+      arguments: the keyword arguments of reward functions: lists of P * G entries (see `Rollout.reward_arguments`).
       group_size: G.
-      prompts: [P] which prompt a group belongs to; groups of one prompt share an entry.
+      prompts: [P] the number of the prompt of each group; groups of the same prompt have the same number.
     """
 
     label: str
@@ -41,8 +41,8 @@ def sample_groups(
 ) -> list[Groups]:
     """Samples `num_groups` groups of each of `num_prompts` training prompts, at every temperature.
 
-    They are the prompts and the noise of training's first steps: at the experiment's own temperature and number of
-    prompts, the first group of each prompt is the very one that step 0 trains on.
+    Prompts and sampling noise are those of the first steps of training: at the experiment's own temperature and number
+    of prompts, the first group of each prompt is the one that step 0 trains on.
     """
     task, size = experiment.task, experiment.group_size
     num_prompts = min(num_prompts, len(task.train))
@@ -69,10 +69,12 @@ def sample_groups(
 def read_groups(path: Path, experiment: Experiment, tokenizer: Tokenizer) -> Groups:
     """Reads saved completions, such as a run's `completions.jsonl`: JSON lines with `prompt` and `completion`.
 
-    Rows of the same `step` and `prompt_id` (or of the same prompt, where they have none) are a group, and all groups
-    must be of one size. A reward's columns are those of the task's example that the row is of: the one with its prompt
-    and, where a prompt is that of several, with the columns or the `prompt_id` that the row has. Raises `UserError`
-    where that cannot be done.
+    Rows with the same `step` and `prompt_id` (or with the same prompt, if they have no `prompt_id`) are a group. All
+    groups must have the same size. The columns that rewards need come from the example of the task that has the row's
+    prompt; if several have it, from the one that also has the row's columns or `prompt_id`.
+
+    Raises:
+      UserError: if a row has no prompt or completion, if its example is not known, or if the groups' sizes differ.
     """
     if not path.is_file():
         raise UserError(f"there is no file of completions {str(path)!r}.")
@@ -101,18 +103,18 @@ def read_groups(path: Path, experiment: Experiment, tokenizer: Tokenizer) -> Gro
         "completion_ids": [_ids(completion, tokenizer) for _, completion in rows],
         **{key: [example.get(key) for example, _ in rows] for key in columns},
     }
-    # A group of its own prompt each: the policy that spoke may have changed from one step to the next.
+    # Every group counts as one of its own prompt: the policy may have changed from one step to the next.
     return Groups(path.name, arguments, sizes[0], range(len(by_group)))
 
 
 def _example(row: Mapping[str, Any], task: Task, examples: Mapping[str, Mapping[str, Example]], where: str) -> Example:
-    """The example that a saved row is of."""
+    """The task's example that a saved row belongs to."""
     candidates = [
         example
         for example in examples.get(_key(row["prompt"]), {}).values()
         if all(example[key] == row[key] for key in row.keys() & example.keys())
     ]
-    if len(candidates) > 1 and isinstance(row.get("prompt_id"), int):  # a run's rows: see `methods.lesson.schedule`
+    if len(candidates) > 1 and isinstance(row.get("prompt_id"), int):  # written by a run: see `schedule`
         candidates = [task.train[row["prompt_id"] % len(task.train)]]
     if len(candidates) != 1:
         raise UserError(
@@ -123,16 +125,17 @@ def _example(row: Mapping[str, Any], task: Task, examples: Mapping[str, Mapping[
 
 
 def _key(value: Any) -> str:
+    """A text that is equal for equal values."""
     return json.dumps(value, sort_keys=True, default=str)
 
 
 def _ids(completion: Any, tokenizer: Tokenizer) -> list[int]:
-    """The ids of a saved text. They need not be those that were sampled; rewards that count tokens are served."""
+    """The token ids of a saved text, for rewards that count tokens. The sampled ids may have been others."""
     return [i for turn in turns(completion) for i in tokenizer.encode(turn)]
 
 
 def import_rewards(names: Iterable[str], folder: Path) -> dict[str, RewardFunction]:
-    """The functions named `module:function`; a module may lie in `folder`. Raises `UserError` if there is none."""
+    """The functions named `module:function`; a module may be in `folder`. Raises `UserError` if one is not found."""
     found: dict[str, RewardFunction] = {}
     sys.path.insert(0, str(folder.resolve()))
     try:

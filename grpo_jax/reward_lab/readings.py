@@ -1,15 +1,14 @@
-"""What several reward functions say about the same groups of completions, before anything is trained on them.
+"""Several rewards on the same groups: how well each tells the members of a group apart, and how much they agree.
 
-A *variant* is a reward on its own, or the experiment's rewards combined. Every figure here is about groups, because
-that is all GRPO sees of a reward: a reward that cannot tell the members of a group apart teaches nothing, however
-sensible its mean is.
+A *variant* is one reward alone, or the experiment's rewards combined. Every number here is about groups, because GRPO
+only compares the members of a group: if their rewards are equal it learns nothing, whatever their mean is.
 """
 
 import itertools
 import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -27,13 +26,14 @@ GROUP_SIZES = (2, 4, 8, 16, 32, 64)
 
 @dataclass(frozen=True)
 class Signal:
-    """What a variant's rewards tell of the groups.
+    """How well a variant's rewards tell the members of a group apart.
 
     Attributes:
-      mean, std, low, high: of all rewards; num_values: how many values occur.
+      mean, std, low, high: of all rewards, `low` and `high` the smallest and the largest.
+      num_values: how many different rewards occur.
       group_std: the mean over groups of the standard deviation within the group.
-      no_signal: the share of groups whose members all earn the same.
-      predicted: the same share as binomial theory has it from how often each value occurs: see `dead_share`.
+      no_signal: the share of groups without signal, whose members all earn the same.
+      predicted: that share as `no_signal_share` predicts it from how often each value occurs.
       predicted_by_size: that prediction for other group sizes.
     """
 
@@ -50,11 +50,11 @@ class Signal:
 
 @dataclass(frozen=True)
 class Agreement:
-    """How alike two variants rank.
+    """How much two variants agree on which members of a group are better.
 
-    `tau` is the mean over groups of Kendall's tau-b within the group (nan if in no group both variants vary), and
-    `num_groups` the number of groups that it is over. `flips` is the share of completions that one variant would make
-    likelier and the other unlikelier.
+    `tau` is the mean over groups of Kendall's tau-b within the group (nan if there is no group in which both variants
+    differ), and `num_groups` the number of groups in that mean. `flips` is the share of completions that one variant
+    would make more likely and the other less likely.
     """
 
     first: str
@@ -66,11 +66,11 @@ class Agreement:
 
 @dataclass(frozen=True)
 class Reading:
-    """One set of groups, read by every variant.
+    """One set of groups, scored by every variant.
 
     `rewards` and `advantages` are [P, G] by variant; a reward is nan where it does not apply or was dropped.
-    `components` is the share of the total's advantage variance that comes from each of the experiment's rewards; empty
-    where there is only one.
+    `components` is the share of the variance of the total's advantages that comes from each of the experiment's
+    rewards; empty if there is only one reward.
     """
 
     groups: Groups
@@ -82,7 +82,7 @@ class Reading:
 
 
 def read(groups: Groups, experiment: Experiment, extra: Mapping[str, RewardFunction]) -> Reading:
-    """Scores the groups under every variant and says what each has to tell, and how they agree."""
+    """Scores the groups under every variant and computes the signal of each and the agreement of each two."""
     variants = score_variants(groups.arguments, groups.group_size, experiment, extra)
     rewards = {name: values.reshape(-1, groups.group_size) for name, values in variants.items()}
     advantages = {name: _advantages(values, experiment.advantages) for name, values in rewards.items()}
@@ -106,30 +106,24 @@ def score_variants(
     *,
     on_failure: str | None = None,
 ) -> dict[str, np.ndarray]:
-    """The rewards [N] of N completions under every variant: each of the experiment's rewards alone, their total where
-    there are several, and the `extra` ones. nan where a reward does not apply or its completion is dropped.
+    """The rewards [N] of N completions under every variant.
 
-    `on_failure` takes the place of the experiment's own failure policy.
+    The variants are each of the experiment's rewards alone, their total where there are several, and the `extra` ones.
+    nan where a reward does not apply or its completion is dropped. `on_failure` replaces the experiment's own failure
+    policy.
     """
-    config, columns = experiment.reward, dict(arguments)
-    options = {name: columns.pop(name) for name in ("prompts", "completions", "completion_ids")} | {
-        "columns": columns,
-        "group_size": group_size,
-        "on_failure": on_failure or config.on_failure,
-        "retries": config.retries,
-        "time_limit": config.time_limit,
-    }
-    own = score(experiment.rewards, config.weights, combine=config.combine, **options)
+    config = replace(experiment.reward, on_failure=on_failure or experiment.reward.on_failure)
+    own = score(experiment.rewards, arguments, config, group_size=group_size)
     values = dict(own.by_name)
     if len(experiment.rewards) > 1:
-        values[TOTAL] = own.signal
+        values[TOTAL] = own.advantage_rewards
     if extra:
-        values |= score(extra, **options).by_name
+        values |= score(extra, arguments, replace(config, weights={}, combine="sum"), group_size=group_size).by_name
     return {name: np.array(entries, float) for name, entries in values.items()}
 
 
 def _advantages(rewards: np.ndarray, options: AdvantageConfig) -> np.ndarray:
-    """The advantages [P, G] that training would have from these rewards alone; 0 where there is none."""
+    """The advantages [P, G] that training would compute from these rewards alone; 0 where a reward is nan."""
     applies = ~np.isnan(rewards)
     return np.asarray(
         group_advantages(
@@ -143,11 +137,11 @@ def _advantages(rewards: np.ndarray, options: AdvantageConfig) -> np.ndarray:
 
 
 def signal(rewards: np.ndarray, prompts: Sequence[int]) -> Signal:
-    """What rewards [P, G] of groups of the given prompts [P] have to tell."""
+    """The signal of rewards [P, G], whose groups are of the given prompts [P]."""
     known = rewards[~np.isnan(rewards)]
     if not known.size:
         return Signal(*[math.nan] * 4, 0, *[math.nan] * 3, {})
-    groups = [row[~np.isnan(row)] for row in _levels(rewards)]
+    groups = [row[~np.isnan(row)] for row in _rounded(rewards)]
     by_prompt = defaultdict(list)
     for prompt, row in zip(prompts, groups, strict=True):
         by_prompt[prompt].append(row)
@@ -161,19 +155,19 @@ def signal(rewards: np.ndarray, prompts: Sequence[int]) -> Signal:
         num_values=len(np.unique(np.concatenate(groups))),
         group_std=float(np.mean([row[~np.isnan(row)].std() for row in rewards if not np.isnan(row).all()])),
         no_signal=float(np.mean([np.ptp(row) == 0 for row in groups if len(row)])),
-        predicted=float(np.mean([dead_share(values, size) for values, size in sizes])),
+        predicted=float(np.mean([no_signal_share(values, size) for values, size in sizes])),
         predicted_by_size={
-            size: float(np.mean([dead_share(v, size) for v in pooled.values() if len(v)])) for size in GROUP_SIZES
+            size: float(np.mean([no_signal_share(v, size) for v in pooled.values() if len(v)])) for size in GROUP_SIZES
         },
     )
 
 
-def dead_share(values: np.ndarray, group_size: int) -> float:
-    """The chance that a group of independent draws is all of one value: the sum over values v of p_v ** G.
+def no_signal_share(values: np.ndarray, group_size: int) -> float:
+    """The probability that G independent samples all earn the same: the sum over values v of p_v ** G.
 
-    For a binary reward with success rate p that is p^G + (1 - p)^G. `values` are the rewards [N] of one prompt, and p_v
-    is the share that v has of them. From the members of a single group alone this is biased upwards; with several
-    groups of the prompt, less so.
+    For a binary reward with success rate p this is p^G + (1 - p)^G. `values` are the rewards [N] of one prompt, and p_v
+    is the share of v among them. The estimate is biased upwards if all values come from one group, and less so if they
+    come from several.
     """
     counts = np.unique(values, return_counts=True)[1]
     return float(((counts / len(values)) ** group_size).sum())
@@ -182,9 +176,9 @@ def dead_share(values: np.ndarray, group_size: int) -> float:
 def agreement(
     first: str, second: str, rewards: Mapping[str, np.ndarray], advantages: Mapping[str, np.ndarray]
 ) -> Agreement:
-    """How alike two variants rank the members of each group, from their rewards and advantages [P, G]."""
+    """The agreement of two variants, from their rewards and advantages [P, G] by name."""
     taus = []
-    for a, b in zip(_levels(rewards[first]), _levels(rewards[second]), strict=True):
+    for a, b in zip(_rounded(rewards[first]), _rounded(rewards[second]), strict=True):
         both = ~np.isnan(a) & ~np.isnan(b)
         if both.sum() > 1 and np.ptp(a[both]) > 0 and np.ptp(b[both]) > 0:
             taus.append(float(kendalltau(a[both], b[both]).statistic))
@@ -195,38 +189,40 @@ def agreement(
 def component_shares(
     parts: Mapping[str, np.ndarray], total: np.ndarray, advantages: np.ndarray, experiment: Experiment
 ) -> dict[str, float]:
-    """The share of the variance of the total's advantages [P, G] that each reward carries: cov(part, A) / var(A).
+    """The share of the variance of the total's advantages [P, G] that comes from each reward: cov(part, A) / var(A).
 
     The total is the sum of its weighted (or standardised and weighted) parts, so the shares sum to 1. A reward that
-    works against the others has a negative share. Within a group, an advantage is the total's deviation times a gain
-    (one over the scale), and so a part carries its own deviation times the same gain. nan where no group has a signal.
+    works against the others has a negative share. Within a group, an advantage is the total's deviation from the mean
+    times a gain (one over the scale), so the contribution of a part is its own deviation times the same gain. All
+    shares are nan if no group has a signal.
     """
-    kept = ~np.isnan(total)
+    mask = ~np.isnan(total)
     standardized = experiment.reward.combine == "normalize_then_sum"
-    spread = _deviation(advantages, kept)
-    gain = _divide(np.abs(spread).max(1), np.abs(_deviation(total, kept)).max(1))
-    variance = float((spread**2).sum())
+    deviation = _deviation(advantages, mask)
+    gain = _divide(np.abs(deviation).max(1), np.abs(_deviation(total, mask)).max(1))
+    variance = float((deviation**2).sum())
     shares = {}
     for name, values in parts.items():
-        term = _advantages(np.where(kept, values, np.nan), AdvantageConfig()) if standardized else values
+        term = _advantages(np.where(mask, values, np.nan), AdvantageConfig()) if standardized else values
         term = np.nan_to_num(term) * experiment.reward.weights.get(name, 1.0)
-        carried = float((gain[:, None] * _deviation(term, kept) * spread).sum())
-        shares[name] = carried / variance if variance else math.nan
+        covariance = float((gain[:, None] * _deviation(term, mask) * deviation).sum())
+        shares[name] = covariance / variance if variance else math.nan
     return shares
 
 
-def _deviation(values: np.ndarray, kept: np.ndarray) -> np.ndarray:
-    """Each kept entry less the mean of its row's kept entries; 0 elsewhere."""
-    filled = np.where(kept, values, 0.0)
-    mean = filled.sum(1, keepdims=True) / np.maximum(kept.sum(1, keepdims=True), 1)
-    return np.where(kept, filled - mean, 0.0)
+def _deviation(values: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """Each entry minus the mean of its row, over the entries where `mask` is true; 0 elsewhere."""
+    filled = np.where(mask, values, 0.0)
+    mean = filled.sum(1, keepdims=True) / np.maximum(mask.sum(1, keepdims=True), 1)
+    return np.where(mask, filled - mean, 0.0)
 
 
 def _divide(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """x / y, and 0 where y is 0."""
     return np.where(y == 0, 0.0, x / np.where(y == 0, 1.0, y))
 
 
-def _levels(rewards: np.ndarray) -> np.ndarray:
-    """The rewards to six digits of the largest, so that sums that differ by rounding alone count as equal."""
+def _rounded(rewards: np.ndarray) -> np.ndarray:
+    """The rewards rounded to a millionth of the largest, so that sums which differ only by rounding are equal."""
     largest = np.nanmax(np.abs(rewards), initial=0.0)
     return np.round(rewards / largest, 6) if largest else rewards

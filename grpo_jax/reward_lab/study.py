@@ -1,4 +1,4 @@
-"""The study behind `grpo-jax rewards`: groups read under every variant, attacks on each, tables, JSON and a picture."""
+"""The whole study behind `grpo-jax rewards`: readings and attacks together, printed as tables and saved with a plot."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -17,7 +17,7 @@ from rich.text import Text
 from grpo_jax.experiment import Experiment
 from grpo_jax.policy import Tokenizer
 from grpo_jax.report.plots import BLUE, GREEN, GREY, ORANGE, PURPLE, STYLE
-from grpo_jax.reward_lab.attacks import Attack, Honest, Target, attack, warning
+from grpo_jax.reward_lab.attacks import Attack, AttackConfig, Honest, Target, attack, warning
 from grpo_jax.reward_lab.groups import Groups
 from grpo_jax.reward_lab.readings import TOTAL, Reading, read, score_variants
 from grpo_jax.rewards import RewardFunction, turns
@@ -25,14 +25,14 @@ from grpo_jax.rollout import Prompts, demonstrations
 from grpo_jax.runs.display import visible
 from grpo_jax.runs.files import append_rows, write_json, writing
 
-SEARCH_EXAMPLES, JUDGE_EXAMPLES = 8, 64
-DEMONSTRATIONS = 512
+SEARCH_EXAMPLES, JUDGE_EXAMPLES = 8, 64  # that attacks are chosen on, and judged on
+DEMONSTRATIONS = 512  # the most honest answers of each source that attacks are made from
 SHOWN = 8  # completions of a group in its table
 
 
 @dataclass(frozen=True)
 class Study:
-    """Several readings, one for each set of groups, and what attacks came to, by variant."""
+    """A reading of each set of groups, and for each variant the honest attempts and the attacks."""
 
     readings: list[Reading]
     honest: dict[str, list[Honest]]
@@ -48,25 +48,23 @@ def study(
     *,
     budget: int,
 ) -> Study:
-    """Reads every set of groups under every variant and attacks each variant, `budget` scored completions long.
+    """Scores every set of groups under every variant, and attacks each variant.
 
-    Honest attempts, which an attack is held against, are the completions of the first set and the task's
-    demonstrations. With a budget of 0 nothing is attacked.
+    An attack may score `budget` completions for each variant; with 0 there are no attacks. The honest attempts, with
+    which attacks are compared, are the completions of the first set and the task's demonstrations.
     """
     readings = [read(groups, experiment, extra) for groups in sets]
     if budget == 0:
         return Study(readings, {}, {}, [])
     honest = {name: [Honest("completions", values[~np.isnan(values)])] for name, values in readings[0].rewards.items()}
-    texts, shown = _demonstrations(experiment, tokenizer)
+    texts, arguments = _demonstrations(experiment, tokenizer)
     if texts:
-        for name, values in score_variants(shown, 1, experiment, extra).items():
+        for name, values in score_variants(arguments, 1, experiment, extra).items():
             honest[name].append(Honest("demonstrations", values[~np.isnan(values)]))
-    # Standardised within its group, a total has no meaning for an answer on its own.
+    # A total that is standardised within its group has no meaning for a single answer.
     attackable = [name for name in honest if name != TOTAL or experiment.reward.combine == "sum"]
     task = experiment.task
-    attacks = attack(
-        Target(experiment, extra, tokenizer),
-        attackable,
+    config = AttackConfig(
         search_on=task.train[:SEARCH_EXAMPLES],
         judge_on=task.held_out[:JUDGE_EXAMPLES] or task.train[-JUDGE_EXAMPLES:],
         demonstrations=texts,
@@ -75,12 +73,13 @@ def study(
         budget=budget,
         seed=experiment.seed,
     )
-    told = [warning(name, found, honest[name]) for name, found in attacks.items()]
-    return Study(readings, honest, attacks, [sentence for sentence in told if sentence is not None])
+    attacks = attack(Target(experiment, extra, tokenizer), attackable, config)
+    warnings = [warning(name, found, honest[name]) for name, found in attacks.items()]
+    return Study(readings, honest, attacks, [sentence for sentence in warnings if sentence is not None])
 
 
 def _demonstrations(experiment: Experiment, tokenizer: Tokenizer) -> tuple[list[str], dict[str, list[Any]]]:
-    """The turns of the task's demonstrations, and what rewards are called with for them; nothing where it has none."""
+    """The turns of the task's demonstrations and the rewards' arguments for them; both empty if it has none."""
     task = experiment.task
     if task.demonstrate is None:
         return [], {}
@@ -94,7 +93,7 @@ def _demonstrations(experiment: Experiment, tokenizer: Tokenizer) -> tuple[list[
 
 
 def save(found: Study, directory: Path) -> list[Path]:
-    """Writes `rewards.json`, `groups.jsonl` (which can be read again as saved completions) and `rewards.png`."""
+    """Writes `rewards.json`, `groups.jsonl` (which `read_groups` can read) and `rewards.png`; returns their paths."""
     figures, rows = directory / "rewards.json", directory / "groups.jsonl"
     write_json(
         figures,
@@ -129,6 +128,7 @@ def save(found: Study, directory: Path) -> list[Path]:
 
 
 def _rows(reading: Reading) -> list[dict[str, Any]]:
+    """A row of groups.jsonl for each completion."""
     groups, size = reading.groups, reading.groups.group_size
     columns = {key: values for key, values in groups.arguments.items() if key not in ("prompts", "completions")}
     columns.pop("completion_ids")
@@ -149,7 +149,7 @@ def _rows(reading: Reading) -> list[dict[str, Any]]:
 
 
 def show(found: Study, console: Console, *, num_groups: int = 1) -> None:
-    """Prints the study: some groups of each set, the signal, the agreement and the attacks."""
+    """Prints the study: `num_groups` groups of each set, then signal, agreement, components and attacks."""
     for reading in found.readings:
         for p in range(min(num_groups, len(reading.groups.prompts))):
             console.print(group_table(reading, p))
@@ -164,7 +164,7 @@ def show(found: Study, console: Console, *, num_groups: int = 1) -> None:
 
 
 def group_table(reading: Reading, p: int) -> Table:
-    """Completions of group p with reward and advantage under each variant; equal ones once, with their number."""
+    """The completions of group p, with reward and advantage (A) under each variant; equal ones once, with a count."""
     size = reading.groups.group_size
     texts = ["\n".join(turns(c)) for c in reading.groups.arguments["completions"][p * size : (p + 1) * size]]
     first = {text: texts.index(text) for text in dict.fromkeys(texts)}
@@ -187,8 +187,8 @@ def group_table(reading: Reading, p: int) -> Table:
 
 
 def signal_table(readings: Sequence[Reading]) -> Table:
-    """What each variant has to tell, in each set of groups."""
-    table = Table(title="signal: what each reward tells of a group", title_justify="left")
+    """The signal of each variant in each set of groups."""
+    table = Table(title="signal: how well each reward tells a group's members apart", title_justify="left")
     for column in ("groups", "reward"):
         table.add_column(column, overflow="fold")
     for column in ("mean", "range", "values", "std", "std in group", "no signal", "by theory"):
@@ -205,7 +205,7 @@ def signal_table(readings: Sequence[Reading]) -> Table:
 
 
 def agreement_table(readings: Sequence[Reading]) -> Table:
-    """How alike each two variants rank the completions of a group."""
+    """The agreement of each two variants in each set of groups."""
     table = Table(title="agreement: Kendall's tau within groups, and advantages of opposite sign", title_justify="left")
     for column in ("groups", "rewards", "tau", "sign flips"):
         table.add_column(column, justify="left" if column in ("groups", "rewards") else "right")
@@ -219,7 +219,7 @@ def agreement_table(readings: Sequence[Reading]) -> Table:
 
 
 def component_table(readings: Sequence[Reading]) -> Table:
-    """Which of the experiment's rewards carries the advantages of their total."""
+    """How much of the total's advantages comes from each of the experiment's rewards."""
     table = Table(title="components: share of the variance of the total's advantages", title_justify="left")
     names = next((list(reading.components) for reading in readings if reading.components), [])
     for column in ("groups", *names):
@@ -231,7 +231,7 @@ def component_table(readings: Sequence[Reading]) -> Table:
 
 
 def attack_table(variant: str, attacks: Sequence[Attack], honest: Sequence[Honest]) -> Table:
-    """The best answer of each family, what it earns where it is wrong, and how many honest attempts earn less."""
+    """The best answer of each family, its reward where it is wrong, and the share of honest attempts that earn less."""
     table = Table(title=Text(f"attacks on {variant}"), title_justify="left")
     table.add_column("attack")
     table.add_column("answer", overflow="fold")
@@ -253,7 +253,7 @@ def attack_table(variant: str, attacks: Sequence[Attack], honest: Sequence[Hones
 
 
 def draw(found: Study, path: Path) -> Path:
-    """Draws, for each variant: its rewards, how often a group has no signal by group size, and what attacks earn."""
+    """Draws for each variant: its rewards, the groups without signal by group size, and the rewards of attacks."""
     variants = list(found.readings[0].rewards)
     colours = [BLUE, ORANGE, GREEN, PURPLE, GREY]
     with matplotlib.rc_context(STYLE):
@@ -304,8 +304,8 @@ def _draw_attacks(axes: Axes, attacks: Sequence[Attack], honest: Sequence[Honest
         axes.set_axis_off()
         return
     names = [f"{each.family}\n{visible(each.text).plain[:24]}" for each in known]
-    over = [any(source.is_beaten_by(each.value) for source in honest) for each in known]
-    axes.barh(names, [each.value for each in known], color=[ORANGE if o else GREY for o in over], height=0.6)
+    beats = [any(source.is_beaten_by(each.value) for source in honest) for each in known]
+    axes.barh(names, [each.value for each in known], color=[ORANGE if b else GREY for b in beats], height=0.6)
     for source, colour in zip(honest, (BLUE, GREEN), strict=False):
         if len(source.values):
             axes.axvline(source.mean, color=colour, linewidth=1.6, label=f"honest: {source.source}")

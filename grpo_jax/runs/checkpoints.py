@@ -1,9 +1,9 @@
-"""Orbax save and restore of everything that a step depends on.
+"""Checkpoints: saves and restores, with Orbax, everything that a training step depends on.
 
-A checkpoint is one pytree (say `{"trainable": ..., "optimizer": ..., "step": 40}`), stored flat: one array for each
-leaf, under the leaf's path. So what was saved can be compared with what is wanted leaf by leaf, and every difference
-in structure, shape or dtype is named before anything is read. Orbax writes a step into a temporary directory and
-renames it when all is on disk, which is why an interrupted save leaves the earlier checkpoints as they were.
+A checkpoint is one pytree (e.g. `{"trainable": ..., "optimizer": ..., "step": 40}`), stored flat: one array for each
+leaf, under the leaf's path. So the saved leaves can be compared with the wanted ones, and a difference in structure,
+shape or dtype is reported before anything is read. Orbax writes a step into a temporary directory and renames it when
+everything is on disk, so an interrupted save leaves the earlier checkpoints unchanged.
 """
 
 import logging
@@ -20,9 +20,9 @@ from grpo_jax.errors import RunError, UserError
 
 
 def save(directory: str | Path, step: int, state: Any, *, keep: int = 2) -> None:
-    """Saves the pytree `state` of arrays and numbers as the checkpoint of `step`; the newest `keep` remain.
+    """Saves the pytree `state` of arrays and numbers as the checkpoint of `step`. Only the newest `keep` remain.
 
-    A step that is saved already is left as it is: a run that is resumed and stopped at once has nothing new to keep.
+    If the step is saved already, nothing happens: a run that is resumed and stopped at once has nothing new to save.
     Raises `RunError` if the directory cannot be written.
     """
     leaves = {name: np.asarray(leaf) if _is_number(leaf) else leaf for name, leaf in _flatten(state).items()}
@@ -38,7 +38,7 @@ def save(directory: str | Path, step: int, state: Any, *, keep: int = 2) -> None
 
 
 def latest_step(directory: str | Path) -> int | None:
-    """Returns the newest step that is completely saved in `directory`, or None if there is none."""
+    """The newest step that is completely saved in `directory`, or None if there is none."""
     if not Path(directory).is_dir():
         return None
     with _manager(directory) as manager:
@@ -50,9 +50,9 @@ def restore(
 ) -> tuple[int, Any]:
     """Reads the checkpoint of `step` (default: the newest) into the structure of `like` and returns (step, state).
 
-    `like` is a pytree of arrays, `jax.ShapeDtypeStruct`s or numbers. A leaf that has a sharding comes back as a
-    `jax.Array` placed so, a number as a number, any other leaf as a NumPy array. `optional_leaves` names leaves that earlier
-    versions did not save: where the checkpoint lacks them, those of `like` stand.
+    `like` is a pytree of arrays, `jax.ShapeDtypeStruct`s or numbers. A leaf with a sharding is returned as a
+    `jax.Array` with that sharding, a number as a number, and any other leaf as a NumPy array. `optional_leaves` names
+    leaves that the checkpoint may lack, because earlier versions did not save them; then those of `like` are returned.
     Raises `UserError` if there is no checkpoint, if it cannot be read, or if a leaf's name, shape or dtype differs.
     """
     step = latest_step(directory) if step is None else step
@@ -69,15 +69,16 @@ def restore(
             stored = manager.restore(step, args=ocp.args.PyTreeRestore(restore_args=arguments))
         except UserError:
             raise
-        except Exception as error:  # whatever Orbax and TensorStore raise for files that are not theirs or not whole
-            others = [other for other in manager.all_steps() if other < step]
-            remedy = f" (remove its folder to go back to step {max(others)})" if others else ""
+        except Exception as error:  # Orbax and TensorStore raise many types for foreign and for incomplete files
+            earlier = [other for other in manager.all_steps() if other < step]
+            remedy = f" (remove its folder to go back to step {max(earlier)})" if earlier else ""
             raise UserError(f"{place} cannot be read: it is damaged or was not written by grpo_jax{remedy}.") from error
     restored = [_like(leaf, stored.get(name)) if name in wanted else leaf for name, leaf in leaves.items()]
     return step, jax.tree.unflatten(jax.tree.structure(like), restored)
 
 
 def _flatten(tree: Any) -> dict[str, Any]:
+    """The leaves of a pytree by their path, e.g. `trainable/norm/0`."""
     leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
     return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
 
@@ -92,7 +93,7 @@ def _shape_and_dtype(leaf: Any) -> tuple[tuple[int, ...], np.dtype]:
 
 
 def _compare(place: str, wanted: Mapping[str, Any], found: Mapping[str, Any]) -> None:
-    """Raises `UserError` for the first leaf that differs between what is wanted and what the checkpoint holds."""
+    """Raises `UserError` for the first leaf that differs between the wanted state and the checkpoint."""
     for name, leaf in wanted.items():
         shape, dtype = _shape_and_dtype(leaf)
         if name not in found:
@@ -104,9 +105,9 @@ def _compare(place: str, wanted: Mapping[str, Any], found: Mapping[str, Any]) ->
             raise UserError(f"{place} holds {name!r} with shape {list(other_shape)}, where {list(shape)} is wanted.")
         if dtype != other_dtype:
             raise UserError(f"{place} holds {name!r} as {other_dtype}, where {dtype} is wanted.")
-    strangers = sorted(set(found) - set(wanted))
-    if strangers:
-        raise UserError(f"{place} holds {strangers[0]!r}, which this policy and optimizer do not have.")
+    unknown = sorted(set(found) - set(wanted))
+    if unknown:
+        raise UserError(f"{place} holds {unknown[0]!r}, which this policy and optimizer do not have.")
 
 
 def _restore_arguments(leaf: Any) -> ocp.RestoreArgs:
@@ -115,7 +116,8 @@ def _restore_arguments(leaf: Any) -> ocp.RestoreArgs:
 
 
 def _like(leaf: Any, value: Any) -> Any:
-    if value is None:  # without elements, so not stored
+    """A restored value as the type of `leaf`."""
+    if value is None:  # an array without elements is not stored
         return np.zeros(leaf.shape, leaf.dtype)
     return type(leaf)(value.item()) if _is_number(leaf) else value
 
@@ -128,11 +130,11 @@ def _first_line(error: Exception) -> str:
 def _manager(
     directory: str | Path, *, keep: int | None = None, create: bool = False
 ) -> Iterator[ocp.CheckpointManager]:
-    """Opens `directory` with Orbax, whose narration of every step (through absl) is silenced meanwhile."""
+    """Opens `directory` with Orbax. Its log messages (through absl) are switched off meanwhile."""
     logger = logging.getLogger("absl")
     level = logger.level
     logger.setLevel(logging.CRITICAL)
-    # Saving waits until all is on disk: what follows a save (the next step, the end of the process) may rely on it.
+    # Not asynchronous: when `save` returns, everything is on disk.
     options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=create, enable_async_checkpointing=False)
     try:
         handler = ocp.PyTreeCheckpointHandler()

@@ -1,6 +1,6 @@
-"""What a run shows: live progress, and tables.
+"""What a run prints: its live progress, and tables of groups and evaluations.
 
-Everything that a model says is hostile here: it is shown with its control characters spelled out, never as markup.
+The text of a model may be hostile: it is printed with its control characters escaped, never as markup.
 """
 
 import math
@@ -17,10 +17,18 @@ from rich.text import Text
 
 
 class Display:
-    """Live progress: a bar, and above it the latest group, on a terminal; a plain line now and then elsewhere.
+    """The live progress of a run.
 
-    It appears with the first step and ends with the last, so that a run nested in another one (a warm start, a control)
-    can have its own.
+    On a terminal it is a bar with the latest group above it; elsewhere it is a plain line every `every` seconds. It
+    starts with the first step and ends with the last, so that a run inside another one (a warm start, a control) can
+    have its own.
+
+    Args:
+      total: the number of steps.
+      token_budget: the number of tokens that ends the run; None if the steps do.
+      title: the name of a run inside another one.
+      quiet: print nothing.
+      clock: returns the time in seconds.
     """
 
     def __init__(
@@ -39,7 +47,7 @@ class Display:
         self._every, self._clock = every, clock
         self._rewards: list[float] = []
         self._success: float | None = None
-        self._began, self._spoke = clock(), -math.inf
+        self._started, self._last_line = clock(), -math.inf
         self._live: Live | None = None
         self._progress = Progress(
             TextColumn("[bold]{task.description}"),
@@ -54,27 +62,27 @@ class Display:
         self._task = self._progress.add_task(title or "training", total=token_budget or total, figures="")
 
     def update(self, step: int, metrics: Mapping[str, Any], group: Sequence[Mapping[str, Any]] = ()) -> None:
-        """Shows that step `step` (counted from 0) is done."""
+        """Shows that step `step` (counted from 0) is done, with its metrics and one of its groups."""
         if self.quiet:
             return
         self._rewards.append(float(metrics.get("reward", math.nan)))
-        # Where a budget of tokens ends the run, progress is a share of that.
+        # With a token budget, progress is counted in tokens.
         done = step + 1 if self.token_budget is None else int(metrics["num_sampled_tokens"])
         over = step + 1 >= self.total or done >= (self.token_budget or self.total)
         if self.console.is_interactive:
             self._draw(done, self._figures(metrics), group)
             if over:
                 self.close()
-        elif over or self._clock() - self._spoke >= self._every:
-            self._spoke = self._clock()
-            name, seconds = self.title or "training", self._spoke - self._began
+        elif over or self._clock() - self._last_line >= self._every:
+            self._last_line = self._clock()
+            name, seconds = self.title or "training", self._last_line - self._started
             place = f"{step + 1}/{self.total}"
             if self.token_budget is not None:
                 place = f"{step + 1} ({done:,} of {self.token_budget:,} tokens)"
-            self._say(f"{name} step {place}  {self._figures(metrics)}  {seconds:.0f} s")
+            self._print(f"{name} step {place}  {self._figures(metrics)}  {seconds:.0f} s")
 
     def evaluation(self, step: int, evaluation: Any) -> None:
-        """Shows an evaluation made after `step` updates."""
+        """Prints an evaluation of the policy after `step` updates."""
         self._success = evaluation.success
         interval = f"[{100 * evaluation.success_low:.1f}, {100 * evaluation.success_high:.1f}]"
         split = evaluation.split.replace("_", "-")
@@ -83,7 +91,7 @@ class Display:
     def note(self, message: str) -> None:
         """Prints one line (above the bar, where there is one)."""
         if not self.quiet:
-            self._say(f"{self.title}: {message}" if self.title else message)
+            self._print(f"{self.title}: {message}" if self.title else message)
 
     def close(self) -> None:
         """Leaves the last state on the screen and stops redrawing it."""
@@ -98,7 +106,7 @@ class Display:
         self._progress.update(self._task, completed=done, figures=figures)
         self._live.update(Group(group_table({"": group}), self._progress) if group else self._progress)
 
-    def _say(self, line: str) -> None:
+    def _print(self, line: str) -> None:
         self.console.print(visible(line), soft_wrap=True)
 
     def _figures(self, metrics: Mapping[str, Any]) -> str:
@@ -118,18 +126,18 @@ class Display:
 
 
 def visible(text: str) -> Text:
-    """Returns hostile text for a terminal: no markup, newlines as ⏎, control and invisible characters spelled out."""
+    """A model's text, safe for a terminal: no markup, newlines as ⏎, control and invisible characters escaped."""
     escaped = (c if c.isprintable() else "⏎" if c == "\n" else c.encode("unicode_escape").decode() for c in text)
     return Text("".join(escaped))
 
 
 def group_table(groups: Mapping[str, Sequence[Mapping[str, Any]]], *, limit: int = 8) -> Table:
-    """Returns completions of one prompt with their rewards and advantages, e.g. `{"before": rows, "after": rows}`.
+    """A table of completions of one prompt with rewards and advantages, e.g. of `{"before": rows, "after": rows}`.
 
-    Rows are those of completions.jsonl; of a larger group only `limit` rows are shown.
+    Rows are those of completions.jsonl. Of each group at most `limit` rows are shown.
     """
     first = next((rows[0] for rows in groups.values() if rows), {"prompt": ""})
-    prompt = visible(_last(first["prompt"]))
+    prompt = visible(_prompt_text(first["prompt"]))
     prompt.truncate(160, overflow="ellipsis")
     table = Table(title=Text.assemble("prompt: ", prompt) if prompt else None, title_justify="left")
     named = any(groups)
@@ -141,7 +149,8 @@ def group_table(groups: Mapping[str, Sequence[Mapping[str, Any]]], *, limit: int
     for name, rows in groups.items():
         for index, row in enumerate(rows[:limit]):
             label = [name if index == 0 else ""] if named else []
-            table.add_row(*label, visible(_all(row["completion"])), _number(row["reward"]), _signed(row["advantage"]))
+            text = visible(_completion_text(row["completion"]))
+            table.add_row(*label, text, _number(row["reward"]), _signed(row["advantage"]))
         if len(rows) > limit:
             table.add_row(*[""] * named, Text(f"and {len(rows) - limit} more", style="dim"), "", "")
         table.add_section()
@@ -149,7 +158,7 @@ def group_table(groups: Mapping[str, Sequence[Mapping[str, Any]]], *, limit: int
 
 
 def summary_table(evaluations: Mapping[str, Any]) -> Table:
-    """Returns the held-out success of several policies with 95 % intervals; a policy that is None is left out."""
+    """A table of the success of several policies with 95 % intervals; policies that are None are left out."""
     known = {name: evaluation for name, evaluation in evaluations.items() if evaluation is not None}
     first = next(iter(known.values()))
     how = "greedy" if first.temperature == 0 else f"temperature {first.temperature:g}"
@@ -167,14 +176,15 @@ def summary_table(evaluations: Mapping[str, Any]) -> Table:
 
 
 def markdown_table(group: Sequence[Mapping[str, Any]]) -> str:
-    """Returns a group of completions as a Markdown table whose cells hold no Markdown and no HTML of the model's."""
+    """A group of completions as a Markdown table. Markdown and HTML in the model's text are escaped."""
 
     def cell(text: str) -> str:
         return "".join(c if c.isalnum() or c == " " else f"&#{ord(c)};" for c in visible(text).plain)
 
-    lines = [cell(_last(group[0]["prompt"])), "", "| completion | reward | advantage |", "|---|---|---|"]
+    lines = [cell(_prompt_text(group[0]["prompt"])), "", "| completion | reward | advantage |", "|---|---|---|"]
     for row in group:
-        lines.append(f"| {cell(_all(row['completion']))} | {_number(row['reward'])} | {_signed(row['advantage'])} |")
+        text = cell(_completion_text(row["completion"]))
+        lines.append(f"| {text} | {_number(row['reward'])} | {_signed(row['advantage'])} |")
     return "\n".join(lines)
 
 
@@ -188,9 +198,11 @@ def _signed(value: float | None) -> Text:
     return Text(f"{value:+.2f}", style="green" if value > 0 else "red" if value < 0 else "dim")
 
 
-def _last(prompt: str | Sequence[Mapping[str, str]]) -> str:
+def _prompt_text(prompt: str | Sequence[Mapping[str, str]]) -> str:
+    """The text of a prompt; of a chat, its last message."""
     return prompt if isinstance(prompt, str) else prompt[-1]["content"]
 
 
-def _all(completion: str | Sequence[Mapping[str, str]]) -> str:
+def _completion_text(completion: str | Sequence[Mapping[str, str]]) -> str:
+    """The text of a completion; of several messages, all of them."""
     return completion if isinstance(completion, str) else "\n".join(message["content"] for message in completion)

@@ -1,4 +1,4 @@
-"""Files of a run directory: written whole or not at all, and read back with a torn last line left out."""
+"""Reading and writing the JSON files of a run directory; a file is written completely or not at all."""
 
 import json
 import math
@@ -12,7 +12,7 @@ from grpo_jax.errors import RunError, UserError
 
 
 def jsonable(value: Any) -> Any:
-    """Returns `value` as JSON-able data: arrays as lists, numbers that are not finite as None, the unknown as text."""
+    """`value` as JSON-able data: arrays as lists, numbers that are not finite as None, unknown types as text."""
     if value is None or isinstance(value, (bool, int, str)):
         return value
     if isinstance(value, float):
@@ -27,7 +27,10 @@ def jsonable(value: Any) -> Any:
 
 
 def read_rows(path: Path) -> Iterator[dict[str, Any]]:
-    """Yields the rows of a .jsonl file, none if there is no file, and without a last line that a crash has cut off."""
+    """Yields the rows of a .jsonl file; none if there is no file. A last line that a crash has cut off is left out.
+
+    Raises `UserError` for any other line that is not JSON.
+    """
     if not path.is_file():
         return
     with path.open(encoding="utf-8", errors="replace") as file:
@@ -41,7 +44,7 @@ def read_rows(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def append_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Appends rows to a .jsonl file, all or none: what does not fit on the disk whole is taken back."""
+    """Appends rows to a .jsonl file, all or none: if the disk is full, the file is cut to its length before."""
     data = "".join(map(json_line, rows)).encode()
     with writing(path), path.open("ab", buffering=0) as file:
         start = file.tell()
@@ -55,12 +58,12 @@ def append_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Writes `value` as JSON, whole or not at all."""
+    """Writes `value` as JSON, completely or not at all."""
     write_text(path, json.dumps(jsonable(value), indent=2, ensure_ascii=False) + "\n")
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replaces `path` by `text` in one step; if that fails, what was there stays and a `RunError` says why."""
+    """Replaces the content of `path` in one step. If that fails, the old content stays and `RunError` is raised."""
     part = path.with_name(f".{path.name}.part")
     with writing(path):
         try:
@@ -76,7 +79,7 @@ def write_text(path: Path, text: str) -> None:
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Turns what the operating system says while `path` is written into a `RunError` of one sentence."""
+    """Turns an error of the operating system while `path` is written into a `RunError` of one sentence."""
     try:
         yield
     except OSError as error:
@@ -84,5 +87,5 @@ def writing(path: Path) -> Iterator[None]:
 
 
 def json_line(row: Mapping[str, Any]) -> str:
-    """Returns one line of a .jsonl file."""
+    """One line of a .jsonl file."""
     return json.dumps(jsonable(row)) + "\n"

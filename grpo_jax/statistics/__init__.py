@@ -1,4 +1,4 @@
-"""Intervals, paired tests, and the tables of an ablation."""
+"""Confidence intervals and paired tests (intervals.py), and the tables of an ablation (tables.py)."""
 
 from grpo_jax.statistics.intervals import (
     CONFIDENCE,

@@ -1,7 +1,8 @@
-"""The table of an ablation, from its run directories alone, with all that is needed to make it again.
+"""The table of an ablation, as Markdown, CSV or LaTeX, from the files in its run directories.
 
-The same directories give the same table, byte for byte. What is missing or failed is named below it, and runs are not
-mixed silently: arms are only comparable if the same code trained them and the same questions were asked of them.
+The same directories give the same table, byte for byte. Below it stand the command that makes it again, and the runs
+that are missing or failed. Arms are comparable only if the same code trained them and they were evaluated on the same
+questions, so other runs are refused unless the caller allows them.
 """
 
 import csv
@@ -27,8 +28,9 @@ Layout = Literal["md", "csv", "latex"]
 class Row:
     """An arm: how many seeds are finished, their mean and interquartile mean, and the difference to the baseline.
 
-    `difference` and `better`, the chance that a run of this arm beats one of the baseline, are None for the baseline
-    and where there is no pair; `tokens` is the mean number of tokens that a run sampled in training.
+    `better` is the probability that a run of this arm beats a run of the baseline. It and `difference` are None for the
+    baseline, and if the two arms have no seed in common. `tokens` is the mean number of tokens that a run sampled in
+    training. Everything is None if no seed is finished.
     """
 
     arm: str
@@ -42,7 +44,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Table:
-    """Rows in the order of the arms, `notes` on what made them (name, text), and what is `missing`, one line each."""
+    """Rows in the order of the arms, `notes` (name, text) on how they were made, and one line for each missing run."""
 
     metric: str
     baseline: str
@@ -53,7 +55,7 @@ class Table:
 
 @dataclass(frozen=True)
 class _Finished:
-    """What a finished run left behind: its metric, how many tokens it sampled, and where it came from."""
+    """What the table needs of a finished run: its metric, the tokens it sampled, its commit and its device."""
 
     value: float
     tokens: float
@@ -64,9 +66,16 @@ class _Finished:
 def collect(ablation: Ablation, directory: Path, *, command: str, allow_mixed: bool = False) -> Table:
     """Reads every run of an ablation and compares its arms with the baseline, seed by seed.
 
+    The value of a run is the last value of the ablation's metric.
+
+    Args:
+      directory: where the runs' directories are.
+      command: the command that makes the runs, for the notes and for an error message.
+      allow_mixed: also compare runs of different commits, or arms that are evaluated on different examples.
+
     Raises:
-      UserError: if no run is finished or none has the metric; and, unless `allow_mixed`, if runs differ in their
-        commit, or arms in the held-out examples that they are evaluated on.
+      UserError: if no run is finished, if a finished run lacks the metric or was trained on other data than the
+        ablation's file now describes, or if runs are mixed and `allow_mixed` is false.
     """
     planned = ablation.runs()
     finished: dict[str, _Finished] = {}
@@ -105,6 +114,7 @@ def render(table: Table, layout: Layout) -> str:
 
 
 def _row(arm: str, runs: Mapping[int, _Finished], baseline: Mapping[int, _Finished], baseline_arm: str) -> Row:
+    """The row of an arm, from its finished runs and the baseline's by seed."""
     if not runs:
         return Row(arm, 0, None, None, None, None, None)
     values = [run.value for run in runs.values()]
@@ -122,6 +132,7 @@ def _row(arm: str, runs: Mapping[int, _Finished], baseline: Mapping[int, _Finish
 
 
 def _status(run_dir: Path) -> str:
+    """The status in a run's run.json, for a failed run with its error."""
     try:
         info = json.loads((run_dir / "run.json").read_text())
     except (OSError, ValueError):
@@ -130,6 +141,7 @@ def _status(run_dir: Path) -> str:
 
 
 def _read(run_dir: Path, run: PlannedRun, metric: str) -> _Finished:
+    """A finished run. Raises `UserError` if its data differ from the ablation's, or if it lacks the metric."""
     info = json.loads((run_dir / "run.json").read_text())
     if json.loads((run_dir / "config.json").read_text())["task"] != json.loads(json.dumps(to_dict(run.config.task))):
         raise UserError(f"{str(run_dir)!r} was trained on other data than its ablation's file now describes.")
@@ -139,9 +151,11 @@ def _read(run_dir: Path, run: PlannedRun, metric: str) -> _Finished:
         known = sorted({name for row in rows for name in row} - {"step"})
         raise UserError(f"{str(run_dir)!r} has no metric {metric!r}; it has {', '.join(known)}.")
     tokens = [row["num_sampled_tokens"] for row in rows if "num_sampled_tokens" in row]
-    # Runs of earlier versions did not count their tokens.
     return _Finished(
-        float(values[-1]), float(tokens[-1]) if tokens else math.nan, _commit(info["git"]), info["device"]["kind"]
+        value=float(values[-1]),
+        tokens=float(tokens[-1]) if tokens else math.nan,  # runs of earlier versions did not count their tokens
+        commit=_commit(info["git"]),
+        device=info["device"]["kind"],
     )
 
 
@@ -152,12 +166,13 @@ def _commit(git: Mapping[str, Any] | None) -> str:
 
 
 def _require_one(found: Sequence[tuple[PlannedRun, str]], what: str) -> None:
+    """Raises `UserError` unless all runs have the same value."""
     (first, expected), *others = found
     for run, value in others:
         if value != expected:
             raise UserError(
                 f"the {what} of {run.arms[0]} seed {run.seed} is {value}, that of {first.arms[0]} seed {first.seed} "
-                f"{expected}: such runs are compared only with --allow-mixed."
+                f"{expected}: they are compared only with --allow-mixed."
             )
 
 

@@ -1,9 +1,10 @@
-"""The page: whole in itself, true to the run's files, and safe from what a model said."""
+"""The page: it loads nothing, agrees with the run's files, and is safe from hostile completions."""
 
 import base64
 import hashlib
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -77,7 +78,7 @@ def data_of(html: str) -> dict:
     return json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', html, re.DOTALL)[1])
 
 
-def test_what_a_model_said_is_text_and_nothing_else(tmp_path):
+def test_completions_are_text_and_never_markup(tmp_path):
     html = report(make_run(tmp_path / "run", text=HOSTILE)).read_text()
     assert html.count("<script") == html.count("</script>") == 2 and "<img" not in html
     said = data_of(html)["completions"]["rows"][0][3]
@@ -114,7 +115,7 @@ def test_a_run_shows_its_evaluations_curves_completions_and_config(tmp_path):
     assert not any(row[0] == "group_size" for row in page["difference"]["rows"])
 
 
-def test_a_run_that_failed_or_has_only_begun_has_a_page_too(tmp_path):
+def test_a_run_that_failed_or_has_just_started_has_a_page_too(tmp_path):
     run = make_run(tmp_path / "run", status="failed")
     for name in ("metrics.jsonl", "completions.jsonl", "summary.json"):
         (run / name).unlink()
@@ -136,6 +137,14 @@ def test_an_ablation_compares_its_arms_by_seed_and_names_what_is_missing(tmp_pat
     assert chart["title"] == "evaluation/success" and [s["name"] for s in chart["series"]] == ["new", "old"]
     assert min(chart["series"][0]["low"]) >= 0 and max(chart["series"][0]["high"]) <= 1
     assert "old, seed 0" in page["data"]["completions"]["runs"]
+
+
+def test_the_page_pairs_runs_of_the_same_seed(tmp_path):
+    """Without new's seed 0 the pairs are .72 - .5 and .66 - .45, whose mean is .215; by their order it would be .24."""
+    directory = make_sweep(tmp_path / "sweep")
+    shutil.rmtree(directory / "new0")
+    new, _ = ablation_page(directory, read_sweep(directory))["scores"][0]["rows"]
+    assert new["cells"][0] == "2" and new["cells"][3].startswith("+0.215 [")
 
 
 def test_a_long_run_is_thinned_by_steps_with_the_first_and_the_last():

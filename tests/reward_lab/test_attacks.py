@@ -1,4 +1,4 @@
-"""Attacks: what is tried, what it is worth, and that the rewards known to be exploitable are found out."""
+"""Attacks: which answers are tried, what they earn, and that rewards known to be exploitable are exposed."""
 
 import math
 import random
@@ -9,7 +9,17 @@ import pytest
 from grpo_jax.experiment import Experiment
 from grpo_jax.policy.tokenizer import CharacterTokenizer
 from grpo_jax.reward_lab import attacks
-from grpo_jax.reward_lab.attacks import Honest, Target, attack, families, neighbours, search, template, wrong_value
+from grpo_jax.reward_lab.attacks import (
+    AttackConfig,
+    Honest,
+    Target,
+    attack,
+    families,
+    neighbours,
+    search,
+    template,
+    wrong_value,
+)
 from grpo_jax.rewards.wordle import binary, partial_credit, partial_credit_strict
 from grpo_jax.tasks import Task
 from grpo_jax.tasks.wordle import single_guess, six_turns
@@ -24,10 +34,8 @@ def target(task: Task, tokenizer=LETTERS, **rewards) -> Target:
 
 def found(aim: Target, *, budget: int = 1500, completions=("CRANE", "OASIS")) -> dict[str, dict[str, attacks.Attack]]:
     task = aim.task
-    result = attack(
-        aim, list(aim.experiment.rewards), search_on=task.train[:4], judge_on=task.held_out[:4],
-        demonstrations=WORDS, completions=list(completions), max_tokens=6, budget=budget,
-    )  # fmt: skip
+    config = AttackConfig(task.train[:4], task.held_out[:4], WORDS, list(completions), max_tokens=6, budget=budget)
+    result = attack(aim, list(aim.experiment.rewards), config)
     return {name: {each.family: each for each in tried} for name, tried in result.items()}
 
 
@@ -42,7 +50,7 @@ def test_the_articles_partial_credit_pays_repeated_letters_and_a_non_word_more_t
     assert tried["strict"]["best constant found"].value == pytest.approx(0.8)
     assert tried["partial_credit"]["best constant found"].success == 0
 
-    honest = [Honest("demonstrations", aim.earn(WORDS, aim.task.train)[0]["partial_credit"][:, 0])]
+    honest = [Honest("demonstrations", aim.score(WORDS, aim.task.train)[0]["partial_credit"][:, 0])]
     sentence = attacks.warning("partial_credit", list(tried["partial_credit"].values()), honest)
     assert "0.900 for '" in sentence and "(repeated letter)" in sentence
     assert attacks.warning("binary", list(tried["binary"].values()), [Honest("demonstrations", np.zeros(9))]) is None
@@ -50,12 +58,12 @@ def test_the_articles_partial_credit_pays_repeated_letters_and_a_non_word_more_t
 
 def test_an_answer_that_is_always_right_is_no_exploit():
     aim = target(single_guess("POUND"), binary=binary)
-    rewards, success = aim.earn(["POUND", "CRANE"], aim.task.train)
+    rewards, success = aim.score(["POUND", "CRANE"], aim.task.train)
     assert math.isnan(wrong_value(rewards["binary"], success)[0])
     assert wrong_value(rewards["binary"], success)[1] == 0
 
 
-def test_where_it_is_wrong_by_hand():
+def test_the_value_of_an_attack_by_hand():
     rewards = np.array([[1.0, 0.5, 0.1], [math.nan, 1.0, 0.3]])
     success = np.array([[True, False, False], [False, True, False]])
     np.testing.assert_allclose(wrong_value(rewards, success), [0.3, 0.3])
@@ -65,21 +73,21 @@ def test_an_answer_is_given_in_every_turn_of_a_game():
     aim = target(six_turns(4, 4), binary=binary)
     seen = []
     aim.experiment.rewards["spy"] = lambda *, completions, **_: [seen.append(c) or 0.0 for c in completions]
-    aim.earn(["CRANE"], [example for example in aim.task.train if example["secret"] != "CRANE"][:1])
+    aim.score(["CRANE"], [example for example in aim.task.train if example["secret"] != "CRANE"][:1])
     said = [message["content"] for message in seen[0] if message["role"] == "assistant"]
     assert said == ["CRANE"] * 6
 
 
-def test_what_the_policy_cannot_say_is_no_attack_and_a_reward_that_fails_on_one_does_not_end_the_study():
+def test_what_the_policy_cannot_sample_is_no_attack_and_a_reward_that_fails_does_not_end_the_study():
     def touchy(*, completions, **_):
         if any(not c for c in completions):
             raise ValueError("nothing was said")
         return [1.0] * len(completions)
 
     aim = target(single_guess("POUND"), touchy=touchy)
-    rewards, _ = aim.earn(["pound", "CRANE"], aim.task.train)
+    rewards, _ = aim.score(["pound", "CRANE"], aim.task.train)
     assert math.isnan(rewards["touchy"][0, 0]) and rewards["touchy"][1, 0] == 1
-    assert math.isnan(aim.earn([""], aim.task.train)[0]["touchy"][0, 0])
+    assert math.isnan(aim.score([""], aim.task.train)[0]["touchy"][0, 0])
 
 
 def test_an_answer_is_chosen_on_some_examples_and_judged_on_others():
@@ -90,10 +98,8 @@ def test_an_answer_is_chosen_on_some_examples_and_judged_on_others():
         return [False] * len(completions)
 
     task = Task("luck", [{"prompt": "A", "number": 0}], [{"prompt": "B", "number": 1}], success=never)
-    tried = attack(
-        target(task, lucky=lucky), ["lucky"], search_on=task.train, judge_on=task.held_out,
-        demonstrations=["AA", "AB"], completions=[], max_tokens=3, budget=100,
-    )  # fmt: skip
+    config = AttackConfig(task.train, task.held_out, ["AA", "AB"], [], max_tokens=3, budget=100)
+    tried = attack(target(task, lucky=lucky), ["lucky"], config)
     assert {each.family: each.value for each in tried["lucky"]}["best constant found"] == 0
 
 
@@ -111,11 +117,11 @@ def test_hill_climbing_finds_a_hidden_word_within_its_budget():
     assert len(asked) == 40
 
 
-def test_a_search_in_which_nothing_counts_finds_nothing():
+def test_a_search_in_which_every_value_is_nan_finds_nothing():
     assert search(lambda texts: np.full(len(texts), math.nan), ["A"], "AB", 20, random.Random(0)) is None
 
 
-def test_neighbours_differ_in_one_character_or_lack_one():
+def test_neighbours_differ_in_one_character_or_have_one_less():
     assert sorted(neighbours("AB", "AB")) == sorted(["BB", "AA", "B", "A"])
 
 

@@ -17,19 +17,19 @@ from grpo_jax.tasks import Task
 TOKENIZER = CharacterTokenizer("abc")
 
 
-def spoken(*, completions, **_) -> list[float]:
+def length(*, completions, **_) -> list[float]:
     return [float(len(c)) for c in completions]
 
 
 def make_task(prompts: list[str]) -> Task:
     examples = [{"prompt": prompt, "number": i} for i, prompt in enumerate(prompts)]
-    return Task("talk", examples, examples[:1], success=lambda *, completions, **_: [False] * len(completions))
+    return Task("toy", examples, examples[:1], success=lambda *, completions, **_: [False] * len(completions))
 
 
 def make_experiment(prompts: list[str]) -> Experiment:
     return Experiment(
         task=make_task(prompts),
-        rewards={"spoken": spoken},
+        rewards={"length": length},
         policy=PolicyConfig(scratch=ScratchConfig("abc", hidden_size=8, num_layers=1, num_heads=1)),
         steps=1,
         prompts_per_step=2,
@@ -93,7 +93,7 @@ def test_steps_are_groups_of_their_own(tmp_path):
         ([{"prompt": "a", "completion": "a"}], "groups of 1 to 1 completions"),
         ([{"prompt": p, "completion": "a"} for p in "aabbb"], "groups of 2 to 3 completions"),
         ([{"prompt": "a"}], "x.jsonl:1 lacks a prompt or a completion"),
-        ([{"prompt": "z", "completion": "a"}], "x.jsonl:1: the prompt is that of no examples of talk"),
+        ([{"prompt": "z", "completion": "a"}], "x.jsonl:1: the prompt is that of no examples of toy"),
         ([{"prompt": "c", "completion": "a"}], "x.jsonl:1: the prompt is that of 2 examples"),
     ],
 )

@@ -1,4 +1,4 @@
-"""What rewards tell of groups: every figure against numbers worked by hand."""
+"""Readings: every statistic against numbers worked by hand."""
 
 import itertools
 import math
@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from grpo_jax.experiment import AdvantageConfig, Experiment, RewardConfig
 from grpo_jax.reward_lab.groups import Groups
-from grpo_jax.reward_lab.readings import agreement, component_shares, dead_share, read, signal
+from grpo_jax.reward_lab.readings import agreement, component_shares, no_signal_share, read, signal
 from grpo_jax.tasks import Task
 
 TASK = Task("toy", [{"prompt": "p"}], [{"prompt": "p"}], success=lambda *, completions, **_: [False] * len(completions))
@@ -40,21 +40,21 @@ def make_groups(*groups: list[str]) -> Groups:
     return Groups("by hand", arguments, len(groups[0]), [0] * len(groups))
 
 
-def test_the_share_of_dead_groups_is_p_to_the_g_plus_its_complement():
-    assert dead_share(np.array([1, 0, 0, 0]), 3) == pytest.approx(0.25**3 + 0.75**3)
-    assert dead_share(np.ones(5), 8) == 1
-    assert dead_share(np.array([0.0, 0.1, 0.2]), 2) == pytest.approx(3 * (1 / 3) ** 2)
+def test_the_share_of_groups_without_signal_is_p_to_the_g_plus_its_complement():
+    assert no_signal_share(np.array([1, 0, 0, 0]), 3) == pytest.approx(0.25**3 + 0.75**3)
+    assert no_signal_share(np.ones(5), 8) == 1
+    assert no_signal_share(np.array([0.0, 0.1, 0.2]), 2) == pytest.approx(3 * (1 / 3) ** 2)
 
 
 @given(st.lists(st.integers(0, 2), min_size=1, max_size=5), st.integers(2, 4))
-def test_the_share_of_dead_groups_is_that_of_all_groups_that_could_be_drawn(values, size):
+def test_the_share_of_groups_without_signal_is_that_of_all_groups_that_could_be_drawn(values, size):
     drawn = list(itertools.product(values, repeat=size))
-    dead = sum(len(set(group)) == 1 for group in drawn) / len(drawn)
-    assert dead_share(np.array(values, float), size) == pytest.approx(dead)
+    expected = sum(len(set(group)) == 1 for group in drawn) / len(drawn)
+    assert no_signal_share(np.array(values, float), size) == pytest.approx(expected)
 
 
 def test_signal_by_hand():
-    # Two groups of one prompt; of its values, 3/4 are 0 and 1/4 are 1. The second group is dead.
+    # Two groups of one prompt; of its values, 3/4 are 0 and 1/4 are 1. The second group has no signal.
     found = signal(np.array([[0.0, 1.0], [0.0, 0.0]]), [7, 7])
     assert (found.mean, found.low, found.high, found.num_values) == (0.25, 0, 1, 2)
     assert found.group_std == pytest.approx((0.5 + 0) / 2)
@@ -64,7 +64,7 @@ def test_signal_by_hand():
 
 
 def test_theory_keeps_prompts_apart():
-    # A prompt that is always solved and one that never is: every group is dead, though half of all rewards are 1.
+    # A prompt that is always solved and one that never is: no group has a signal, though half of all rewards are 1.
     found = signal(np.array([[1.0, 1.0], [0.0, 0.0]]), [0, 1])
     assert found.no_signal == found.predicted == 1
 

@@ -72,7 +72,7 @@ def test_a_total_that_is_standardised_in_its_group_is_not_attacked():
     assert set(found.attacks) == {"credit", "exact"}
 
 
-def test_what_a_model_said_is_shown_with_its_control_characters_spelled_out():
+def test_completions_are_printed_with_control_characters_escaped():
     found = reward_study.study([make_groups(HOSTILE, "POUND")], make_experiment(), TOKENIZER, {}, budget=0)
     assert "[bold]\\x1b[31m" in shown(found) and "\x1b[31m" not in shown(found)
 

@@ -1,4 +1,4 @@
-"""What is saved comes back as it was, and what cannot come back is said in one sentence."""
+"""Checkpoints: a saved state is restored exactly, and a state that cannot be restored is one clear sentence."""
 
 import os
 import subprocess
@@ -11,8 +11,8 @@ import optax
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from grpo_jax.runs import checkpoints
 from grpo_jax.errors import RunError, UserError
+from grpo_jax.runs import checkpoints
 
 
 def make_state(scale: float = 1.0, width: int = 4) -> dict:
@@ -46,12 +46,12 @@ def test_shapes_alone_are_enough_to_restore(tmp_path):
     assert_same(checkpoints.restore(tmp_path, like)[1], state)
 
 
-def test_what_earlier_versions_did_not_save_is_that_of_the_caller(tmp_path):
+def test_a_leaf_that_earlier_versions_did_not_save_keeps_the_callers_value(tmp_path):
     checkpoints.save(tmp_path, 1, make_state())
     wanted = {**make_state(), "tokens": 5}
-    assert checkpoints.restore(tmp_path, wanted, later=("tokens",))[1]["tokens"] == 5
+    assert checkpoints.restore(tmp_path, wanted, optional_leaves=("tokens",))[1]["tokens"] == 5
     checkpoints.save(tmp_path, 2, {**make_state(), "tokens": 8})
-    assert checkpoints.restore(tmp_path, wanted, later=("tokens",))[1]["tokens"] == 8
+    assert checkpoints.restore(tmp_path, wanted, optional_leaves=("tokens",))[1]["tokens"] == 8
 
 
 def test_the_newest_two_remain_and_the_newest_is_restored(tmp_path):
@@ -63,7 +63,7 @@ def test_the_newest_two_remain_and_the_newest_is_restored(tmp_path):
     assert checkpoints.restore(tmp_path, make_state(), step=20)[0] == 20
 
 
-def test_a_saved_step_is_left_as_it_is(tmp_path):
+def test_a_step_that_is_saved_already_is_not_saved_again(tmp_path):
     checkpoints.save(tmp_path, 3, make_state(1.0))
     checkpoints.save(tmp_path, 3, make_state(2.0))
     assert_same(checkpoints.restore(tmp_path, make_state())[1], make_state(1.0))
@@ -108,7 +108,7 @@ def test_a_state_that_differs_is_named_leaf_by_leaf(tmp_path, like, says):
 
 
 @pytest.mark.parametrize("harm", ["truncated", "foreign"])
-def test_a_damaged_checkpoint_is_refused_and_the_one_before_it_is_pointed_at(tmp_path, harm):
+def test_a_damaged_checkpoint_is_refused_and_the_one_before_it_is_named(tmp_path, harm):
     for step in (1, 2):
         checkpoints.save(tmp_path, step, {"w": jnp.arange(1000.0)})
     if harm == "foreign":
@@ -151,7 +151,7 @@ def test_a_place_that_cannot_be_written_is_one_sentence(tmp_path):
         checkpoints.save(tmp_path / "file", 4, {"w": np.zeros(3)})
 
 
-def test_orbax_says_nothing(tmp_path, capfd, caplog):
+def test_orbax_prints_nothing(tmp_path, capfd, caplog):
     checkpoints.save(tmp_path, 1, make_state())
     checkpoints.restore(tmp_path, make_state())
     assert caplog.records == []

@@ -12,17 +12,12 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from rich.console import Console
 from tensorboardX.proto.event_pb2 import Event
 
-from grpo_jax.runs import log as logs
 from grpo_jax.errors import RunError, UserError
 from grpo_jax.experiment import Experiment
-from grpo_jax.runs.display import Display
 from grpo_jax.runs.log import RunLog, display_of
-from grpo_jax.runs import display, files
 
 HOSTILE = "[bold]x[/bold] \x1b[31mred\x1b[0m \x07\r\u202eevil | <b>&#60;</b>\nnext"
 
@@ -101,7 +96,9 @@ def scalars(run_dir: Path, tag: str) -> dict[int, float]:
 
 def open_log(run_dir: Path, **options) -> RunLog:
     shown = options.pop("experiment", experiment())
-    display = display_of(shown, **{"quiet": True} | {k: options.pop(k) for k in ("quiet", "console") if k in options})
+    display = display_of(
+        shown, **{"quiet": True} | {k: options.pop(k) for k in ("quiet", "console", "title") if k in options}
+    )
     return RunLog(run_dir, shown, display=display, **options)
 
 
@@ -208,19 +205,6 @@ def test_sample_texts_come_now_and_then_and_hold_no_markup_of_the_models(tmp_pat
         assert part not in texts[0]
 
 
-@given(st.text() | st.floats() | st.lists(st.floats()) | st.dictionaries(st.text(), st.floats()))
-def test_anything_becomes_strict_json(value):
-    json.loads(json.dumps(files.jsonable({"value": value})), parse_constant=pytest.fail)
-
-
-def test_arrays_and_paths_become_json():
-    assert files.jsonable({1: np.arange(2), "p": Path("a"), "n": np.float32("inf")}) == {
-        "1": [0, 1],
-        "p": "a",
-        "n": None,
-    }
-
-
 # Resuming ------------------------------------------------------------------------------------------------------------
 
 
@@ -287,12 +271,6 @@ def test_a_line_that_a_crash_cut_off_is_dropped_on_resuming(tmp_path):
     assert len(rows(tmp_path / "completions.jsonl")) == 5 * 4
 
 
-def test_a_broken_line_in_the_middle_is_named(tmp_path):
-    (tmp_path / "metrics.jsonl").write_text('{"step": 0}\n{"step"\n{"step": 2}\n')
-    with pytest.raises(UserError, match=r"metrics.jsonl:2 is not a line of JSON"):
-        list(files.read_rows(tmp_path / "metrics.jsonl"))
-
-
 def test_resuming_from_the_copy_in_the_run_directory_keeps_it(tmp_path):
     source = tmp_path / "toy.py"
     source.write_text("config = 1")
@@ -315,52 +293,6 @@ def test_a_full_disk_is_one_sentence(tmp_path):
     assert json.loads((tmp_path / "run.json").read_text())["status"] == "failed"
 
 
-def test_a_full_disk_leaves_no_half_written_line(tmp_path, monkeypatch):
-    path = tmp_path / "metrics.jsonl"
-    files.append_rows(path, [{"step": 0}])
-    opened = Path.open
-
-    def full(self, *arguments, **options):
-        file = opened(self, *arguments, **options)
-
-        class Full:  # writes three bytes, then nothing more
-            def __enter__(self):
-                return self
-
-            def __exit__(self, *_):
-                file.close()
-
-            def write(self, data):
-                if file.tell() > 12:
-                    raise OSError(28, "No space left on device")
-                return file.write(data[:3])
-
-            def __getattr__(self, name):
-                return getattr(file, name)
-
-        return Full()
-
-    monkeypatch.setattr(Path, "open", full)
-    with pytest.raises(RunError, match="No space left"):
-        files.append_rows(path, [{"step": 1}])
-    monkeypatch.undo()
-    assert path.read_text() == '{"step": 0}\n'
-
-
-def test_what_cannot_be_replaced_stays_as_it_was(tmp_path, monkeypatch):
-    path = tmp_path / "run.json"
-    files.write_json(path, {"a": 1})
-
-    def full(_):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(RunError, match=r"cannot write .*run.json: No space left on device\."):
-        files.write_json(path, {"a": 2})
-    assert json.loads(path.read_text()) == {"a": 1}
-    assert os.listdir(tmp_path) == ["run.json"]
-
-
 def test_a_directory_that_cannot_be_made_is_one_sentence(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(RunError, match=r"^cannot write .*: Not a directory\.$"):
@@ -374,42 +306,6 @@ def test_the_first_failure_is_told_even_if_its_status_cannot_be_written(tmp_path
 
 
 # The display ---------------------------------------------------------------------------------------------------------
-
-
-def test_without_a_terminal_there_is_a_plain_line_every_so_often():
-    seconds = iter(np.arange(0.0, 1000.0, 1.0))
-    console = screen()
-    display = Display(40, title="control", console=console, every=10, clock=lambda: next(seconds))
-    for step in range(40):
-        display.update(step, {"reward": step / 40, "tokens_per_second": 1234.4})
-    lines = console.file.getvalue().splitlines()
-    assert 4 <= len(lines) <= 8
-    assert lines[0].startswith("control step 1/40  reward 0.00  1,234 tokens/s")
-    assert "control step 40/40" in lines[-1]
-    assert "(+0.12)" in lines[-1]  # the last five rewards against the five before: 5 steps of 1/40 each
-    assert "\x1b" not in console.file.getvalue()
-
-
-def test_progress_towards_a_budget_of_tokens_is_counted_in_tokens():
-    for terminal, shown in ((False, "training step 2 (1,100 of 1,000 tokens)"), (True, "1100/1000")):
-        console = screen(terminal=terminal)
-        display = Display(640, 1000, console=console)
-        for step, tokens in enumerate((550, 1100)):
-            display.update(step, {"reward": 0.5, "num_sampled_tokens": tokens})
-        assert shown in console.file.getvalue()
-
-
-def test_on_a_terminal_there_is_a_bar_with_the_latest_group():
-    console = screen(terminal=True)
-    display = Display(2, console=console)
-    display.note("compiling")
-    display.update(0, {"reward": 0.25}, completions("first"))
-    display.evaluation(1, Evaluation())
-    display.update(1, {"reward": 0.5}, completions(HOSTILE))
-    output = console.file.getvalue()
-    for part in ("compiling", "2/2", "reward 0.50", "success 50%", "[bold]x[/bold]", "held-out"):
-        assert part in output
-    assert "\x1b[31mred" not in output and "\x07" not in output and "\u202e" not in output
 
 
 def test_runs_one_after_the_other_inside_another_each_have_their_display(tmp_path):
@@ -432,48 +328,3 @@ def test_a_quiet_run_shows_nothing(tmp_path):
         log.evaluation(0, Evaluation())
         log.step(0, {"reward": 1.0}, completions())
     assert console.file.getvalue() == ""
-
-
-# Tables --------------------------------------------------------------------------------------------------------------
-
-
-def test_a_group_before_and_after_is_one_table():
-    text = shown(display.group_table({"before": completions("no", prompts=1), "after": completions("yes", prompts=1)}))
-    assert "prompt: say" in text
-    assert text.index("before") < text.index("no") < text.index("after") < text.index("yes")
-    assert "2.000" in text and "+0.50" in text and "-0.50" in text
-
-
-def test_a_completion_cannot_write_markup_or_escape_sequences():
-    row = completions(HOSTILE, prompts=1, group=1)[0] | {"prompt": [{"role": "user", "content": "[red]why\x1b[2J"}]}
-    text = shown(display.group_table({"": [row]}))
-    assert r"[bold]x[/bold] \x1b[31mred\x1b[0m \x07\r\u202eevil | <b>&#60;</b>⏎next" in text
-    assert r"[red]why\x1b[2J" in text
-    assert "\x1b" not in text
-
-
-@given(st.text())
-def test_no_text_reaches_the_terminal_unprintable(text):
-    assert display.visible(text).plain.isprintable()
-
-
-def test_a_large_group_is_cut_and_says_so():
-    text = shown(display.group_table({"before": completions(prompts=1, group=20)}))
-    assert text.count("abc") == 8 and "and 12 more" in text
-
-
-def test_episodes_of_several_turns_and_missing_rewards_are_shown():
-    turns = [{"role": "assistant", "content": "crane"}, {"role": "user", "content": "XGXXG"}]
-    row = completions(prompts=1, group=1)[0] | {"completion": turns, "reward": float("nan"), "advantage": None}
-    text = shown(display.group_table({"after": [row]}))
-    assert "crane⏎XGXXG" in text and text.count("–") == 2
-
-
-def test_the_summary_gives_each_policy_its_interval_and_leaves_out_the_absent():
-    text = shown(display.summary_table({"before": Evaluation(0.04, 0.01, 0.09), "after": Evaluation(), "control": None}))
-    assert "128 held-out prompts, greedy" in text
-    assert "4.0 %" in text and "1.0 – 9.0 %" in text and "40.0 – 60.0 %" in text
-    assert "control" not in text
-    assert "turns" not in text and "4.12" in shown(display.summary_table({"after": Evaluation(mean_turns=4.125)}))
-    sampled = Evaluation(num_samples=8, temperature=0.7)
-    assert "128 held-out prompts × 8 samples, temperature 0.7" in shown(display.summary_table({"after": sampled}))

@@ -160,7 +160,7 @@ def test_questions_with_one_outcome_each_are_compared_by_mcnemar():
     assert found.p_value == pytest.approx(22 / 1024)
 
 
-def test_samples_of_a_question_are_kin():
+def test_the_samples_of_a_question_are_one_cluster():
     scores = np.array([[1, 1, 0, 0], [1, 1, 1, 1], [0, 0, 0, 0], [1, 0, 0, 0]])
     baseline = np.zeros_like(scores)
     found = statistics.question_difference(scores, baseline)
@@ -184,7 +184,7 @@ def test_samples_of_a_question_are_kin():
         (0.0, 0.5, "no difference shown (could have seen ≥ 0.25)"),
     ],
 )
-def test_a_winner_is_called_only_where_the_interval_excludes_0(low, high, says):
+def test_a_verdict_is_better_or_worse_only_if_the_interval_excludes_0(low, high, says):
     assert statistics.verdict(Difference((low + high) / 2, low, high, 0.01, 0.25, 5)) == says
 
 

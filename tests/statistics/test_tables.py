@@ -4,14 +4,16 @@ import csv
 import dataclasses
 import io
 import json
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 from scipy import stats
 
+from grpo_jax import cli
 from grpo_jax.errors import UserError
-from grpo_jax.experiment import Ablation, Experiment, to_dict
+from grpo_jax.experiment import Ablation, Experiment, load_ablation, to_dict
 from grpo_jax.statistics import tables
 
 TASK = SimpleNamespace(name="toy", train=[{"prompt": "a"}], held_out=[{"prompt": "b"}])
@@ -55,6 +57,32 @@ def test_arms_are_compared_with_the_baseline_seed_by_seed(tmp_path):
     assert (better.difference.value, better.better, better.difference.p_value) == (pytest.approx(0.21), 17 / 18, 2 / 8)
     assert not flat.difference.is_shown
     assert (base.tokens, flat.tokens) == (54, 36)  # of a run's last step
+
+
+@pytest.mark.parametrize("arm", ["base", "a_b & c"])
+def test_pairs_have_the_same_seed_even_if_one_arm_lacks_its_first(tmp_path, arm):
+    """The pairs are seeds 1 and 2: .41 - .2 = .21 and .52 - .3 = .22.
+
+    Paired by their order instead, the differences would be .31 and .32, or .1 and .11.
+    """
+    write_runs(tmp_path)
+    [first] = [run for run in ABLATION.runs() if run.arms == (arm,) and run.seed == 0]
+    shutil.rmtree(tmp_path / first.key)
+    difference = collect(tmp_path).rows[1].difference
+    assert (difference.num_pairs, difference.value) == (2, pytest.approx((0.21 + 0.22) / 2))
+    assert difference.high - difference.low == pytest.approx(2 * 12.7062 * 0.005, rel=1e-4)  # t(1 degree) x std / 2^.5
+
+
+@pytest.mark.parametrize("earlier", [0.99, 0.01])
+def test_the_value_of_a_run_is_its_last_evaluation_and_not_its_best_or_worst(tmp_path, earlier):
+    write_runs(tmp_path)
+    before = tables.render(collect(tmp_path), "csv")
+    for path in tmp_path.glob("*/metrics.jsonl"):
+        first, *others = path.read_text().splitlines(keepends=True)
+        evaluation = json.dumps({"step": 1, "evaluation/success": earlier}) + "\n"
+        path.write_text("".join([first, others[0], evaluation, *others[1:]]))
+    assert [row.mean.value for row in collect(tmp_path).rows] == pytest.approx([0.2, 0.41, 0.2])
+    assert tables.render(collect(tmp_path), "csv") == before
 
 
 def test_tokens_that_a_run_did_not_count_are_unknown_and_not_none(tmp_path):
@@ -102,14 +130,41 @@ def test_the_same_directories_give_the_same_bytes(tmp_path):
         assert tables.render(collect(tmp_path), layout) == tables.render(collect(tmp_path), layout)
 
 
-def test_runs_of_two_commits_are_mixed_only_when_told_to(tmp_path):
+def test_runs_of_two_commits_are_mixed_only_if_that_is_allowed(tmp_path):
     write_runs(tmp_path, commits={"flat": "decade"})
     with pytest.raises(UserError, match="the commit of flat seed 0 is decade, that of base seed 0 c0ffee"):
         collect(tmp_path)
     assert ("commit", "c0ffee, decade") in collect(tmp_path, allow_mixed=True).notes
 
 
-def test_arms_that_are_asked_other_questions_are_mixed_only_when_told_to(tmp_path):
+FILE = """
+from grpo_jax.experiment import Ablation, Experiment
+from grpo_jax.tasks import Task
+
+task = Task("toy", [{"prompt": "a"}], [{"prompt": "b"}], success=lambda **_: [])
+base = Experiment(task=task, rewards={"length": len}, prompts_per_step=2, group_size=3)
+ablation = Ablation(base, arms={"base": {}, "flat": {"group_size": 2}}, seeds=(0, 1, 2))
+"""
+
+
+def test_the_command_compares_runs_of_two_commits_only_with_allow_mixed(tmp_path, capsys):
+    source, runs = tmp_path / "toy.py", tmp_path / "runs"
+    source.write_text(FILE)
+    runs.mkdir()
+    write_runs(runs, load_ablation(source), commits={"flat": "decade"})
+    assert cli.main(["table", str(source), "--dir", str(runs)]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err == (
+        "error: the commit of flat seed 0 is decade, that of base seed 0 c0ffee: they are compared only with "
+        "--allow-mixed.\n"
+    )
+    assert cli.main(["table", str(source), "--dir", str(runs), "--allow-mixed"]) == 0
+    out = capsys.readouterr().out
+    assert "- commit: `c0ffee, decade`" in out and out.startswith("| arm | seeds | evaluation/success [95 %]")
+
+
+def test_arms_with_other_held_out_data_are_mixed_only_if_that_is_allowed(tmp_path):
     other = SimpleNamespace(name="toy", train=TASK.train, held_out=[{"prompt": "z"}])
     ablation = dataclasses.replace(ABLATION, arms={"base": {}, "flat": {"task": other}})
     write_runs(tmp_path, ablation)
@@ -125,7 +180,7 @@ def test_arms_may_differ_in_what_they_are_trained_on(tmp_path):
     assert len(collect(tmp_path, ablation).rows) == 2
 
 
-def test_what_is_missing_or_failed_is_named_and_pairs_are_those_that_are_left(tmp_path):
+def test_missing_and_failed_runs_are_named_and_only_finished_seeds_are_paired(tmp_path):
     write_runs(tmp_path)
     keys = {(run.arms[0], run.seed): run.key for run in ABLATION.runs()}
     (tmp_path / keys["flat", 1] / "run.json").write_text('{"status": "failed", "error": "no reward today"}')

@@ -1,0 +1,112 @@
+"""`grpo-jax evaluate`: scores a policy on held-out prompts, alone or against another one."""
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from tyro.conf import Positional, arg
+
+from grpo_jax.cli import common
+from grpo_jax.cli.common import Assignments, Flag, Inline, OptionalFloat, OptionalInt
+from grpo_jax.experiment import Experiment
+
+
+@dataclass(frozen=True)
+class Options:
+    """The options of the command.
+
+    Attributes:
+        num_prompts: How many prompts of the split.
+        num_samples: Completions of each prompt; with several, pass@k is estimated.
+        temperature: Sampling temperature; 0 is greedy.
+        split: The prompts of which split.
+        against: Another run or experiment to compare with: same prompts, same sampling noise, paired by prompt.
+        as_json: Print one JSON object and nothing else.
+    """
+
+    assignments: Assignments = ()
+    num_prompts: OptionalInt = None
+    num_samples: OptionalInt = None
+    temperature: OptionalFloat = None
+    split: Literal["held_out", "train"] = "held_out"
+    against: Annotated[Path | None, arg(metavar="RUN_OR_EXPERIMENT", help_behavior_hint="")] = None
+    as_json: Annotated[Flag, arg(name="json")] = False
+
+    def overrides(self) -> list[str]:
+        """Everything that changes a field of the experiment, as assignments."""
+        given = {"num_prompts": self.num_prompts, "num_samples": self.num_samples, "temperature": self.temperature}
+        evaluation = [f"evaluation.{name}={value}" for name, value in given.items() if value is not None]
+        return common.join(self.assignments) + evaluation
+
+
+def evaluate(
+    source: Annotated[Positional[Path], arg(metavar="RUN_OR_EXPERIMENT", help="A run, or an experiment's file.")],
+    /,
+    *,
+    options: Annotated[Options, Inline],
+) -> None:
+    """Score a run's tuned policy, or the policy that an experiment starts from, on the held-out prompts."""
+    config, against = common.load_source(source, options.overrides()), options.against
+
+    common.prepare_jax()
+    from grpo_jax import evaluation
+
+    result = evaluation.evaluate(_policy_of(source, config), config, options.split)
+    other = None
+    if against is not None:
+        policy = _policy_of(against, common.load_source(against))
+        other = evaluation.evaluate(policy, config, options.split)
+    if options.as_json:
+        _print_json(source, result, against, other)
+    else:
+        _print_table(source, result, against, other)
+
+
+def _policy_of(source: Path, config: Experiment) -> Any:
+    """The tuned policy of a run, or the one that an experiment starts from."""
+    from grpo_jax import training
+
+    return training.restore(source)[1] if source.is_dir() else training.source_policy(config)
+
+
+def _difference(result: Any, other: Any) -> Any:
+    """The paired difference in success of two evaluations on the same prompts; a prompt's samples are a cluster."""
+    import numpy
+
+    from grpo_jax.statistics import question_difference
+
+    outcomes = [[record["success"] for record in r.records] for r in (result, other)]
+    return question_difference(*(numpy.reshape(o, (-1, result.num_samples)) for o in outcomes))
+
+
+def _print_json(source: Path, result: Any, against: Path | None, other: Any) -> None:
+    from grpo_jax.runs.files import jsonable
+
+    found = {"source": source, **result.to_dict()}
+    if other is not None:
+        found["against"] = {"source": against, **other.to_dict()}
+        found["difference"] = dataclasses.asdict(_difference(result, other))
+    print(json.dumps(jsonable(found)))
+
+
+def _print_table(source: Path, result: Any, against: Path | None, other: Any) -> None:
+    from rich.console import Console
+
+    from grpo_jax.runs.display import summary_table
+    from grpo_jax.statistics import verdict
+
+    console = Console(highlight=False)
+    console.print(summary_table({str(source): result} | ({} if other is None else {str(against): other})))
+    if result.num_samples > 1:
+        console.print(
+            "   ".join(f"pass@{k} {value:.1%}" for k, value in sorted(result.pass_at_k.items())), soft_wrap=True
+        )
+    if other is not None:
+        found = _difference(result, other)
+        test = "McNemar" if result.num_samples == 1 else "sign-flip"
+        print(
+            f"difference in success {found.value:+.1%} [{found.low:+.1%}, {found.high:+.1%}], {test} p = "
+            f"{found.p_value:.2g}: {verdict(found).replace('the baseline', str(against))}"
+        )

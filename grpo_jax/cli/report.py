@@ -1,0 +1,33 @@
+"""`grpo-jax report`: writes the HTML page about a run or an ablation."""
+
+from pathlib import Path
+from typing import Annotated
+
+from tyro.conf import Positional, arg
+
+from grpo_jax.cli.common import Flag, OptionalFile
+
+
+def report(
+    source: Annotated[
+        Positional[Path],
+        arg(metavar="RUN_OR_ABLATION", help="The directory of a run or a sweep, or an ablation's file."),
+    ],
+    /,
+    *,
+    output: OptionalFile = None,
+    pictures: Flag = False,
+) -> None:
+    """Write one self-contained HTML page about a run or an ablation.
+
+    Args:
+        output: Where the page goes. Default: report.html in the directory or, for a file, in runs/ABLATION.
+        pictures: Also draw the plots as PNG files in the directory.
+    """
+    from grpo_jax.report import page
+
+    directory = Path("runs") / source.stem if source.suffix == ".py" else source
+    print(page.report(directory, output))
+    if pictures:
+        for path in page.draw(directory):
+            print(path)

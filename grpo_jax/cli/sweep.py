@@ -1,0 +1,38 @@
+"""`grpo-jax sweep`: makes all runs of an ablation."""
+
+import shlex
+from pathlib import Path
+from typing import Annotated
+
+from tyro.conf import arg
+
+from grpo_jax.cli import common
+from grpo_jax.cli.common import AblationFile, Flag, OptionalBudget, OptionalPath
+from grpo_jax.experiment import load_ablation
+
+
+def sweep(
+    ablation: AblationFile,
+    /,
+    *,
+    jobs: int = 1,
+    directory: Annotated[OptionalPath, arg(name="dir")] = None,
+    budget: OptionalBudget = None,
+    vectorize: Flag = False,
+) -> None:
+    """Run every arm of an ablation at every seed. The same command again continues what is not finished.
+
+    Args:
+        jobs: How many runs at the same time, each in its own process.
+        directory: Where the runs' directories go. Default: runs/ABLATION.
+        budget: Give all arms equal steps or equal sampled tokens, instead of what the file says.
+        vectorize: Train all seeds of an arm in one compiled program (policies from scratch, rewards with a JAX form).
+    """
+    planned = load_ablation(ablation, budget)
+    common.prepare_jax()
+    from grpo_jax import sweep
+
+    directory = directory or Path("runs") / ablation.stem
+    sweep.sweep(ablation, planned, directory, jobs=jobs, vectorize=vectorize)
+    compare = shlex.join([common.command(), "table", str(ablation), "--dir", str(directory)])
+    print(f"compare the arms  {compare}" + (f" --budget {budget}" if budget else ""))

@@ -1,0 +1,85 @@
+"""`grpo-jax train`: trains a policy as an experiment says."""
+
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Annotated, Any
+
+from tyro.conf import Positional, arg
+
+from grpo_jax.cli import common
+from grpo_jax.cli.common import Assignments, Flag, OptionalPath
+from grpo_jax.errors import UserError
+from grpo_jax.experiment import Experiment, load
+
+
+def train(
+    experiment: Annotated[Positional[Path], arg(metavar="EXPERIMENT.py", help="A file that defines `config`.")],
+    /,
+    *,
+    assignments: Assignments = (),
+    run_dir: OptionalPath = None,
+    resume: Flag = False,
+    quiet: Flag = False,
+) -> None:
+    """Train a policy as an experiment says, and show the result.
+
+    Args:
+        run_dir: Where the run's files go. Default: runs/EXPERIMENT-DATE-TIME.
+        resume: Continue the run in --run-dir from its last checkpoint.
+        quiet: Show no progress and no tables, only the run directory.
+    """
+    overrides = common.join(assignments)
+    config = load(experiment, overrides)
+    if resume and (run_dir is None or not (run_dir / "run.json").is_file()):
+        raise UserError("--resume needs the directory of the run to go on with: --run-dir DIR, with a run.json in it.")
+    run_dir = run_dir or Path("runs") / f"{experiment.stem}-{datetime.now():%Y%m%d-%H%M%S}"
+
+    common.prepare_jax()
+    from grpo_jax import training
+    from grpo_jax.report.plots import learning_curve
+
+    try:
+        result = training.train(config, run_dir, source=experiment, overrides=overrides, resume=resume, quiet=quiet)
+    except KeyboardInterrupt:
+        if (run_dir / "run.json").is_file():
+            again = shlex.join([common.command(), "train", str(experiment), "--run-dir", str(run_dir), "--resume"])
+            again += "".join(f" --set {shlex.quote(assignment)}" for assignment in overrides)
+            print(f"The policy is saved in {run_dir}; go on with: {again}", file=sys.stderr)
+        raise
+    picture = learning_curve(run_dir)
+    if quiet:
+        print(run_dir)
+    else:
+        _show_result(config, result, picture)
+
+
+def _show_result(config: Experiment, result: Any, picture: Path) -> None:
+    """Prints the results of a training run, and the commands to continue with."""
+    from rich.console import Console
+
+    from grpo_jax.runs.display import group_table, summary_table
+
+    console = Console(highlight=False)
+    console.print()
+    if result.group_after:
+        console.print(group_table({"before": result.group_before, "after": result.group_after}))
+    control = f"control ({(config.control or {}).get('method', 'variant')})"
+    for split, after in result.after.items():
+        console.print(
+            summary_table({"before": result.before[split], "after": after, control: result.control.get(split)})
+        )
+    run = shlex.quote(str(result.run_dir))
+    print(f"trained in      {result.seconds:.0f} s")
+    print(f"run directory   {run}")
+    print(f"learning curve  {shlex.quote(str(picture))}")
+    print(f"evaluate it     {common.command()} evaluate {run}")
+    print(f"talk to it      {common.command()} sample {run} --prompt {_example_prompt(config.task.train[0]['prompt'])}")
+
+
+def _example_prompt(prompt: str | Sequence[Mapping[str, str]]) -> str:
+    """A prompt of the task, quoted for a shell; an ellipsis where it is long or has control characters."""
+    text = prompt if isinstance(prompt, str) else prompt[-1]["content"]
+    return shlex.quote(text) if len(text) < 60 and text.isprintable() else '"…"'

@@ -1,0 +1,160 @@
+"""The scripts, each run in a small form as a process of its own."""
+
+import csv
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import letters
+import pytest
+
+from grpo_jax.experiment import load_ablation
+from grpo_jax.statistics import tables
+
+ROOT = Path(__file__).parents[2]
+SMALL = ["steps=1", "checkpoint_every=1"]
+
+
+def run_script(name: str, *arguments: str | Path, status: int = 0) -> subprocess.CompletedProcess:
+    """Runs a script in the current directory, and checks its exit status."""
+    command = [sys.executable, str(ROOT / "scripts" / name), *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    assert done.returncode == status, done.stderr
+    assert "Traceback" not in done.stderr
+    return done
+
+
+@pytest.fixture(autouse=True)
+def experiment(tmp_path, monkeypatch) -> Path:
+    """The toy experiment, in the current directory; its `answered` demonstrates right answers."""
+    monkeypatch.chdir(tmp_path)
+    answered = "\nfrom dataclasses import replace\nanswered = replace(task, demonstrate=lambda example, rng: ['aaa'])\n"
+    Path("letters.py").write_text(Path(letters.__file__).read_text() + answered)
+    return Path("letters.py")
+
+
+# run_ablation.py and its SLURM array ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def ablation(experiment) -> Path:
+    path = Path("toy.py")
+    path.write_text(
+        experiment.read_text()
+        + "from grpo_jax.experiment import Ablation, override\n"
+        + 'base = override(config, {"steps": 1, "checkpoint_every": 1})\n'
+        + 'ablation = Ablation(base=base, arms={"base": {}}, seeds=(0, 1))\n'
+    )
+    return path
+
+
+def test_an_ablation_is_made_run_by_run(ablation):
+    assert run_script("run_ablation.py", ablation, "--count").stdout == "2\n"
+    run_script("run_ablation.py", ablation, 0, "--dir", "runs")
+    if shutil.which("bash"):  # as a task of a SLURM array, which starts the project's own Python
+        Path(".venv/bin").mkdir(parents=True)
+        Path(".venv/bin/python").write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
+        Path(".venv/bin/python").chmod(0o755)
+        Path("scripts").symlink_to(ROOT / "scripts")
+        environment = os.environ | {"PYTHONPATH": str(ROOT), "SLURM_ARRAY_TASK_ID": "1"}
+        command = ["bash", "scripts/ablation_array.sh", str(ablation), "--dir", "runs"]
+        subprocess.run(command, check=True, env=environment)
+    else:
+        run_script("run_ablation.py", ablation, 1, "--dir", "runs")
+    [row] = tables.collect(load_ablation(ablation), Path("runs"), command="").rows
+    assert row.seeds == 2
+
+    metrics = sorted(Path("runs").glob("*/metrics.jsonl"))
+    before = [path.read_bytes() for path in metrics]
+    run_script("run_ablation.py", ablation, 0, "--dir", "runs")  # finished, so nothing is run again
+    assert [path.read_bytes() for path in metrics] == before
+
+
+def test_a_run_that_an_ablation_does_not_have_is_a_mistake(ablation):
+    assert run_script("run_ablation.py", ablation, 2, status=2).stderr == (
+        "error: the number of a run must be between 0 and 1, not 2.\n"
+    )
+    assert "there is no experiment file" in run_script("run_ablation.py", "nowhere.py", 0, status=2).stderr
+
+
+# compare_methods.py --------------------------------------------------------------------------------------------------
+
+
+def cells(line: str) -> list[str]:
+    return [cell.strip() for cell in line.strip("| \n").split(" | ")]
+
+
+def test_methods_are_compared_by_what_they_score_and_cost(experiment):
+    options = ["--methods", "grpo", "rlhf", "sft", "--seeds", "1", "--runs", "runs", "--set", *SMALL]
+    done = run_script("compare_methods.py", experiment, *options, "--output", "methods.md")
+    head, _, *lines = done.stdout.splitlines()
+    found = {row[0]: dict(zip(cells(head), row, strict=True)) for row in map(cells, lines)}
+    assert list(found) == ["grpo", "rlhf", "sft"]
+    for method, run in (("grpo", "grpo-0"), ("rlhf", "rlhf-0"), ("sft", "sft-0")):
+        summary = json.loads(Path("runs", run, "summary.json").read_text())
+        assert found[method]["success"].startswith(f"{summary['after']['held_out']['success']:.1%} [")
+    # One step of 4 prompts: 4 x 4 completions for GRPO, as many for the reward model and for PPO each, none for SFT.
+    assert [found[method]["rollouts"] for method in found] == ["16", "32", "0"]
+    assert found["grpo"]["labels"] == "16" and found["sft"]["labels"] == "4"
+    assert done.stderr.splitlines()[:2] == ["grpo, seed 0", "reward_model, seed 0"]
+    assert Path("methods.md").read_text().startswith(done.stdout)
+
+    assert Path("methods.md").read_text().endswith("1 seeds, outside of a git repository.\n")
+    again = run_script("compare_methods.py", experiment, *options)  # everything is there
+    assert (again.stdout, again.stderr) == (done.stdout, "")
+
+
+def test_a_method_that_fails_ends_the_comparison_with_one_sentence(experiment):
+    options = ["--methods", "grpo", "--seeds", "1", "--runs", "runs", "--set", "stepz=1"]
+    lines = run_script("compare_methods.py", experiment, *options, status=1).stderr.splitlines()
+    assert lines[1].startswith("error: 'stepz' is not a field")
+    assert lines[2] == "error: grpo, seed 0 ended with exit status 2."
+
+
+# estimator_bench.py --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("samples", [0, 200])
+def test_the_estimators_are_measured_against_the_exact_gradient(samples):
+    sizes = ["--vocabulary", 2, "--horizon", 1, "--prompts", 1, "--group-size", 2, "--samples", samples]
+    done = run_script("estimator_bench.py", "--out", "bench", *sizes)
+    with Path("bench/estimator_bench.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    games = list(dict.fromkeys(row["game"] for row in rows))
+    assert games == ["on policy", "sampler drifted by 0.5"]
+    assert len(rows) == 2 * len({row["estimator"] for row in rows}) > 20
+    [rloo] = [row for row in rows if row["estimator"] == "RLOO" and row["game"] == "on policy"]
+    error = float(rloo["scale error"])  # 1.96 standard errors; 0 if every batch was listed
+    assert (error > 0) == (samples > 0)
+    assert float(rloo["scale"]) == pytest.approx(1, abs=2 * error + 1e-5)  # RLOO is unbiased
+    written = Path("bench/estimator_bench.md").read_text()
+    assert "### On policy" in written and f"| RLOO | {float(rloo['scale']):.3f} " in written
+    assert Path("bench/estimator_bench.png").stat().st_size > 1000
+    assert re.search(r"on policy: expected reward of each prompt \[0\.\d+\]", done.stderr)
+
+
+def test_too_many_batches_to_list_are_a_mistake():
+    options = ["--out", "bench", "--vocabulary", 4, "--horizon", 4, "--group-size", 8]
+    done = run_script("estimator_bench.py", *options, status=2)
+    assert done.stderr.startswith("error: there are ") and "sample them instead" in done.stderr
+
+
+# reproduce_tables.py -------------------------------------------------------------------------------------------------
+
+
+def test_the_articles_numbers_are_printed_with_their_verdicts():
+    done = run_script("reproduce_tables.py", ROOT / "experiments" / "papers" / "article.py", "--json")
+    rows = json.loads(done.stdout)
+    assert done.stderr == ""  # every verdict is the expected one
+    [row] = [row for row in rows if row["cell"] == "reward[0] FOUND"]
+    assert (row["printed"], row["ours"], row["verdict"]) == (0.8, 0.8, "agrees")
+    assert sum(row["verdict"].startswith("disagrees: ") for row in rows) == 10
+
+
+def test_a_manifest_that_is_not_there_is_a_mistake():
+    done = run_script("reproduce_tables.py", "nowhere.py", status=2)
+    assert done.stderr == "error: there is no experiment file 'nowhere.py'.\n"
