@@ -118,7 +118,7 @@ class Trainer:
     """A run under way: the state on the devices, and the functions that move it.
 
     Attributes:
-      state: the trained parameters, the optimizer's state and the count of skipped updates, on the devices.
+      state: the trained parameters, the optimizer's state and the count of skipped updates, placed.
       reference: the trained parameters of the reference policy; None where the method needs none.
       tokens_seen, tokens_sampled: how many tokens the run has read and written, and how many of them it sampled.
     """
@@ -298,7 +298,7 @@ class Trainer:
         return self.algorithm.sample_group(self.context())
 
     def policy(self) -> Policy:
-        """The policy as it is now, off the devices."""
+        """The policy as it is now."""
         trainable = {path: x for path, x in self.state.trainable.items() if path not in HEAD}
         params = self.replicas.first(self._actor.model.params(trainable, self._actor.frozen))
         return replace(self.start, params=params)

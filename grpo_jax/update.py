@@ -1,7 +1,7 @@
 """Loss to gradient to Optax step: one pure function of one device's share of a batch, whatever the method.
 
 Each device computes the loss and gradient of the groups it owns (`grpo_jax.algorithms`); gradients and metrics are
-summed over the devices. Denominators are those of the whole batch, over micro-batches and devices, so neither changes
+summed over all of them. Denominators are those of the whole batch, over devices and micro-batches, so neither changes
 anything but rounding. A step is skipped (and counted) when its gradient is not finite or the log-probability contract
 does not hold.
 """

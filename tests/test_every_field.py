@@ -12,19 +12,14 @@ import dataclasses
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import letters
-import numpy as np
-import pytest
 
-from grpo_jax.errors import RunError
 from grpo_jax.experiment import Experiment, LoRAConfig, ScratchConfig, override
 from grpo_jax.runs.checkpoints import latest_step
 from grpo_jax.tasks import Task
-from grpo_jax.training import train
 
 
 def share_of_a(*, completions: list[str], **columns: Any) -> list[float]:

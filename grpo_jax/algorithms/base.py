@@ -143,7 +143,7 @@ class Setup(NamedTuple):
         return make_forward(self.model, self.shared_prefix_length, temperature=temperature, remat=remat)
 
     def total(self, x: Array) -> Array:
-        """The sum over all devices."""
+        """The sum over the mapped axis."""
         return self.across(jax.lax.psum, x)
 
     def across(self, collective: Callable[[Array, str], Array], x: Array) -> Array:
@@ -161,9 +161,9 @@ class Objective(NamedTuple):
 
     Attributes:
       prepare: (trainable, frozen, batch) -> (batch, totals), on the whole share: what belongs to the whole batch, such
-        as advantages, and `totals`, the counts of the whole batch over all devices.
+        as advantages, and `totals`, the counts of the whole batch.
       loss: (trainable, frozen, reference, batch, totals) -> (loss, (metrics, logprobs [P, G, T])) of a micro-batch. The
-        loss and the metrics are summed over micro-batches and devices.
+        loss and the metrics are summed over devices and micro-batches.
       before_updates: (trainable, frozen, reference, batch) -> (batch, metrics), once for a batch that is updated on
         several times; None for nothing.
     """

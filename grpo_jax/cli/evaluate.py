@@ -56,8 +56,9 @@ def evaluate(
     result = evaluation.evaluate(_policy_of(source, config), config, options.split)
     other = None
     if against is not None:
-        policy = _policy_of(against, common.load_source(against))
-        other = evaluation.evaluate(policy, config, options.split)
+        # Its own task and sampling, but evaluated in the same way and with the same noise, so that prompts are pairs.
+        own = dataclasses.replace(common.load_source(against), evaluation=config.evaluation, seed=config.seed)
+        other = evaluation.evaluate(_policy_of(against, own), own, options.split)
     if options.as_json:
         _print_json(source, result, against, other)
     else:
@@ -66,9 +67,9 @@ def evaluate(
 
 def _policy_of(source: Path, config: Experiment) -> Any:
     """The tuned policy of a run, or the one that an experiment starts from."""
-    from grpo_jax import training
+    from grpo_jax.runs.restore import restore, source_policy
 
-    return training.restore(source)[1] if source.is_dir() else training.source_policy(config)
+    return restore(source)[1] if source.is_dir() else source_policy(config)
 
 
 def _difference(result: Any, other: Any) -> Any:

@@ -18,8 +18,9 @@ def export(
     if not (run / "run.json").is_file():
         raise UserError(f"{str(run)!r} is not the directory of a run: there is no run.json in it.")
     common.prepare_jax()
-    from grpo_jax import policy, training
+    from grpo_jax import policy
+    from grpo_jax.runs.restore import restore
 
-    _, tuned = training.restore(run)
+    _, tuned = restore(run)
     policy.export(tuned, directory)
     print(directory)

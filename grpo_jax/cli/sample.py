@@ -36,10 +36,12 @@ def sample(
     if prompt is None and not sys.stdin.isatty():
         raise UserError("there is no terminal to read prompts from: say --prompt TEXT.")
     common.prepare_jax()
-    from grpo_jax import policy, rollout, training
+    from grpo_jax import policy, rollout
+    from grpo_jax.experiment import SamplingConfig
+    from grpo_jax.runs.restore import restore
 
     if (Path(source) / "run.json").is_file():
-        config, tuned = training.restore(Path(source))
+        config, tuned = restore(Path(source))
         example, sampling = config.task.train[0]["prompt"], config.sampling
         temperature = sampling.temperature if temperature is None else temperature
         max_tokens = max_tokens or sampling.max_tokens
@@ -50,14 +52,8 @@ def sample(
 
     def answer(text: str, seed: int) -> None:
         asked = [*earlier_turns, {"role": "user", "content": text}] if is_chat else text
-        [completions] = rollout.sample_text(
-            tuned,
-            [asked],
-            temperature=1.0 if temperature is None else temperature,
-            max_tokens=max_tokens or 128,
-            num_samples=num,
-            seed=seed,
-        )
+        how = SamplingConfig(temperature=1.0 if temperature is None else temperature, max_tokens=max_tokens or 128)
+        [completions] = rollout.sample_text(tuned, [asked], how, num_samples=num, seed=seed)
         for number, completion in enumerate(completions, 1):
             print(f"{number}: {printable(completion)}" if num > 1 else printable(completion))
 

@@ -41,7 +41,7 @@ class LossInputs(NamedTuple):
         recomputed.
       correction: [B, T] weights for a sampler that was not the old policy; None for none.
       high_entropy: [B, T] bool, which tokens are in the whole batch's top quantile; None if it is not known.
-      num_tokens: how many tokens the whole batch trains on, over micro-batches and devices.
+      num_tokens: how many tokens the whole batch trains on, over devices and micro-batches.
       num_sequences: how many sequences of the whole batch have such a token.
       num_groups: how many groups of the whole batch have one.
       num_high_entropy: how many of the tokens are in the top quantile; None if it is not known.

@@ -44,7 +44,7 @@ def dpo_loss(
       mask: True for the tokens that count, shape `[B, T]`. Values at other tokens, even NaN, have no effect.
       config: `loss_type`, `beta` and `label_smoothing`.
       pairs: False for a pair that does not count, shape `[B / 2]`. None: all count.
-      num_pairs: number of pairs of the whole batch that count, over all micro-batches and devices. None to count them
+      num_pairs: number of pairs of the whole batch that count, over all devices and micro-batches. None to count them
         here, and over `axis_name`.
       axis_name: the mapped axis over which the batch is distributed.
 
@@ -109,7 +109,7 @@ def bradley_terry_loss(
 
     Returns:
       The loss and the metrics `loss`, `rewards/chosen`, `rewards/rejected`, `rewards/accuracies`, `rewards/margins`,
-      all to be *summed* over micro-batches and devices.
+      all to be *summed* over devices and micro-batches.
     """
     chex.assert_rank(rewards, 1)
     mean = _pair_mean(pairs, num_pairs, axis_name, len(rewards) // 2)

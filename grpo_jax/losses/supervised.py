@@ -18,7 +18,7 @@ def loss(
       logprobs: log-probabilities of the demonstrated tokens under the policy, shape `[B, T]`. Where `mask` is False,
         any value is allowed, even NaN: it affects neither the loss nor the gradient.
       mask: True for the tokens to learn, shape `[B, T]`.
-      num_tokens: number of tokens to learn in the whole batch, over all micro-batches and devices. None to count them
+      num_tokens: number of tokens to learn in the whole batch, over all devices and micro-batches. None to count them
         here, and over `axis_name`.
       axis_name: the mapped axis over which the batch is distributed.
 

@@ -91,13 +91,13 @@ def value_loss(
       returns: the critic's targets, shape `[B, T]`.
       mask: True for the tokens that count, shape `[B, T]`.
       cliprange_value: the largest change of a value; None for no clipping.
-      num_tokens: number of tokens of the whole batch that count, over all micro-batches and devices. None to count them
+      num_tokens: number of tokens of the whole batch that count, over all devices and micro-batches. None to count them
         here, and over `axis_name`.
       axis_name: the mapped axis over which the batch is distributed.
 
     Returns:
       The loss, and the metrics `value_loss` and `value_clip_ratio` (the fraction of tokens whose clipped error was the
-      larger one), all to be *summed* over micro-batches and devices.
+      larger one), all to be *summed* over devices and micro-batches.
     """
     chex.assert_rank([values, old_values, returns, mask], 2)
     chex.assert_equal_shape([values, old_values, returns, mask])

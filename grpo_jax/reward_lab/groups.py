@@ -9,12 +9,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from grpo_jax.algorithms.lesson import schedule
+from grpo_jax.algorithms.batches import schedule
 from grpo_jax.errors import UserError
 from grpo_jax.experiment import Experiment
-from grpo_jax.policy import Policy, Tokenizer
+from grpo_jax.policy import Tokenizer
 from grpo_jax.rewards import RewardFunction, turns
-from grpo_jax.rollout import encode_prompts, make_actor, rollout
+from grpo_jax.rollout import Generator, encode_prompts, name_noise, rollout
 from grpo_jax.runs.files import read_rows
 from grpo_jax.tasks import Example, Task
 
@@ -37,7 +37,7 @@ class Groups:
 
 
 def sample_groups(
-    policy: Policy, experiment: Experiment, *, temperatures: Sequence[float], num_prompts: int, num_groups: int
+    generator: Generator, experiment: Experiment, *, temperatures: Sequence[float], num_prompts: int, num_groups: int
 ) -> list[Groups]:
     """Samples `num_groups` groups of each of `num_prompts` training prompts, at every temperature.
 
@@ -46,21 +46,17 @@ def sample_groups(
     """
     task, size = experiment.task, experiment.group_size
     num_prompts = min(num_prompts, len(task.train))
-    prompts = encode_prompts(
-        task, policy.require_tokenizer(), policy.config.max_positions, experiment.sampling.max_tokens
-    )
+    max_tokens = experiment.sampling.max_tokens
+    prompts = encode_prompts(task, generator.tokenizer, generator.max_positions, max_tokens)
     indices, ids = schedule(experiment.seed, 0, num_prompts, len(task.train))
-    actor = make_actor(policy, 1)
+    batch = prompts.batch("train", indices)
     found = []
     for temperature in temperatures:
         sampling = replace(experiment.sampling, temperature=temperature)
         arguments: dict[str, list[Any]] = defaultdict(list)
         for group in range(num_groups):
-            samples = range(group * size, (group + 1) * size)
-            played = rollout(
-                actor, task, prompts, "train", indices, ids, samples, sampling, seed=experiment.seed, step=0
-            )
-            for name, values in played.reward_arguments().items():
+            noise = name_noise(experiment.seed, 0, ids, range(group * size, (group + 1) * size))
+            for name, values in rollout(generator, task, batch, noise, sampling).reward_arguments().items():
                 arguments[name] += values
         found.append(Groups(f"temperature {temperature:g}", dict(arguments), size, ids * num_groups))
     return found

@@ -7,14 +7,14 @@ only compares the members of a group: if their rewards are equal it learns nothi
 import itertools
 import math
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from scipy.stats import kendalltau
 
-from grpo_jax.advantages import group_advantages
+from grpo_jax.advantages import compute_advantages
 from grpo_jax.experiment import AdvantageConfig, Experiment
 from grpo_jax.reward_lab.groups import Groups
 from grpo_jax.rewards import RewardFunction
@@ -122,18 +122,12 @@ def score_variants(
     return {name: np.array(entries, float) for name, entries in values.items()}
 
 
-def _advantages(rewards: np.ndarray, options: AdvantageConfig) -> np.ndarray:
+def _advantages(rewards: np.ndarray, how: AdvantageConfig | Callable[..., Any]) -> np.ndarray:
     """The advantages [P, G] that training would compute from these rewards alone; 0 where a reward is nan."""
     applies = ~np.isnan(rewards)
-    return np.asarray(
-        group_advantages(
-            np.where(applies, rewards, 0.0),
-            scale=options.scale,
-            baseline=options.baseline,
-            ddof=options.ddof,
-            mask=applies,
-        )
-    )
+    # A function that returns advantages by token gets completions of one token.
+    found = compute_advantages(how, np.where(applies, rewards, 0.0), applies, token_mask=applies[..., None])
+    return np.asarray(found).reshape(rewards.shape)
 
 
 def signal(rewards: np.ndarray, prompts: Sequence[int]) -> Signal:

@@ -21,7 +21,7 @@ from grpo_jax.reward_lab.attacks import Attack, AttackConfig, Honest, Target, at
 from grpo_jax.reward_lab.groups import Groups
 from grpo_jax.reward_lab.readings import TOTAL, Reading, read, score_variants
 from grpo_jax.rewards import RewardFunction, turns
-from grpo_jax.rollout import Prompts, demonstrations
+from grpo_jax.rollout import Prompts, demonstrations, name_noise
 from grpo_jax.runs.display import visible
 from grpo_jax.runs.files import append_rows, write_json, writing
 
@@ -85,11 +85,10 @@ def _demonstrations(experiment: Experiment, tokenizer: Tokenizer) -> tuple[list[
         return [], {}
     num_prompts = min(len(task.train), DEMONSTRATIONS)
     indices, samples = range(num_prompts), range(DEMONSTRATIONS // num_prompts)
-    no_prompts = Prompts({"train": [[0]] * num_prompts}, 0)  # what is said is all that is asked for here
-    played = demonstrations(
-        task, no_prompts, "train", indices, indices, samples, tokenizer, seed=experiment.seed, step=0
-    )
-    return [turn for group in played.episodes for episode in group for turn in episode.turns], played.reward_arguments()
+    prompts = Prompts(task, {"train": [[0]] * num_prompts})  # only the completions are used here
+    noise = name_noise(experiment.seed, 0, indices, samples)
+    shown = demonstrations(task, prompts.batch("train", indices), noise, tokenizer)
+    return [turn for group in shown.episodes for episode in group for turn in episode.turns], shown.reward_arguments()
 
 
 def save(found: Study, directory: Path) -> list[Path]:

@@ -84,7 +84,7 @@ class ActorState(NamedTuple):
     """A batch of an `Actor` between two turns.
 
     Attributes:
-      decode: the decoder's state, on the devices.
+      decode: the decoder's state, placed.
       rows: which rows of the whole batch it holds.
       cache_size: places in the cache.
       cache_length: how many of them are filled.
@@ -163,7 +163,7 @@ def model_of(policy: Policy) -> Model:
 
 
 def make_actor(policy: Policy, replicas: Replicas) -> Actor:
-    """Puts a policy on its devices. Raises `UserError` if it has no tokenizer."""
+    """Places a policy. Raises `UserError` if it has no tokenizer."""
     tokenizer = policy.require_tokenizer()
     trainable, frozen = split_params(policy.params, policy.lora)
     return Actor(model_of(policy), replicas.replicate(trainable), replicas.replicate(frozen), tokenizer, replicas)

@@ -23,7 +23,7 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 from grpo_jax import sharding
 from grpo_jax.errors import RunError, UserError
 from grpo_jax.experiment import Experiment, to_dict
-from grpo_jax.runs.display import Display, group_table, markdown_table, summary_table, visible
+from grpo_jax.runs.display import Display, markdown_table
 from grpo_jax.runs.files import append_rows, json_line, jsonable, read_rows, write_json, write_text, writing
 
 PACKAGES = ("grpo_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "numpy")

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from grpo_jax.algorithms.packing import first_fit, pack
 from grpo_jax.errors import UserError
 from grpo_jax.experiment import ScratchConfig
-from grpo_jax.logprobs import Completions, completion_logprobs, packed_logprobs
+from grpo_jax.logprobs import completion_logprobs, packed_logprobs
 from grpo_jax.policy import load
 from grpo_jax.policy.transformer import bind
 

@@ -59,7 +59,8 @@ def test_a_function_that_closes_over_itself_has_a_name():
 
 
 def test_the_name_is_the_same_in_another_process():
-    code = "from grpo_jax.rewards.wordle import *; from grpo_jax.tasks.wordle import *; import grpo_jax.experiment.fingerprint as f;"
+    code = "from grpo_jax.rewards.wordle import *; from grpo_jax.tasks.wordle import *\n"
+    code += "import grpo_jax.experiment.fingerprint as f\n"
     code += "print(f.fingerprint([single_guess(), partial_credit, frozenset('abc')]))"
     names = {
         subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout

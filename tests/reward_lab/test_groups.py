@@ -5,13 +5,14 @@ from pathlib import Path
 
 import pytest
 
-from grpo_jax import training
 from grpo_jax.algorithms.batches import schedule
 from grpo_jax.errors import UserError
 from grpo_jax.experiment import EvaluationConfig, Experiment, PolicyConfig, SamplingConfig, ScratchConfig
 from grpo_jax.policy.tokenizer import CharacterTokenizer
 from grpo_jax.reward_lab.groups import import_rewards, read_groups, sample_groups
-from grpo_jax.rollout import encode_prompts, make_actor, rollout
+from grpo_jax.rollout import encode_prompts, make_actor, name_noise, rollout
+from grpo_jax.runs.restore import source_policy
+from grpo_jax.sharding import Replicas
 from grpo_jax.tasks import Task
 
 TOKENIZER = CharacterTokenizer("abc")
@@ -47,14 +48,13 @@ def saved(path: Path, rows: list[dict]) -> Path:
 
 def test_the_first_groups_are_those_that_training_begins_with_and_can_be_read_back(tmp_path):
     experiment = make_experiment(["a", "b", "c"])
-    policy = training.source_policy(experiment)
+    policy = source_policy(experiment)
     indices, ids = schedule(experiment.seed, 0, experiment.prompts_per_step, 3)  # as training has it
     prompts = encode_prompts(experiment.task, TOKENIZER, policy.config.max_positions, experiment.sampling.max_tokens)
-    first = rollout(
-        make_actor(policy, 1), experiment.task, prompts, "train", indices, ids, range(3), experiment.sampling,
-        seed=experiment.seed, step=0,
-    ).reward_arguments()  # fmt: skip
-    once, hot = sample_groups(policy, experiment, temperatures=[1.0, 5.0], num_prompts=2, num_groups=2)
+    actor, batch = make_actor(policy, Replicas()), prompts.batch("train", indices)
+    noise = name_noise(experiment.seed, 0, ids, range(3))
+    first = rollout(actor, experiment.task, batch, noise, experiment.sampling).reward_arguments()
+    once, hot = sample_groups(actor, experiment, temperatures=[1.0, 5.0], num_prompts=2, num_groups=2)
     assert once.arguments["completions"][:6] == first["completions"]
     assert (once.group_size, len(once.prompts)) == (3, 4) and once.prompts[:2] == once.prompts[2:]
     assert once.arguments["completions"][6:] != once.arguments["completions"][:6]

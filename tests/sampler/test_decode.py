@@ -103,8 +103,8 @@ def test_reported_log_probabilities_are_those_that_training_recomputes(params, t
 
 
 def test_the_contract_holds_over_turns_with_replies_of_different_lengths(params):
-    # Three turns; rows 0 and 3 of every prompt leave after the second. Cache: 3 places for the first turn's tokens but its
-    # last, then for each further turn its reply's 5, the token before it and the 4 - 1 that it feeds back: 5 + 4.
+    # Three turns; rows 0 and 3 of every prompt leave after the second. Cache: 3 places for the first turn's tokens but
+    # its last, then for each further turn its reply's 5, the token before it and the 4 - 1 that it feeds back: 5 + 4.
     turns, size = [], 4
     chosen = Settings(size, STOPS, PAD, cache_size=(size - 1) + 2 * (5 + size))
     named = noise(IDS, range(4))
