@@ -44,8 +44,9 @@ def slow(**arguments: Any) -> list[float]:
 BASE = override(
     letters.config,
     {
-        "steps": 2, "seed": 1, "optimizer.learning_rate": 3e-2, "evaluation.num_prompts": 3, "evaluation.batch_size": 64,
-        "rewards": {"share_of_a": share_of_a, "length": length}, "reward.weights": {"length": 0.1}, "checkpoint_every": 50,
+        "steps": 2, "seed": 1, "optimizer.learning_rate": 3e-2, "checkpoint_every": 50,
+        "evaluation.num_prompts": 3, "evaluation.batch_size": 64,
+        "rewards": {"share_of_a": share_of_a, "length": length}, "reward.weights": {"length": 0.1},
     },
 )  # fmt: skip
 

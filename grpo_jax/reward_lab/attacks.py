@@ -116,11 +116,11 @@ class Target:
         except UserError:
             return None
         for turn in range(self.task.max_turns):
-            episode.say(ids, [0.0] * len(ids), text)
+            episode.add_action(ids, [0.0] * len(ids), text)
             heard = reply(example, episode.turns) if reply and turn + 1 < self.task.max_turns else None
             if heard is None:
                 break
-            episode.hear([], heard)
+            episode.add_observation([], heard)
         return episode
 
 

@@ -1,5 +1,6 @@
 """The command line: what it passes on, what it prints, and how it ends."""
 
+import importlib
 import json
 import os
 import subprocess
@@ -93,8 +94,9 @@ def house(monkeypatch, tmp_path):
         n = experiment.evaluation.num_samples
         return make_evaluation(0.5, num_samples=n, pass_at_k={1: 0.5, n: 0.9})
 
-    def sample_text(policy, prompts, **options):
-        house.calls.append(("sample", prompts, options))
+    def sample_text(policy, prompts, sampling, **options):
+        how = {"temperature": sampling.temperature, "max_tokens": sampling.max_tokens}
+        house.calls.append(("sample", prompts, how | options))
         return [[f"answer {i}\x1b[2J\nnext" for i in range(options["num_samples"])] for _ in prompts]
 
     def source_policy(config):
@@ -106,7 +108,8 @@ def house(monkeypatch, tmp_path):
         return policy
 
     rooms = {
-        "training": {"train": train, "restore": restore, "source_policy": source_policy},
+        "training": {"train": train},
+        "runs.restore": {"restore": restore, "source_policy": source_policy},
         "evaluation": {"evaluate": evaluate},
         "rollout": {"sample_text": sample_text},
         "policy": {"load": load_policy, "export": lambda policy, directory: house.calls.append(("export", directory))},
@@ -115,7 +118,8 @@ def house(monkeypatch, tmp_path):
         module = ModuleType(f"grpo_jax.{name}")
         vars(module).update(functions)
         monkeypatch.setitem(sys.modules, f"grpo_jax.{name}", module)
-        monkeypatch.setattr(grpo_jax, name, module, raising=False)
+        parent, _, name = f"grpo_jax.{name}".rpartition(".")
+        monkeypatch.setattr(importlib.import_module(parent), name, module, raising=False)
     monkeypatch.setattr(cli.common, "prepare_jax", lambda: None)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "120")
