@@ -1,12 +1,14 @@
 #!/usr/bin/env bash
-# One run of an ablation per task of a SLURM array. Arguments: ABLATION.py and options of run_ablation.py.
+# One run of an ablation for each task of a SLURM array. Arguments: ABLATION.py and options of run_ablation.py.
 #
 #   n=$(.venv/bin/python scripts/run_ablation.py ABLATION.py --count)
 #   sbatch --array=0-$((n - 1)) --gpus=1 --time=1:00:00 scripts/ablation_array.sh ABLATION.py
 #
-# SLURM warns a task a minute before its time is up (B: without it, only what srun starts would hear). The run then
-# stops after the step under way, saved, and the same command goes on with what is not finished. Nothing here is a
-# launcher: a run across hosts finds them by itself.
+# Each run has one process on one machine and uses the GPUs that SLURM gives to its task.
+#
+# SLURM sends SIGTERM one minute before the time limit. "B:" sends it to this script; without it only processes that srun
+# started would get it. The run then finishes its step, saves a checkpoint and ends. To continue, submit the same command
+# again: it skips the runs that are finished.
 #SBATCH --job-name=ablation
 #SBATCH --output=ablation-%A_%a.log
 #SBATCH --signal=B:TERM@60

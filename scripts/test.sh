@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Runs the linter and the tests. Arguments go to pytest, e.g. `scripts/test.sh tests/test_cli.py -x`.
+# Runs the linter, the type checker and all tests. Arguments go to pytest, e.g. `scripts/test.sh tests/losses -x`.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 
@@ -7,5 +7,6 @@ install test
 status=0
 .venv/bin/ruff check . || status=1
 .venv/bin/ruff format --check . || status=1
-.venv/bin/python -m pytest -n 2 --durations=10 "$@" || status=1 # after the linter, so that its count is the last line
+.venv/bin/mypy || status=1
+.venv/bin/python -m pytest -n 2 --durations=10 "$@" || status=1 # last, so that the count of tests is the last line
 exit $status

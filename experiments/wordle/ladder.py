@@ -2,7 +2,7 @@
 
 Judged on all secrets, one game each: whether the policy has learned to play, against players that know the same words:
 blind .26 %, random consistent 98.2 %, optimal 100 % in 3.42 guesses (`mean_turns` of a run that wins everything).
-Sized for one H100 and ten minutes by estimate: no GPU was lent yet, so this was run for a few steps on a CPU only.
+The sizes are an estimate for ten minutes of one H100. This was run for a few steps on a CPU, and not yet on a GPU.
 
     grpo-jax train experiments/wordle/ladder.py --run-dir runs/ladder
     grpo-jax train experiments/wordle/ladder.py --run-dir runs/ladder --resume     # when the ten minutes are over

@@ -1,1 +1,1 @@
-"""A run's directory: the log (log.py), checkpoints (checkpoints.py), files (files.py), what is shown (display.py)."""
+"""A run's directory: log (log.py), checkpoints, restoring (restore.py), files, and what is shown (display.py)."""

@@ -19,7 +19,7 @@ from grpo_jax.rewards.wordle import (
     valid_word,
 )
 
-# Copied from shared/tables/article.json, so that the tests run without that file. A test below compares the two.
+# The figures that the article prints; a test below compares them with tests/golden/article.json.
 GROUP = ["FOUND", "NOUDI", "FOUND", "WORD ", "CROWN", "INDOM", "DONUT", "FROWN"]
 GROUP_REWARDS = [0.8, 0.6, 0.8, 0.0, 0.2, 0.3, 0.5, 0.2]
 GROUP_ADVANTAGES = [1.3525, 0.6312, 1.3525, -1.5328, -0.8115, -0.4508, 0.2705, -0.8115]
@@ -52,10 +52,7 @@ def standardized(rewards: Sequence[float]) -> list[float]:
 
 class TestArticle:
     def test_the_figures_copied_here_are_the_articles(self) -> None:
-        path = Path(__file__).parents[3] / "shared" / "tables" / "article.json"
-        if not path.exists():
-            pytest.skip("shared/tables/article.json is not here")
-        article = json.loads(path.read_text())
+        article = json.loads((Path(__file__).parents[1] / "golden" / "article.json").read_text())
         group, steps = article["group_of_eight"], article["three_step_figure"]
         assert (group["guess"], group["reward"], group["advantage"]) == (GROUP, GROUP_REWARDS, GROUP_ADVANTAGES)
         assert (steps["reward"], steps["advantage"]) == (STEPS_REWARDS, STEPS_ADVANTAGES)

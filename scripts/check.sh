@@ -1,0 +1,21 @@
+#!/usr/bin/env bash
+# Checks a change in about a minute: the linter, the type checker and the fast tests. scripts/test.sh runs all tests.
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
+
+# Tests of text, of files, and of functions of small arrays. They compile little or nothing.
+fast=(
+    tests/test_floors.py
+    tests/experiment
+    tests/rewards
+    tests/tasks
+    tests/statistics
+)
+
+install test
+status=0
+.venv/bin/ruff check . || status=1
+.venv/bin/ruff format --check . || status=1
+.venv/bin/mypy || status=1
+.venv/bin/python -m pytest -n 2 "${fast[@]}" "$@" || status=1
+exit $status
