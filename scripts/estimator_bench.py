@@ -2,6 +2,7 @@
 
     python scripts/estimator_bench.py --out runs/estimator_bench       # every batch listed, about a minute on two cores
     python scripts/estimator_bench.py --vocabulary 4 --horizon 4 --group-size 8 --samples 100000 --out DIR
+    python scripts/estimator_bench.py --loss FILE.py:FUNCTION --out DIR       # a loss of your own beside them
 
 Prints a table for an on-policy game and one whose sampler has drifted from the policy, and writes them as CSV,
 Markdown and a picture to the output directory.
@@ -17,8 +18,17 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from grpo_jax.errors import exit_status
-from grpo_jax.research.exact_gradient import compare, exact_moments, family, make_game, probabilities, sampled_moments
+from grpo_jax.errors import UserError, exit_status
+from grpo_jax.experiment import AdvantageConfig, run_file
+from grpo_jax.research.exact_gradient import (
+    Estimator,
+    compare,
+    exact_moments,
+    family,
+    make_game,
+    probabilities,
+    sampled_moments,
+)
 
 
 @dataclass(frozen=True)
@@ -31,14 +41,27 @@ class Options:
     drift: float = 0.5  # of the second game's sampler, in nats
     samples: int = 0  # random batches; 0 to list every batch
     seed: int = 0
+    loss: str | None = None  # FILE.py:FUNCTION, a loss of your own, with GRPO's advantages
+
+
+def own_estimator(where: str) -> dict[str, Estimator]:
+    """The estimator of a loss that is given as FILE.py:FUNCTION."""
+    path, _, name = where.rpartition(":")
+    if not path:
+        raise UserError(f"--loss {where!r} is not of the form FILE.py:FUNCTION, e.g. my_loss.py:my_loss.")
+    loss = getattr(run_file(Path(path)), name, None)
+    if not callable(loss):
+        raise UserError(f"--loss {where!r}: {path} has no function {name!r}.")
+    return {name: Estimator(AdvantageConfig(), loss)}
 
 
 def measure(options: Options) -> list[dict[str, str | float]]:
     """One row for every game and estimator."""
     rows = []
+    estimators = {**family(options.horizon), **(own_estimator(options.loss) if options.loss else {})}
     for name, drift in (("on policy", 0.0), (f"sampler drifted by {options.drift:g}", options.drift)):
         game = make_game(options.vocabulary, options.horizon, options.prompts, drift=drift, seed=options.seed)
-        for estimator_name, estimator in family(options.horizon).items():
+        for estimator_name, estimator in estimators.items():
             if options.samples:
                 moments = sampled_moments(
                     game, estimator, options.group_size, samples=options.samples, seed=options.seed

@@ -3,7 +3,6 @@
 All of `LossConfig`'s losses and `AdvantageConfig`'s advantages are here, and those of the user's own.
 """
 
-from collections.abc import Callable
 from typing import Any, ClassVar
 
 import jax
@@ -30,8 +29,8 @@ from grpo_jax.algorithms.forward import Forward
 from grpo_jax.algorithms.on_policy import rewarded_batch
 from grpo_jax.evaluation import NOISE_STEP
 from grpo_jax.experiment import Experiment, LossConfig, requirements
-from grpo_jax.losses.inputs import LossInputs, own_loss, reads_reference
-from grpo_jax.losses.policy_gradient import highest_entropy_tokens, policy_gradient_loss
+from grpo_jax.losses.inputs import LossInputs, reads_reference
+from grpo_jax.losses.policy_gradient import apply_loss, highest_entropy_tokens
 from grpo_jax.losses.surrogates import sampler_correction
 from grpo_jax.policy.transformer import Params
 from grpo_jax.rollout import score_rollout
@@ -80,11 +79,6 @@ def count_totals(setup: Setup, mask: Array) -> Totals:
         "num_sequences": setup.total(mask.any(-1).sum()),
         "num_groups": setup.total(mask.any((-2, -1)).sum()),
     }
-
-
-def apply_loss(loss: LossConfig | Callable[..., Any], inputs: LossInputs) -> tuple[Array, Metrics]:
-    """The contribution of some sequences to a batch's loss, by a config or by a function of the user's own."""
-    return policy_gradient_loss(inputs, loss) if isinstance(loss, LossConfig) else own_loss(loss, inputs)
 
 
 def _make_prepare(setup: Setup, forward: Forward) -> Prepare:

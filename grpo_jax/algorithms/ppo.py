@@ -24,10 +24,11 @@ from grpo_jax.algorithms.base import (
 from grpo_jax.algorithms.batch import Batch, micro_batches, rows
 from grpo_jax.algorithms.dynamic_sampling import sample_rounds
 from grpo_jax.algorithms.forward import Forward
-from grpo_jax.algorithms.grpo import apply_loss, count_totals, loss_inputs
+from grpo_jax.algorithms.grpo import count_totals, loss_inputs
 from grpo_jax.algorithms.on_policy import rewarded_batch
 from grpo_jax.experiment import Experiment, requirements
 from grpo_jax.losses import value
+from grpo_jax.losses.policy_gradient import apply_loss
 from grpo_jax.policy.transformer import Params
 
 Array = jax.Array

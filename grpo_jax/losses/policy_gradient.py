@@ -26,13 +26,16 @@ On one batch in one piece every loss agrees with TRL's (1.16) of the same name, 
 - Metrics are means over tokens, also of ratios per sequence, which TRL averages over sequences.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import chex
 import jax
 import jax.numpy as jnp
 
 from grpo_jax.errors import UserError
 from grpo_jax.experiment import LossConfig
-from grpo_jax.losses.inputs import LossInputs, finite_where_masked
+from grpo_jax.losses.inputs import LossInputs, finite_where_masked, own_loss
 from grpo_jax.losses.surrogates import (
     clipped_regions,
     clipped_surrogate,
@@ -89,6 +92,11 @@ def loss(
         axis_name=axis_name,
     )
     return policy_gradient_loss(inputs, config)
+
+
+def apply_loss(loss: LossConfig | Callable[..., Any], inputs: LossInputs) -> tuple[chex.Array, dict[str, chex.Array]]:
+    """The contribution of some sequences to a batch's loss, by a config or by a function of the user's own."""
+    return policy_gradient_loss(inputs, loss) if isinstance(loss, LossConfig) else own_loss(loss, inputs)
 
 
 def policy_gradient_loss(inputs: LossInputs, config: LossConfig) -> tuple[chex.Array, dict[str, chex.Array]]:

@@ -2,23 +2,25 @@
 
 The policy is a table of logits, one row for every prompt and prefix. A completion ends with token 0 or at the horizon.
 So the gradient of the expected reward is a finite sum. The mean and the variance of an estimator are finite sums too,
-over every batch that can be sampled, weighted by its probability. The estimators are the framework's own
-`group_advantages` and `policy_gradient.loss`, not copies of them.
+over every batch that can be sampled, weighted by its probability. The estimators are the framework's own advantages and
+losses, not copies of them, or functions of the user's own.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import combinations_with_replacement, product
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from grpo_jax.advantages import group_advantages
+from grpo_jax.advantages import compute_advantages
 from grpo_jax.errors import UserError
 from grpo_jax.experiment import AdvantageConfig, LossConfig
-from grpo_jax.losses import policy_gradient
+from grpo_jax.losses import LossInputs
+from grpo_jax.losses.policy_gradient import apply_loss
 
 MAX_BATCHES = 2_000_000  # the most batches that are listed
 
@@ -45,10 +47,11 @@ class Game:
 
 @dataclass(frozen=True)
 class Estimator:
-    """How advantages are computed from rewards, and the loss from advantages."""
+    """How advantages are computed from rewards, and the loss from advantages: configs, or functions as an experiment
+    takes them."""
 
-    advantages: AdvantageConfig
-    loss: LossConfig
+    advantages: AdvantageConfig | Callable[..., Any]
+    loss: LossConfig | Callable[..., Any]
 
 
 @dataclass(frozen=True)
@@ -115,24 +118,31 @@ def true_gradient(game: Game, values: np.ndarray | None = None) -> np.ndarray:
 def estimates(game: Game, estimator: Estimator, chosen: np.ndarray) -> np.ndarray:
     """The estimator's gradients [M, P, K, V] on M batches of the completions `chosen` [M, P, G]."""
     rows = np.arange(len(game.rewards))[:, None]
-    config, old = estimator.advantages, token_logprobs(game, game.behaviour)
+    old = token_logprobs(game, game.behaviour)
 
     def objective(logits: jax.Array, batch: jax.Array) -> jax.Array:
-        advantages = group_advantages(
-            jnp.asarray(game.rewards)[rows, batch], scale=config.scale, baseline=config.baseline, ddof=config.ddof
-        )
+        rewards, mask = jnp.asarray(game.rewards)[rows, batch], jnp.asarray(game.mask)[batch]
+        advantages = compute_advantages(estimator.advantages, rewards, jnp.ones(rewards.shape, bool), token_mask=mask)
+        advantages = advantages if advantages.ndim == 3 else advantages[..., None]
 
         def flat(x: jax.Array) -> jax.Array:
             return x.reshape(-1, x.shape[-1])
 
-        loss, _ = policy_gradient.loss(
-            flat(token_logprobs(game, logits)[rows, batch]),
-            flat(old[rows, batch]),
-            advantages.reshape(-1),
-            flat(jnp.asarray(game.mask)[batch]),
-            estimator.loss,
+        inputs = LossInputs(
+            logprobs=flat(token_logprobs(game, logits)[rows, batch]),
+            old_logprobs=flat(old[rows, batch]),
+            advantages=flat(jnp.broadcast_to(advantages, mask.shape)),
+            mask=flat(mask),
+            num_tokens=mask.sum(),
+            num_sequences=mask.shape[0] * mask.shape[1],
+            num_groups=mask.shape[0],
+            group_size=mask.shape[1],
         )
-        return -loss
+        if not isinstance(estimator.loss, LossConfig):  # which need not say what it reads; the reference is the sampler
+            entropy = -(jnp.exp(jax.nn.log_softmax(logits)) * jax.nn.log_softmax(logits)).sum(-1)[:, game.prefixes]
+            sampled = inputs.old_logprobs
+            inputs = inputs._replace(entropy=flat(entropy[rows, batch]), ref_logprobs=sampled, sampler_logprobs=sampled)
+        return -apply_loss(estimator.loss, inputs)[0]
 
     gradient = jax.jit(
         lambda batches: jax.lax.map(
