@@ -122,5 +122,5 @@ def test_a_pair_that_does_not_count_touches_nothing():
                         DPOConfig())[0]  # fmt: skip
     np.testing.assert_allclose(dpo_loss(logprobs, ref_logprobs, mask, DPOConfig(), pairs=pairs)[0], expected, rtol=1e-6)
     assert dpo_loss(logprobs, ref_logprobs, mask, DPOConfig(), pairs=0 * pairs)[0] == 0
-    scores = np.arange(32.0)
-    np.testing.assert_allclose(bradley_terry_loss(scores, pairs=pairs)[0], np.log1p(np.e), rtol=1e-6)  # every chosen completion loses by 1
+    scores = np.arange(32.0)  # every chosen completion loses by 1
+    np.testing.assert_allclose(bradley_terry_loss(scores, pairs=pairs)[0], np.log1p(np.e), rtol=1e-6)

@@ -10,7 +10,7 @@ NAN = np.nan
 
 
 def test_the_reward_comes_with_the_last_token_and_every_token_pays_for_the_kl():
-    # 0.1 * (log p - log p_ref): differences of 0.5 and -0.2 nats. In the second row the middle token is an environment's.
+    # 0.1 * (log p - log p_ref): differences of 0.5 and -0.2 nats. Row 2: its middle token is an environment's.
     logprobs = np.array([[-1.0, -2.0, NAN], [-1.0, NAN, -3.0]])
     ref_logprobs = np.array([[-1.5, -1.8, NAN], [-1.0, NAN, -2.0]])
     mask = np.array([[True, True, False], [True, False, True]])

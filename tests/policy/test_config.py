@@ -78,7 +78,15 @@ def test_gemma3_published_config_with_its_gaps_is_read():
     )
     assert (config.vocab_size, config.num_heads, config.num_kv_heads, config.head_dim) == (262208, 8, 4, 256)
     assert (config.rope, config.local_rope) == (RopeConfig(1e6, "linear", 8.0), RopeConfig(1e4))
-    assert config.sliding_layers[:7] == (True, True, True, True, True, False, True)  # every sixth layer has full attention
+    assert config.sliding_layers[:7] == (
+        True,
+        True,
+        True,
+        True,
+        True,
+        False,
+        True,
+    )  # every sixth is full
     assert config.query_scale == 1 / 16 and config.embed_scale == 2560**0.5 and config.tied
     assert to_hf(config)["model_type"] == "gemma3_text"
 
