@@ -90,8 +90,8 @@ def rope_from_hf(config: Mapping[str, Any]) -> tuple[RopeConfig, RopeConfig | No
     and `rope_local_base_freq` (older versions). Raises `UserError` for a kind that is not implemented.
     """
     positions = config["max_position_embeddings"]
-    if config.get("partial_rotary_factor", 1.0) != 1.0:
-        raise UserError(f"config.json has {config['partial_rotary_factor']=}: only whole heads can be rotated.")
+    if (factor := config.get("partial_rotary_factor", 1.0)) != 1.0:
+        raise UserError(f"config.json has partial_rotary_factor = {factor!r}: only whole heads can be rotated.")
     parameters, scaling = config.get("rope_parameters") or {}, config.get("rope_scaling") or {}
     per_type = [key for key in ("full_attention", "sliding_attention") if key in parameters]
     if config["model_type"] == "gemma3_text":
