@@ -6,10 +6,19 @@ from typing import Any
 
 import numpy as np
 import pytest
+from scripted import Scripted
 
-from grpo_jax.evaluation import Evaluation, evaluate, pass_at_k, success_interval
+from grpo_jax.evaluation import (
+    NOISE_STEP,
+    Evaluation,
+    evaluate,
+    evaluate_generator,
+    pass_at_k,
+    success_interval,
+)
 from grpo_jax.experiment import EvaluationConfig, Experiment, PolicyConfig, SamplingConfig, ScratchConfig
 from grpo_jax.policy import Policy, load
+from grpo_jax.rollout import encode_prompts
 from grpo_jax.tasks import Task
 
 SCRATCH = ScratchConfig("abcd", hidden_size=16, num_layers=1, num_heads=2)
@@ -137,3 +146,22 @@ def test_an_evaluation_takes_the_first_prompts_and_needs_no_rewards(policy):
     result = run(policy, rewards={"none": lambda *, completions, **_: [None] * len(completions)}, num_prompts=2)
     assert (result.num_prompts, len(result.records), result.reward) == (2, 6, None)
     assert result.records[3]["prompt"] == "bb"
+
+
+def test_an_evaluation_samples_at_its_own_temperature_with_noise_of_its_own():
+    held_out = [{"prompt": prompt} for prompt in ("a", "bb", "c")]
+    task = Task("letters", [{"prompt": "d"}], held_out, success=has_an_a)
+    experiment = Experiment(
+        task, {"length": length}, seed=5, sampling=SamplingConfig(temperature=0.7, top_k=3, max_tokens=4),
+        evaluation=EvaluationConfig(num_samples=2, temperature=0.3, batch_size=64),
+    )  # fmt: skip
+    generator = Scripted(lambda prompt, sample: prompt + "a" * sample)
+    prompts = encode_prompts(task, generator.tokenizer, 64, 4)
+    result = evaluate_generator(generator, prompts, experiment)
+    [(_, noise, sampling)] = generator.calls
+    assert sampling == SamplingConfig(temperature=0.3, top_k=3, max_tokens=4)
+    assert (noise.seed, noise.step, noise.prompt_ids.tolist()) == (5, NOISE_STEP, [0, 1, 2])
+    assert noise.samples.tolist() == [[0, 1]] * 3
+    # Sample 0 repeats the prompt, sample 1 adds an a: "a", "aa", "bb", "bba", "c", "ca".
+    assert [record["completion"] for record in result.records] == ["a", "aa", "bb", "bba", "c", "ca"]
+    assert result.success == 4 / 6 and result.pass_at_k == {1: pytest.approx(4 / 6), 2: 1.0}

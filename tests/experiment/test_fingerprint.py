@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import pytest
 
-from grpo_jax.experiment import LoRAConfig, LossConfig
+from grpo_jax.experiment import LoRAConfig, LossConfig, Method
 from grpo_jax.experiment.fingerprint import fingerprint
 
 
@@ -22,6 +22,18 @@ def recursive(n):
     return again
 
 
+class Quiet(Method):
+    def needs_rewards(self, experiment):
+        return False
+
+
+class Loud(Method):
+    def needs_rewards(self, experiment):
+        return True
+
+
+Loud.__qualname__ = Quiet.__qualname__  # so that the code alone tells them apart
+DEFAULT_1, DEFAULT_2 = (lambda x=1: x), (lambda x=2: x)
 ONE, TWO = (lambda x: x + 1), (lambda x: x + 2)
 
 
@@ -40,6 +52,10 @@ ONE, TWO = (lambda x: x + 1), (lambda x: x + 2)
         (scaled(2), scaled(3)),
         (functools.partial(max, 1), functools.partial(max, 2)),
         (np.arange(3), np.arange(3.0)),
+        (np.arange(3), np.array([0, 1, 3])),
+        (np.zeros((2, 3)), np.zeros((3, 2))),
+        (DEFAULT_1, DEFAULT_2),
+        (Quiet(), Loud()),
         (len, max),
     ],
 )
