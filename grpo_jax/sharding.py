@@ -65,8 +65,8 @@ class Replicas:
 
 @cache
 def _replicating(replicas: Replicas) -> Callable[..., Any]:
-    # Kept, since a new function would be compiled anew. The axis has the name that compiled functions give it: arrays of
-    # another name are of another layout, for which the first call of such a function would be compiled a second time.
+    # Kept, since a new function would be compiled anew. The axis has the name that compiled functions give it: arrays
+    # of another name have another layout, for which the first call of such a function is compiled a second time.
     devices = jax.local_devices()[: replicas.count]
     return jax.pmap(lambda _, x: x, axis_name=replicas.axis_name, in_axes=(0, None), devices=devices)
 

@@ -11,6 +11,7 @@ import pytest
 
 from grpo_jax.advantages import group_advantages
 from grpo_jax.algorithms import Batch, Setup, algorithm_of
+from grpo_jax.errors import UserError
 from grpo_jax.experiment import (
     Experiment,
     LoRAConfig,
@@ -22,6 +23,7 @@ from grpo_jax.experiment import (
     override,
 )
 from grpo_jax.logprobs import Completions, completion_logprobs
+from grpo_jax.losses import LossInputs
 from grpo_jax.policy import load
 from grpo_jax.policy.lora import Model, split
 from grpo_jax.rollout import encode_prompts, make_actor, name_noise, rollout
@@ -117,7 +119,16 @@ def compiled(n: int, overrides: tuple, record: bool, dtype: str, lora: LoRAConfi
 
 
 def run(
-    batch: Batch, n: int = 1, *, state=None, first=False, record=False, dtype="float32", lora=None, **overrides
+    batch: Batch,
+    n: int = 1,
+    *,
+    state=None,
+    first=False,
+    record=False,
+    reference=False,
+    dtype="float32",
+    lora=None,
+    **overrides,
 ) -> tuple[State, dict]:
     """One update on n devices; the state afterwards and its metrics, from the first device."""
     overrides = {key.replace("__", "."): value for key, value in overrides.items()}
@@ -125,7 +136,8 @@ def run(
     _, trainable, frozen = parts(dtype, lora)
     if state is None:
         state = State(trainable, optimizer.init(trainable), jnp.int32(0))
-    reference = {k: 1.1 * v for k, v in trainable.items()} if overrides.get("loss.beta") else None
+    has_reference = reference or overrides.get("loss.beta")
+    reference = {k: 1.1 * v for k, v in trainable.items()} if has_reference else None
     replicas = Replicas(n)
     state, output = update(
         replicas.replicate(state),
@@ -215,6 +227,94 @@ def test_the_gradient_is_the_one_worked_by_hand():
     assert metrics["num_tokens"] == active.sum()
     assert metrics["sampling/logprob_difference/max"] < 1e-4
     np.testing.assert_allclose(metrics["importance_ratio"], 1, atol=1e-5)
+
+
+@pytest.mark.parametrize("ddof", [0, 1])
+def test_the_advantages_have_the_experiments_divisor(ddof):
+    batch = make_batch()
+    _, metrics = run(batch, record=True, advantages__ddof=ddof)
+    for p in np.flatnonzero(batch.sample_mask.sum(1) >= 2)[:8]:
+        own = batch.rewards[p][batch.sample_mask[p]]
+        expected = (own - own.mean()) / own.std(ddof=ddof) if np.ptp(own) else 0 * own
+        np.testing.assert_allclose(metrics["advantages"][p][batch.sample_mask[p]], expected, atol=1e-5)
+
+
+def weigh_by_place(inputs: LossInputs) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """A loss per token: the later the token, the more it counts."""
+    place = jnp.arange(1, inputs.mask.shape[1] + 1)
+    per_token = -place * inputs.advantages * jnp.exp(inputs.logprobs - inputs.old_logprobs)
+    return per_token, {"own/place": jnp.broadcast_to(place, inputs.mask.shape), "own/sum": inputs.entropy.sum()}
+
+
+def pull_to_the_reference(inputs: LossInputs) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """A scalar loss, divided by a count of the whole batch, which reads the reference."""
+    square = jnp.where(inputs.mask, (inputs.logprobs - inputs.ref_logprobs) ** 2, 0.0)
+    return square.sum() / inputs.num_sequences, {"own/groups": inputs.mask.any(-1).sum() / inputs.num_groups}
+
+
+def standardised_by_batch(rewards, mask, axis_name):
+    """Advantages of a batch over all devices, of a function's own."""
+    total, n = (jax.lax.psum(x, axis_name) for x in (jnp.where(mask, rewards, 0.0).sum(), mask.sum()))
+    return rewards - total / n
+
+
+OWN = {
+    "a loss per token": dict(loss=weigh_by_place),
+    "a scalar loss": dict(loss=pull_to_the_reference),
+    "advantages": dict(advantages=standardised_by_batch),
+    "advantages by token": dict(advantages=lambda rewards, mask, token_mask: rewards[..., None] * token_mask),
+}
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_a_loss_and_advantages_of_ones_own_are_exact_over_devices_and_micro_batches(name):
+    batch = make_batch(drift=0.3)
+    whole, expected = run(batch, record=True, reference=True, **OWN[name])
+    parted, metrics = run(batch, 8, record=True, reference=True, gradient_accumulation_steps=4, **OWN[name])
+    assert max(float(jnp.abs(g).max()) for g in whole.optimizer.values()) > 1e-3
+    assert_close(parted.optimizer, whole.optimizer)
+    assert metrics.keys() == expected.keys()
+    for key in expected:
+        np.testing.assert_allclose(metrics[key], expected[key], rtol=2e-5, atol=2e-6, err_msg=key)
+
+
+def test_a_loss_of_ones_own_worked_by_hand():
+    batch = make_batch()
+    active = batch.mask & batch.sample_mask[..., None]
+    _, metrics = run(batch, record=True, loss=weigh_by_place)
+    advantages = np.asarray(group_advantages(batch.rewards, mask=batch.sample_mask))
+    place = np.broadcast_to(np.arange(1, T + 1), active.shape)
+    np.testing.assert_allclose(metrics["loss"], -(place * advantages[..., None])[active].mean(), rtol=1e-3, atol=1e-5)
+    np.testing.assert_allclose(metrics["own/place"], place[active].mean(), rtol=1e-5)
+
+
+def test_a_reference_is_kept_only_for_a_loss_that_reads_it():
+    for loss, reads in ((weigh_by_place, False), (pull_to_the_reference, True)):
+        experiment = override(EXPERIMENT, {"loss": loss})
+        assert algorithm_of(experiment).needs_reference(experiment) == reads
+
+
+@pytest.mark.parametrize(
+    ("loss", "says"),
+    [
+        (lambda inputs: inputs.logprobs, r"must return \(loss, metrics\)"),
+        (
+            lambda inputs: (inputs.logprobs.sum(0), {}),
+            r"a loss of shape \[\d+\]: it must have one value",
+        ),
+        (lambda inputs: (inputs.nothing, {}), "raised AttributeError: .*nothing"),
+        (lambda inputs: (inputs.logprobs, {"m": inputs.mask[0]}), "a metric 'm' of shape"),
+    ],
+)
+def test_a_loss_of_ones_own_that_is_wrong_is_one_sentence(loss, says):
+    experiment = override(EXPERIMENT, {"loss": loss})
+    with pytest.raises(UserError, match=says):
+        algorithm_of(experiment).needs_reference(experiment)
+
+
+def test_advantages_of_ones_own_of_a_wrong_shape_are_one_sentence():
+    with pytest.raises(UserError, match=r"returned shape \[32\]: it must be that of the rewards, \[32, 3\]"):
+        run(make_batch(), advantages=lambda rewards, mask: rewards.mean(1))
 
 
 def test_sft_is_the_mean_negative_log_likelihood_of_the_tokens():

@@ -9,10 +9,10 @@ import optax
 import pytest
 
 from grpo_jax.algorithms import Batch, Setup, algorithm_of
-from grpo_jax.algorithms.forward import new_head
+from grpo_jax.algorithms.forward import HEAD, new_head
 from grpo_jax.algorithms.packing import pack
 from grpo_jax.experiment import Experiment, PolicyConfig, SamplingConfig, ScratchConfig, override
-from grpo_jax.logprobs import Completions, completion_logprobs
+from grpo_jax.logprobs import Completions, completion_hidden, completion_logprobs
 from grpo_jax.policy import load
 from grpo_jax.policy.lora import Model, split
 from grpo_jax.sharding import Replicas
@@ -57,8 +57,8 @@ def batch() -> Batch:
     return Batch(prompts, lengths, tokens, valid, valid, noisy, rewards, kept)
 
 
-def run(given: Batch, n: int = 1, **overrides):
-    """The gradient and metrics of one update on n devices."""
+def run(given: Batch, n: int = 1, *, found_before: bool = True, **overrides):
+    """The gradient and metrics of one update on n devices, after what the method finds before its updates."""
     experiment = override(EXPERIMENT, {key.replace("__", "."): value for key, value in overrides.items()})
     model, trainable, frozen, head = parts()
     trainable = {**trainable, **head} if experiment.method in ("ppo", "reward_model") else trainable
@@ -67,7 +67,7 @@ def run(given: Batch, n: int = 1, **overrides):
     trainable_, frozen_, reference_ = (replicas.replicate(x) for x in (trainable, frozen, reference))
     given, found = replicas.split(jax.tree.map(np.asarray, given)), {}
     before_updates = algorithm_of(experiment).make_objective(setup).before_updates
-    if before_updates is not None:
+    if before_updates is not None and found_before:
         given, found = replicas.compile(before_updates)(trainable_, frozen_, reference_, given)
     state = replicas.replicate(State(trainable, RECORD.init(trainable), jnp.int32(0)))
     update = replicas.compile(make_update(setup, RECORD))
@@ -133,3 +133,80 @@ def test_ppos_advantages_are_those_of_its_rewards_and_values():
     np.testing.assert_allclose(metrics["objective/rlhf_reward"], given.rewards[given.sample_mask].mean(), rtol=1e-5)
     residual = (returns - estimated.values)[mask].var()
     np.testing.assert_allclose(metrics["value/explained_variance"], 1 - residual / returns[mask].var(), rtol=1e-4)
+
+
+# Worked by hand, from log-probabilities and hidden states that the objective does not compute
+
+
+def token_logprobs_of(scale: float = 1.0) -> np.ndarray:
+    """Log-probabilities [P, G, T] under the policy with its parameters scaled (1.1 is the reference of `run`)."""
+    model, trainable, frozen, _ = parts()
+    scaled = {path: scale * value for path, value in trainable.items()}
+    given = batch()
+    logprobs, _ = completion_logprobs(model.bind(scaled, frozen), given.completions)
+    return np.where(given.mask, logprobs, 0.0)
+
+
+def pair_mean(values: np.ndarray) -> float:
+    """The mean over the pairs of which both completions count."""
+    return values[batch().sample_mask.reshape(-1, 2).all(1)].mean()
+
+
+def test_dpo_compares_the_policy_with_its_reference():
+    ratios = (token_logprobs_of() - token_logprobs_of(1.1)).sum(-1).reshape(-1, 2)  # log p / p_ref of each completion
+    margins = 0.3 * (ratios[:, 0] - ratios[:, 1])
+    _, metrics, _ = run(batch(), method="dpo", dpo__beta=0.3)
+    np.testing.assert_allclose(metrics["loss"], pair_mean(np.log1p(np.exp(-margins))), rtol=1e-4)
+    np.testing.assert_allclose(metrics["rewards/margins"], pair_mean(margins), rtol=1e-3, atol=1e-5)
+    assert abs(metrics["loss"] - np.log(2)) > 1e-3  # what it is where both are the same policy
+
+
+def test_a_reward_model_is_centred_by_its_coefficient():
+    model, trainable, frozen, head = parts()
+    given = batch()
+    hidden = completion_hidden(model.bind(trainable, frozen), given.completions, after_last=True)
+    last = np.take_along_axis(np.asarray(hidden), given.valid.sum(-1)[..., None, None], axis=2)[:, :, 0]
+    scores = (last @ np.asarray(head[HEAD[0]]) + float(head[HEAD[1]])).reshape(-1, 2)
+    loss = np.log1p(np.exp(scores[:, 1] - scores[:, 0])) + 0.2 * scores.sum(1) ** 2
+    _, metrics, _ = run(given, method="reward_model", reward_model__center_rewards_coefficient=0.2)
+    np.testing.assert_allclose(metrics["loss"], pair_mean(loss), rtol=1e-4)
+
+
+def test_ppos_advantages_discount_by_gamma_and_look_ahead_by_lambda_and_pay_for_the_kl():
+    options = dict(gamma=0.9, lam=0.5, kl_coef=0.3, whiten_advantages=False)
+    given = batch()
+    _, metrics, estimated = run(given, method="ppo", **{f"ppo__{key}": value for key, value in options.items()})
+    mask, kl = given.mask & given.sample_mask[..., None], given.logprobs - token_logprobs_of(1.1)
+    values, expected = np.asarray(estimated.values), np.zeros(mask.shape)
+    paid = []
+    for p, g in np.ndindex(P, G):
+        size = int(mask[p, g].sum())  # completions have no tokens of an environment here
+        rewards = -0.3 * kl[p, g, :size]
+        if size:
+            rewards[-1] += given.rewards[p, g]
+            paid.append(rewards.sum())
+        after = 0.0
+        for t in reversed(range(size)):
+            value_after = values[p, g, t + 1] if t + 1 < size else 0.0
+            after = expected[p, g, t] = rewards[t] + 0.9 * value_after - values[p, g, t] + 0.9 * 0.5 * after
+    np.testing.assert_allclose(estimated.advantages, expected, atol=2e-5)
+    np.testing.assert_allclose(estimated.returns, np.where(mask, expected + values, 0), atol=2e-5)
+    np.testing.assert_allclose(metrics["objective/rlhf_reward"], np.mean(paid), rtol=1e-4)
+    assert np.abs(expected).max() > 0.1
+
+
+def test_ppos_critic_is_clipped_around_its_old_values():
+    given = batch()
+    _, _, estimated = run(given, method="ppo")
+    mask, now = given.mask & given.sample_mask[..., None], np.asarray(estimated.values)
+    old, returns = (now - 0.5).astype(np.float32), (now + 0.2).astype(np.float32)  # it has come 0.5 of 0.7 up
+    moved = jax.tree.map(np.asarray, estimated._replace(values=old, returns=returns))
+    losses = {}
+    for cliprange in (None, 0.1):
+        options = dict(method="ppo", ppo__cliprange_value=cliprange, ppo__vf_coef=0.25)
+        _, metrics, _ = run(moved, found_before=False, **options)
+        losses[cliprange] = metrics["value_loss"]
+        np.testing.assert_allclose(metrics["loss"], metrics["policy_loss"] + 0.25 * metrics["value_loss"], rtol=1e-5)
+    assert mask.any()
+    np.testing.assert_allclose(losses[None], 0.5 * 0.2**2, rtol=1e-4)  # the error now
+    np.testing.assert_allclose(losses[0.1], 0.5 * 0.6**2, rtol=1e-4)  # held at old + 0.1, it is 0.7 - 0.1 away
