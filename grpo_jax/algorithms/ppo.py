@@ -29,8 +29,7 @@ from grpo_jax.algorithms.on_policy import rewarded_batch
 from grpo_jax.experiment import Experiment, requirements
 from grpo_jax.losses import value
 from grpo_jax.policy.transformer import Params
-
-Array = jax.Array
+from grpo_jax.sharding import Array
 
 
 class PPO(requirements.PPO, Algorithm):

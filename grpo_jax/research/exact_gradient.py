@@ -10,6 +10,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import combinations_with_replacement, product
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +19,7 @@ import numpy as np
 from grpo_jax.advantages import group_advantages
 from grpo_jax.errors import UserError
 from grpo_jax.experiment import AdvantageConfig, LossConfig
+from grpo_jax.experiment.methods import Baseline, LossType, Scale
 from grpo_jax.losses import policy_gradient
 
 MAX_BATCHES = 2_000_000  # the most batches that are listed
@@ -213,7 +215,7 @@ def family(horizon: int) -> Mapping[str, Estimator]:
     `bnpo` is not listed because it equals `dapo`, nor is GDPO: with one reward it equals REINFORCE++-baseline.
     """
 
-    def of(scale: str, baseline: str, loss_type: str, **fields: object) -> Estimator:
+    def of(scale: Scale, baseline: Baseline, loss_type: LossType, **fields: Any) -> Estimator:
         return Estimator(AdvantageConfig(scale=scale, baseline=baseline), LossConfig(loss_type=loss_type, **fields))
 
     sequence = dict(importance_sampling_level="sequence")
