@@ -84,7 +84,7 @@ def evaluate_generator(
         found = rollout(generator, task, prompts.batch(split, indices), noise, sampling)
         arguments = found.reward_arguments()
         success = task.success(**arguments)
-        rewards = [None] * len(success)
+        rewards: Sequence[float | None] = [None] * len(success)
         if experiment.rewards:
             rewards = score_rollout(found, experiment).total
         episodes = [episode for group in found.episodes for episode in group]
@@ -103,7 +103,7 @@ def evaluate_generator(
         ]
     won = np.array([record["success"] for record in records]).reshape(len(examples), config.num_samples)
     low, high = success_interval(won)
-    rewards = [r["reward"] for r in records if r["reward"] is not None and not math.isnan(r["reward"])]
+    known = [r["reward"] for r in records if r["reward"] is not None and not math.isnan(r["reward"])]
     powers = [2**i for i in range(config.num_samples.bit_length())]
     return Evaluation(
         split=split,
@@ -113,7 +113,7 @@ def evaluate_generator(
         success=float(won.mean()),
         success_low=low,
         success_high=high,
-        reward=float(np.mean(rewards)) if rewards else None,
+        reward=float(np.mean(known)) if known else None,
         pass_at_k={k: pass_at_k(won.sum(1), config.num_samples, k) for k in powers},
         mean_length=float(np.mean([record["length"] for record in records])),
         mean_turns=float(np.mean([record["turns"] for record in records])),

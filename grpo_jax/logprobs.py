@@ -11,8 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from grpo_jax.policy.transformer import TokenRows, Transformer, forward, prefill
-
-Array = jax.Array
+from grpo_jax.sharding import Array
 
 MAX_LOGITS = 2**22
 """How many logits a chunk has by default (16 MiB of float32). With a small vocabulary one chunk holds all tokens."""
@@ -119,7 +118,8 @@ def packed_logprobs(
     positions = places - jax.lax.cummax(jnp.where(begins, places, 0), axis=2)
     hidden, _ = forward(model, TokenRows(tokens, positions, segments > 0, segments), remat=remat)
     found = token_logprobs(model, hidden[..., :-1, :], tokens[..., 1:], temperature=temperature, chunk=chunk)
-    return tuple(jnp.where(begins, 0.0, jnp.pad(x, [(0, 0), (0, 0), (1, 0)])) for x in found)
+    logprobs, entropy = (jnp.where(begins, 0.0, jnp.pad(x, [(0, 0), (0, 0), (1, 0)])) for x in found)
+    return logprobs, entropy
 
 
 def token_logprobs(

@@ -20,6 +20,9 @@ import numpy as np
 
 from grpo_jax.errors import UserError
 
+Array = jax.Array | np.ndarray
+"""An array on the devices or on the host. JAX takes both, and most functions of the package do."""
+
 
 @dataclass(frozen=True)
 class Replicas:

@@ -30,7 +30,7 @@ from grpo_jax.rollout import Actor, Generator, Rollout, encode_prompts, make_act
 from grpo_jax.runs import checkpoints
 from grpo_jax.runs.log import RunLog, display_of
 from grpo_jax.runs.restore import OPTIONAL_LEAVES, checkpoint, source_policy
-from grpo_jax.sharding import replicas_for
+from grpo_jax.sharding import Array, replicas_for
 from grpo_jax.update import State, UpdateOutput, make_optimizer, make_update
 
 MakeGenerator = Callable[[Actor], Generator]
@@ -285,7 +285,7 @@ class Trainer:
     def evaluate(self, step: int) -> dict[str, Evaluation]:
         """Evaluates the policy as it is now on every split."""
         config, context = self.experiment, self.context()
-        evaluations = {}
+        evaluations: dict[str, Evaluation] = {}
         for split in config.evaluation.splits:
             num_prompts = min(config.evaluation.num_prompts, len(getattr(config.task, split)))
             self.log.note(f"evaluating {num_prompts} {split.replace('_', '-')} prompts")
@@ -303,7 +303,7 @@ class Trainer:
         params = self.replicas.first(self._actor.model.params(trainable, self._actor.frozen))
         return replace(self.start, params=params)
 
-    def check_logprobs(self, gaps: np.ndarray, rollout: Rollout | None, step: int) -> None:
+    def check_logprobs(self, gaps: Array, rollout: Rollout | None, step: int) -> None:
         """Raises `RunError` naming the first token whose log-probability the update did not find again.
 
         Args:

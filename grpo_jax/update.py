@@ -17,8 +17,7 @@ from grpo_jax.algorithms import Batch, Setup, algorithm_of
 from grpo_jax.algorithms.batch import micro_batches
 from grpo_jax.experiment import OptimizerConfig
 from grpo_jax.policy.transformer import Params
-
-Array = jax.Array
+from grpo_jax.sharding import Array
 
 
 class State(NamedTuple):
@@ -116,8 +115,8 @@ def make_update(setup: Setup, optimizer: optax.GradientTransformation) -> Update
             sound &= ~first | (worst <= bound)
         changes, new_optimizer = optimizer.update(grads, state.optimizer, state.trainable)
         new = (optax.apply_updates(state.trainable, changes), new_optimizer)
-        chosen = jax.tree.map(lambda a, b: jnp.where(sound, a, b), new, (state.trainable, state.optimizer))
-        state = State(*chosen, state.skipped + ~sound)
+        trainable, kept = jax.tree.map(lambda a, b: jnp.where(sound, a, b), new, (state.trainable, state.optimizer))
+        state = State(trainable, kept, state.skipped + ~sound)
         num_tokens = total(batch.mask.sum())
         metrics |= {"grad_norm": norm, "num_tokens": num_tokens, "skipped_updates": state.skipped}
         if not algorithm.on_policy:

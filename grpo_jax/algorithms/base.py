@@ -14,7 +14,7 @@ of one of the six (`grpo_jax.algorithms.GRPO`, …) can change a single part of 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import jax
 import numpy as np
@@ -28,10 +28,11 @@ from grpo_jax.policy.lora import Model
 from grpo_jax.policy.transformer import Params
 from grpo_jax.rewards.scoring import Scores
 from grpo_jax.rollout import Generator, Prompts, Rollout, Split, name_noise, rollout, score_rollout
+from grpo_jax.sharding import Array
 
-Array = jax.Array
 Metrics = dict[str, Array]
 Totals = dict[str, Array]
+Tree = TypeVar("Tree")  # an array or a tree of them
 
 
 @dataclass(frozen=True)
@@ -108,7 +109,7 @@ class TrainBatch:
     rows: list[dict[str, Any]] = field(default_factory=list)
     histograms: Mapping[str, np.ndarray] = field(default_factory=dict)
 
-    def with_advantages(self, advantages: np.ndarray) -> "TrainBatch":
+    def with_advantages(self, advantages: Array) -> "TrainBatch":
         """The batch with the advantages that its update found, in its rows and histograms.
 
         Args:
@@ -119,7 +120,8 @@ class TrainBatch:
             mask = batch.mask & batch.sample_mask[..., None]
             advantages = np.where(mask, advantages, 0).sum(-1) / np.maximum(mask.sum(-1), 1)
         rows = [{**row, "advantage": float(a)} for row, a in zip(self.rows, advantages.reshape(-1), strict=True)]
-        return replace(self, rows=rows, histograms={**self.histograms, "advantages": advantages[batch.sample_mask]})
+        counted = np.asarray(advantages[batch.sample_mask])
+        return replace(self, rows=rows, histograms={**self.histograms, "advantages": counted})
 
 
 class Setup(NamedTuple):
@@ -142,11 +144,11 @@ class Setup(NamedTuple):
         remat = self.experiment.gradient_checkpointing
         return make_forward(self.model, self.shared_prefix_length, temperature=temperature, remat=remat)
 
-    def total(self, x: Array) -> Array:
-        """The sum over the mapped axis."""
+    def total(self, x: Tree) -> Tree:
+        """The sum over the mapped axis, of an array or of a tree of them."""
         return self.across(jax.lax.psum, x)
 
-    def across(self, collective: Callable[[Array, str], Array], x: Array) -> Array:
+    def across(self, collective: Callable[[Tree, str], Tree], x: Tree) -> Tree:
         """A reduction over all devices, such as `jax.lax.pmax`."""
         return x if self.axis_name is None else collective(x, self.axis_name)
 

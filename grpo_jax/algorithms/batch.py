@@ -1,12 +1,11 @@
 """`Batch`: the arrays that one update is made from."""
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, overload
 
 import jax
 
 from grpo_jax.logprobs import Completions
-
-Array = jax.Array
+from grpo_jax.sharding import Array
 
 
 class Batch(NamedTuple):
@@ -61,6 +60,10 @@ def micro_batches(tree: Any, count: int) -> Any:
     return jax.tree.map(lambda x: x.reshape(count, -1, *x.shape[1:]), tree)
 
 
+@overload
+def rows(x: Array) -> Array: ...
+@overload
+def rows(x: None) -> None: ...
 def rows(x: Array | None) -> Array | None:
     """[P, G, T] to [P * G, T]."""
     return None if x is None else x.reshape(-1, x.shape[-1])

@@ -3,15 +3,13 @@
 from collections.abc import Callable
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 
 from grpo_jax.algorithms.batch import Batch
 from grpo_jax.logprobs import completion_hidden, packed_logprobs, token_logprobs
 from grpo_jax.policy.lora import Model
 from grpo_jax.policy.transformer import Params, Transformer
-
-Array = jax.Array
+from grpo_jax.sharding import Array
 
 HEAD = ("value_head.kernel", "value_head.bias")
 
@@ -42,13 +40,15 @@ class Forward(NamedTuple):
 
 def make_forward(model: Model, shared_prefix_length: int, *, temperature: float = 1.0, remat: bool = False) -> Forward:
     """Builds the forward pass of a batch whose prompts share `shared_prefix_length` leading tokens."""
-    options = {"shared_prefix_length": shared_prefix_length, "remat": remat}
 
     def hidden_of(
         trainable: Params, frozen: Params, batch: Batch, *, after_last: bool = False
     ) -> tuple[Transformer, Array]:
         bound = model.bind(trainable, frozen)
-        return bound, completion_hidden(bound, batch.completions, **options, after_last=after_last)
+        hidden = completion_hidden(
+            bound, batch.completions, shared_prefix_length=shared_prefix_length, remat=remat, after_last=after_last
+        )
+        return bound, hidden
 
     def logprobs(trainable: Params, frozen: Params, batch: Batch) -> tuple[Array, Array]:
         if batch.segments is not None:

@@ -34,8 +34,7 @@ from grpo_jax.losses.policy_gradient import apply_loss, highest_entropy_tokens
 from grpo_jax.losses.surrogates import sampler_correction
 from grpo_jax.policy.transformer import Params
 from grpo_jax.rollout import score_rollout
-
-Array = jax.Array
+from grpo_jax.sharding import Array
 
 
 class GRPO(requirements.GRPO, Algorithm):
@@ -160,7 +159,7 @@ def make_recompute_logprobs(setup: Setup, forward: Forward) -> BeforeUpdates:
         gaps = jnp.where(mask, jnp.abs(logprobs - batch.logprobs), 0.0)
         tokens = jnp.maximum(setup.total(mask.sum()), 1)
         ratio = "sampling/importance_sampling_ratio"
-        metrics = {
+        metrics: Metrics = {
             "sampling/logprob_difference/mean": setup.total(gaps.sum()) / tokens,
             "sampling/logprob_difference/max": setup.across(jax.lax.pmax, gaps.max()),
             f"{ratio}/mean": setup.total(jnp.where(mask, weights, 0.0).sum()) / tokens,

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from grpo_jax.algorithms.base import StepContext, TrainBatch
@@ -44,7 +45,7 @@ def preference_batch(context: StepContext, step: int) -> TrainBatch:
 
 def counted_pairs(batch: Batch) -> jax.Array:
     """Which pairs of rows count, [P * G / 2]: those of which both do."""
-    return batch.sample_mask.reshape(-1, 2).all(axis=1)
+    return jnp.all(batch.sample_mask.reshape(-1, 2), axis=1)
 
 
 @dataclass(frozen=True)

@@ -30,8 +30,7 @@ from grpo_jax.experiment import Experiment, requirements
 from grpo_jax.losses import value
 from grpo_jax.losses.policy_gradient import apply_loss
 from grpo_jax.policy.transformer import Params
-
-Array = jax.Array
+from grpo_jax.sharding import Array
 
 
 class PPO(requirements.PPO, Algorithm):

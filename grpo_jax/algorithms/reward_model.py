@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, ClassVar
 
-import jax
 import numpy as np
 
 from grpo_jax.algorithms.base import Algorithm, Metrics, Objective, Setup, StepContext, Totals, TrainBatch
@@ -22,9 +21,7 @@ from grpo_jax.losses import preference
 from grpo_jax.policy.lora import Model
 from grpo_jax.policy.transformer import Params
 from grpo_jax.rollout import Actor, Split
-from grpo_jax.sharding import Replicas
-
-Array = jax.Array
+from grpo_jax.sharding import Array, Replicas
 
 
 class RewardModel(requirements.RewardModel, Algorithm):
@@ -50,7 +47,10 @@ class RewardModel(requirements.RewardModel, Algorithm):
         ) -> tuple[Array, tuple[Metrics, Array]]:
             scores = forward.scores(trainable, frozen, batch).reshape(-1)
             result, metrics = preference.bradley_terry_loss(
-                scores, center_rewards_coefficient=coefficient, pairs=counted_pairs(batch), **totals
+                scores,
+                center_rewards_coefficient=coefficient,
+                pairs=counted_pairs(batch),
+                num_pairs=totals["num_pairs"],
             )
             return result, (metrics, batch.logprobs)
 

@@ -36,5 +36,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")  # a terminal without some character must not end a run
-    options = {"prog": "grpo-jax", "description": "Fine-tune language models with GRPO in pure JAX."}
-    return exit_status(lambda: app.cli(**options, args=arguments, config=(tyro.conf.FlagCreatePairsOff,)))
+    return exit_status(
+        lambda: app.cli(
+            prog="grpo-jax",
+            description="Fine-tune language models with GRPO in pure JAX.",
+            args=arguments,
+            config=(tyro.conf.FlagCreatePairsOff,),
+        )
+    )

@@ -9,7 +9,7 @@ import dataclasses
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from tyro.conf import arg
 
@@ -162,7 +162,7 @@ def advise(
         reasoning: Do answers get better when the policy thinks before it answers?
         solves_some: Is the policy right at least now and then, when it is sampled a dozen times?
     """
-    given = {
+    given: dict[str, Any] = {
         "verifiable": verifiable, "labels": labels, "num_labels": num_labels, "reasoning": reasoning,
         "solves_some": solves_some,
     }  # fmt: skip

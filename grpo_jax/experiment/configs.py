@@ -6,6 +6,8 @@ from typing import Literal
 
 from grpo_jax.experiment.checked import Checked, Ranges
 
+OnFailure = Literal["raise", "retry", "drop"]
+
 
 @dataclass(frozen=True)
 class ScratchConfig(Checked):
@@ -131,7 +133,7 @@ class RewardConfig(Checked):
 
     weights: Mapping[str, float] = field(default_factory=dict)
     combine: Literal["sum", "normalize_then_sum"] = "sum"
-    on_failure: Literal["raise", "retry", "drop"] = "raise"
+    on_failure: OnFailure = "raise"
     retries: int = 2
     max_failure_rate: float = 0.5
     time_limit: float = 60.0

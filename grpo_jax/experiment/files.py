@@ -10,7 +10,7 @@ import sys
 import traceback
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import grpo_jax.experiment
 from grpo_jax.errors import UserError
@@ -34,7 +34,7 @@ def load(path: str | Path, assignments: Iterable[str] = (), *, home: Path | None
         if given.get("arm") not in ablation.arms:
             raise UserError(f"{path} holds an ablation; choose one of its arms: --set arm={'|'.join(ablation.arms)}.")
         if "budget" in given:
-            ablation = dataclasses.replace(ablation, budget=given["budget"])
+            ablation = dataclasses.replace(ablation, budget=cast(Budget, given["budget"]))  # `Ablation` checks it
         config = ablation.experiment(given["arm"], ablation.base.seed)
         assignments = [a for a in assignments if not a.startswith(("arm=", "budget="))]
     if not isinstance(config, Experiment):

@@ -7,14 +7,18 @@ from typing import Literal
 
 from grpo_jax.experiment.checked import Checked, Ranges, fields_named
 
+Scale = Literal["group", "batch", "whiten", "none"]
+Baseline = Literal["mean", "leave_one_out", "none"]
+LossType = Literal["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo", "reinforce"]
+
 
 @dataclass(frozen=True)
 class AdvantageConfig(Checked):
     """Rewards to advantages: (r - baseline) / scale. See `grpo_jax.advantages.group_advantages`, which says by which
     choices GRPO, Dr. GRPO, RLOO, REINFORCE++, Lite PPO and GDPO go."""
 
-    scale: Literal["group", "batch", "whiten", "none"] = "group"
-    baseline: Literal["mean", "leave_one_out", "none"] = "mean"
+    scale: Scale = "group"
+    baseline: Baseline = "mean"
     ddof: Literal[0, 1] = 0
 
 
@@ -40,7 +44,7 @@ class LossConfig(Checked):
       trainer (TRL's `vllm_importance_sampling_*`); None for no correction.
     """
 
-    loss_type: Literal["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo", "reinforce"] = "grpo"
+    loss_type: LossType = "grpo"
     epsilon: float = 0.2
     epsilon_high: float | None = None
     delta: float | None = None

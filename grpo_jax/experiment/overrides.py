@@ -23,7 +23,7 @@ def override(config: "Experiment", overrides: Mapping[str, Any]) -> "Experiment"
     Raises `UserError` for an unknown field (suggesting the nearest) and for a value of the wrong type.
     """
     changes = [(path.split("."), value, path) for path, value in overrides.items()]
-    method = overrides.get("method")
+    method: Any = overrides.get("method")
     if (isinstance(method, Method) or method in METHODS) and method != config.method:
         given = {keys[0] for keys, *_ in changes}
         left = [([f.name], f.default, f.name) for f in unread_fields(type(config), method) if f.name not in given]
@@ -50,6 +50,7 @@ def _replace(config: Any, changes: Sequence[tuple[list[str], Any, str]]) -> Any:
             rest, _, path = further[0]
             raise UserError(f"{path!r} cannot be set: {path.removesuffix('.' + '.'.join(rest))} is None here.")
         new[key] = _replace(inner, further)
+    assert not isinstance(config, type), "a field holds a config, not its class"
     return dataclasses.replace(config, **new)
 
 

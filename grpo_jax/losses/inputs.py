@@ -17,8 +17,8 @@ import jax.export
 import jax.numpy as jnp
 
 from grpo_jax.errors import UserError
+from grpo_jax.sharding import Array
 
-Array = jax.Array
 Metrics = dict[str, Array]
 Loss = Callable[["LossInputs"], tuple[Array, Metrics]]
 
@@ -114,7 +114,7 @@ def finite_where_masked(inputs: LossInputs) -> LossInputs:
     """
     mask = jnp.asarray(inputs.mask, bool)
 
-    def select(x: Array | None) -> Array | None:
+    def select(x: Array | None) -> Any:  # None for None
         return None if x is None else jnp.where(mask, jnp.asarray(x, jnp.float32), 0.0)
 
     constants = ("old_logprobs", "advantages", "ref_logprobs", "sampler_logprobs")

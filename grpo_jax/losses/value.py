@@ -56,7 +56,9 @@ def gae(
     chex.assert_equal_shape([rewards, values, mask])
     rewards, values = (jnp.where(mask, jnp.asarray(x, jnp.float32), 0.0) for x in (rewards, values))
 
-    def back(after: tuple[chex.Array, chex.Array], now: tuple[chex.Array, ...]) -> tuple:
+    def back(
+        after: tuple[chex.Array, chex.Array], now: tuple[chex.Array, chex.Array, chex.Array]
+    ) -> tuple[tuple[chex.Array, chex.Array], chex.Array]:
         value_after, advantage_after = after
         reward, value, sampled = now
         advantage = reward + gamma * value_after - value + gamma * lam * advantage_after

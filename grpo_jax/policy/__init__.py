@@ -146,7 +146,7 @@ def fresh_adapters(config: ModelConfig, lora: LoRAConfig, seed: int) -> Params:
     shapes = {path: leaf.shape for path, leaf in sorted(leaves.items()) if path.endswith(".lora_a")}
     ends = np.cumsum([np.prod(shape) for shape in shapes.values()])
     noise = np.split(np.asarray(jax.random.normal(jax.random.key(seed), (int(ends[-1]),))), ends[:-1])
-    params = {path: jnp.zeros(leaf.shape) for path, leaf in leaves.items() if path.endswith(".lora_b")}
+    params: Params = {path: jnp.zeros(leaf.shape) for path, leaf in leaves.items() if path.endswith(".lora_b")}
     for (path, shape), values in zip(shapes.items(), noise, strict=True):
         params[path] = jnp.asarray(values.reshape(shape) * np.float32(shape[-2] ** -0.5))
     return params

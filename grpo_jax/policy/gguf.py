@@ -8,6 +8,7 @@ Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 import mmap
 import struct
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -199,13 +200,17 @@ def hf_tensors(gguf: Gguf, config: Mapping[str, Any]) -> dict[str, Tensor]:
         *prefix, module, leaf = name.split(".")
         if module in ("attn_q", "attn_k") and config["model_type"] == "llama":
             heads = config["num_attention_heads" if module == "attn_q" else "num_key_value_heads"]
-            tensor = Tensor(tensor.shape, lambda t=tensor, h=heads: unpermute(t.read(), h))
+            tensor = Tensor(tensor.shape, partial(_read_unpermuted, tensor, heads))
         if prefix[:1] == ["blk"] and module in _NAMES:
             name = f"model.layers.{prefix[1]}.{_NAMES[module]}.{leaf}"
         elif not prefix and module in _TOP_NAMES:
             name = f"{_TOP_NAMES[module]}.{leaf}"
         tensors[name] = tensor
     return tensors
+
+
+def _read_unpermuted(tensor: Tensor, heads: int) -> np.ndarray:
+    return unpermute(tensor.read(), heads)
 
 
 def unpermute(weight: np.ndarray, heads: int) -> np.ndarray:

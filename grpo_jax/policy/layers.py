@@ -12,8 +12,7 @@ from flax import nnx
 
 from grpo_jax.experiment import LoRAConfig
 from grpo_jax.policy.config import Activation, ModelConfig
-
-Array = jax.Array
+from grpo_jax.sharding import Array
 
 
 class Linear(nnx.Module):
@@ -45,7 +44,7 @@ class Linear(nnx.Module):
         y = matmul_f32(x.astype(kernel.dtype), kernel)
         if self.bias is not None:
             y = y + self.bias[...]
-        if self.lora_a is not None:
+        if self.lora_a is not None and self.lora_b is not None:
             y = y + (x @ self.lora_a[...]) @ (self.lora_b[...] * self.lora_scale)
         return y.reshape(*rows, -1)
 
@@ -166,7 +165,7 @@ def rotate(x: Array, cos: Array, sin: Array) -> Array:
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def matmul_f32(a: Array, b: Array, i: int = 1, j: int = 0) -> Array:
+def matmul_f32(a: Array, b: Array, i: int = 1, j: int = 0) -> jax.Array:
     """Multiplies two matrices over axis i of `a` and axis j of `b`, with a float32 result. The default is a @ b.
 
     The backward pass rounds the gradient to the operands' dtype before it multiplies. So the backward pass of bfloat16
@@ -175,7 +174,7 @@ def matmul_f32(a: Array, b: Array, i: int = 1, j: int = 0) -> Array:
     return jax.lax.dot_general(a, b, (((i,), (j,)), ((), ())), preferred_element_type=jnp.float32)
 
 
-def _matmul_f32_forward(a: Array, b: Array, i: int, j: int) -> tuple[Array, tuple[Array, Array]]:
+def _matmul_f32_forward(a: Array, b: Array, i: int, j: int) -> tuple[jax.Array, tuple[Array, Array]]:
     return matmul_f32(a, b, i, j), (a, b)
 
 
@@ -190,7 +189,7 @@ def _matmul_f32_backward(i: int, j: int, saved: tuple[Array, Array], g: Array) -
 matmul_f32.defvjp(_matmul_f32_forward, _matmul_f32_backward)
 
 
-def einsum_f32(spec: str, a: Array, b: Array) -> Array:
+def einsum_f32(spec: str, a: Array, b: Array) -> jax.Array:
     """`jnp.einsum` of two arrays with a float32 result, also for bfloat16 arrays.
 
     On a CPU the arrays are converted to float32 first. XLA's CPU backend (jax 0.10 to 0.12) rejects some batched
@@ -201,7 +200,7 @@ def einsum_f32(spec: str, a: Array, b: Array) -> Array:
     return jnp.einsum(spec, a, b, preferred_element_type=jnp.float32)
 
 
-def softcap(x: Array, cap: float | None) -> Array:
+def softcap(x: jax.Array, cap: float | None) -> jax.Array:
     """Computes cap * tanh(x / cap), or x if `cap` is None (Gemma 2, 2408.00118)."""
     return x if cap is None else cap * jnp.tanh(x / cap)
 

@@ -157,7 +157,8 @@ class CharacterTokenizer:
 
     def __init__(self, alphabet: str) -> None:
         self.alphabet = alphabet
-        self.pad_id, self.bos_id = 0, 1
+        self.pad_id = 0
+        self.bos_id: int | None = 1
         self.has_chat_template = False
         self.stop_ids: tuple[int, ...] = (2,)
         self._ids = {character: i for i, character in enumerate(alphabet, len(self.SPECIALS))}
@@ -180,6 +181,7 @@ class CharacterTokenizer:
     def render(self, prompt: str | Messages) -> list[int]:
         """Returns begin and the characters of the prompt. The contents of messages are concatenated."""
         text = prompt if isinstance(prompt, str) else "".join(message["content"] for message in prompt)
+        assert self.bos_id is not None
         return [self.bos_id, *self.encode(text)]
 
     def reply(self, text: str) -> list[int]:

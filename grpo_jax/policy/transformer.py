@@ -104,7 +104,7 @@ class Transformer(nnx.Module):
         self.norm = Norm(c.hidden_size, c, dtype=dtype)
         self.head = None if c.tied else Linear(c.hidden_size, c.vocab_size, rngs=rngs, dtype=dtype)
 
-    def logits(self, hidden: Array) -> Array:
+    def logits(self, hidden: Array) -> jax.Array:
         """Computes the float32 logits [..., V] of hidden states [..., D]."""
         rows = hidden.reshape(-1, hidden.shape[-1]).astype(self.embed[...].dtype)
         logits = (
@@ -183,7 +183,7 @@ def forward(
         own_positions = jax.lax.dynamic_update_slice_in_dim(cache.positions, positions, cache_length, axis=2)
         own_valid = jax.lax.dynamic_update_slice_in_dim(cache.valid, valid, cache_length, axis=2)
 
-    x = model.embed[...][tokens].astype(jnp.float32) * c.embed_scale
+    x: Array = model.embed[...][tokens].astype(jnp.float32) * c.embed_scale
 
     # A sliding layer differs from a full one in its mask and (Gemma 3) in its rotation. The inputs of both kinds are
     # computed once, and each layer chooses between them.
@@ -202,7 +202,7 @@ def forward(
             x,
             rotation,
             own_mask,
-            None if layer_prefix is None else (*layer_prefix, prefix_mask),
+            None if layer_prefix is None or prefix_mask is None else (*layer_prefix, prefix_mask),
             None if layer_cache is None else (*layer_cache, cache_length),
         )
 
@@ -340,15 +340,22 @@ def prefill(
     if shared_prefix_length:
         first = TokenRows(*(x[:1, None, :shared_prefix_length] for x in (prompts, positions, valid)))
         _, own = forward(model, first, remat=remat)
-        shared = KeyValues(own.k[:, :, 0], own.v[:, :, 0], own.positions[:, 0], own.valid[:, 0])  # rows [1, 1] -> [1]
+        k, v = _stacked(own.k), _stacked(own.v)
+        shared = KeyValues(k[:, :, 0], v[:, :, 0], own.positions[:, 0], own.valid[:, 0])  # rows [1, 1] -> [1]
     rest = TokenRows(*(x[None, :, shared_prefix_length:] for x in (prompts, positions, valid)))
     # The shared tokens are one "prompt" with a "group" of P rows, so the keys are [L, 1, P, N, S - shared length, K].
     hidden, own = forward(model, rest, prefix=shared, remat=remat)
-    k, v = own.k[:, 0], own.v[:, 0]
+    k, v = _stacked(own.k)[:, 0], _stacked(own.v)[:, 0]
     if shared is not None:
         k, v = (
             jnp.concatenate([jnp.broadcast_to(s, (s.shape[0], num_prompts, *s.shape[2:])), o], axis=3)
-            for s, o in ((shared.k, k), (shared.v, v))
+            for s, o in ((_stacked(shared.k), k), (_stacked(shared.v), v))
         )
     last = jnp.take_along_axis(hidden[0], (lengths - 1 - shared_prefix_length)[:, None, None], axis=1)[:, 0]
     return KeyValues(k, v, positions, valid), last
+
+
+def _stacked(x: Array | tuple[Array, ...]) -> Array:
+    """The keys or the values of a forward without `layers`, which are stacked over layers (see `run_layers`)."""
+    assert not isinstance(x, tuple)
+    return x

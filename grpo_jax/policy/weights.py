@@ -277,7 +277,7 @@ def _write(
         _write_json(directory / "generation_config.json", ids)
     _write_json(directory / "config.json", {**to_hf(config), "dtype": dtype, **ids})
     shards = list(_shards(disassemble(config, params), np.dtype(params["norm.scale"].dtype).itemsize, shard_bytes))
-    placed = {}
+    placed: dict[str, str] = {}
     for number, shard in enumerate(shards, 1):
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else "model.safetensors"
         save_file({name: tensor.read() for name, tensor in shard}, directory / file, metadata={"format": "pt"})

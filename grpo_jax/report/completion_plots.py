@@ -23,7 +23,7 @@ SHOWN = 24  # the most completions of a group in its plot
 
 def completion_rows(run_dir: Path) -> list[Row]:
     """The rows of `RUN/completions.jsonl`. Raises `UserError` if there is none."""
-    rows = list(read_rows(run_dir / "completions.jsonl"))
+    rows: list[Row] = list(read_rows(run_dir / "completions.jsonl"))
     if not rows:
         raise UserError(f"{str(run_dir)!r} holds no completions.jsonl with a completion in it.")
     return rows

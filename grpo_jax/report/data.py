@@ -57,7 +57,7 @@ def run_charts(run: Path, references: Mapping[str, float]) -> tuple[list[dict[st
     if len(rewards) == 2:
         rewards = {"reward": "reward"}  # a single reward is the total
     rules = [{"name": name, "value": value} for name, value in references.items()]
-    charts = [
+    charts: list[dict[str, Any]] = [
         {"title": "Success", "percent": True, "series": success, "rules": rules},
         {"title": "Training reward", "series": _lines(found, rewards)},
         {

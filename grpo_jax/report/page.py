@@ -195,7 +195,7 @@ def _arm_table(sweep: Sweep) -> dict[str, Any]:
     found = {arm: statistics.mean(list(known.values())) for arm, known in values.items() if known}
     bounds = [b for e in found.values() for b in (e.value, e.low, e.high) if np.isfinite(b)]
     low, high = (0.0, 1.0) if sweep.metric.endswith("success") else (min(bounds, default=0), max(bounds, default=1))
-    rows = []
+    rows: list[dict[str, Any]] = []
     for arm, known in values.items():
         if not known:
             rows.append({"name": arm, "note": "no seed is finished", "cells": ["0", "–", "–", "–"], "place": None})

@@ -22,7 +22,7 @@ COLLAPSE = {
     "completions/unique_fraction": ("unique completions", GREEN),
     "entropy": ("entropy (nats)", PURPLE),
 }
-STYLE = {
+STYLE: dict[Any, Any] = {
     "font.size": 10,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -164,7 +164,7 @@ def _draw_success(
     return labels
 
 
-def _points(axes: Axes, place: np.ndarray, points: Series, colour: str, **style: str) -> None:
+def _points(axes: Axes, place: np.ndarray, points: Series, colour: str, **style: Any) -> None:
     spread = np.abs(np.stack([points.values - points.low, points.high - points.values]))
     axes.errorbar(place, points.values, spread, fmt="o", color=colour, ms=5, linewidth=1.8, zorder=3, **style)
 
@@ -193,6 +193,7 @@ def _draw_collapse(axes: Axes, collapse: Mapping[str, Series]) -> Labels:
 def label_right(axes: Axes, labels: Labels) -> None:
     """Writes each label right of the axes at its height; labels that would overlap are moved apart."""
     low, high = axes.get_ylim()
+    assert isinstance(axes.figure, Figure)
     inches = axes.get_position().height * axes.figure.get_figheight()
     gap = 0.19 / inches * (high - low)
     labels = sorted(labels)

@@ -19,6 +19,7 @@ import numpy as np
 from grpo_jax.advantages import compute_advantages
 from grpo_jax.errors import UserError
 from grpo_jax.experiment import AdvantageConfig, LossConfig
+from grpo_jax.experiment.methods import Baseline, LossType, Scale
 from grpo_jax.losses import LossInputs
 from grpo_jax.losses.policy_gradient import apply_loss
 
@@ -223,7 +224,7 @@ def family(horizon: int) -> Mapping[str, Estimator]:
     `bnpo` is not listed because it equals `dapo`, nor is GDPO: with one reward it equals REINFORCE++-baseline.
     """
 
-    def of(scale: str, baseline: str, loss_type: str, **fields: object) -> Estimator:
+    def of(scale: Scale, baseline: Baseline, loss_type: LossType, **fields: Any) -> Estimator:
         return Estimator(AdvantageConfig(scale=scale, baseline=baseline), LossConfig(loss_type=loss_type, **fields))
 
     sequence = dict(importance_sampling_level="sequence")

@@ -16,6 +16,7 @@ from scipy.stats import kendalltau
 
 from grpo_jax.advantages import compute_advantages
 from grpo_jax.experiment import AdvantageConfig, Experiment
+from grpo_jax.experiment.configs import OnFailure
 from grpo_jax.reward_lab.groups import Groups
 from grpo_jax.rewards import RewardFunction
 from grpo_jax.rewards.scoring import score
@@ -104,7 +105,7 @@ def score_variants(
     experiment: Experiment,
     extra: Mapping[str, RewardFunction],
     *,
-    on_failure: str | None = None,
+    on_failure: OnFailure | None = None,
 ) -> dict[str, np.ndarray]:
     """The rewards [N] of N completions under every variant.
 
@@ -134,7 +135,7 @@ def signal(rewards: np.ndarray, prompts: Sequence[int]) -> Signal:
     """The signal of rewards [P, G], whose groups are of the given prompts [P]."""
     known = rewards[~np.isnan(rewards)]
     if not known.size:
-        return Signal(*[math.nan] * 4, 0, *[math.nan] * 3, {})
+        return Signal(math.nan, math.nan, math.nan, math.nan, 0, math.nan, math.nan, math.nan, {})
     groups = [row[~np.isnan(row)] for row in _rounded(rewards)]
     by_prompt = defaultdict(list)
     for prompt, row in zip(prompts, groups, strict=True):

@@ -277,8 +277,8 @@ def _draw_rewards(axes: Axes, readings: Sequence[Reading], name: str, colours: S
         bins = np.unique(np.concatenate([levels - half, levels + half]).round(6))
     for i, (reading, each) in enumerate(zip(readings, values, strict=True)):
         weights = np.full(len(each), 1 / max(len(each), 1))
-        style = {"histtype": "stepfilled" if len(readings) == 1 else "step", "linewidth": 1.8}
-        axes.hist(each, bins, weights=weights, color=colours[i % 5], label=reading.groups.label, **style)
+        style: dict[str, Any] = {"histtype": "stepfilled" if len(readings) == 1 else "step", "linewidth": 1.8}
+        axes.hist(each, bins.tolist(), weights=weights, color=colours[i % 5], label=reading.groups.label, **style)
     axes.set_ylabel("share of completions")
     axes.margins(x=0.1)
     axes.legend(frameon=False, fontsize=8)

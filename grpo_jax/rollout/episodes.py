@@ -13,6 +13,7 @@ from grpo_jax.policy.tokenizer import Tokenizer
 from grpo_jax.rewards.scoring import Scores, score
 from grpo_jax.rollout.prompts import PromptBatch, bucket, pad_prompts
 from grpo_jax.sampler import Generation, Noise
+from grpo_jax.sharding import Array
 from grpo_jax.tasks import Example, Task
 
 
@@ -101,7 +102,7 @@ def completion(example: Example, episode: Episode) -> str | list[dict[str, str]]
 
 
 def collect(
-    prompts: PromptBatch, prompt_ids: Sequence[int] | np.ndarray, episodes: list[list[Episode]], *, shortest: int
+    prompts: PromptBatch, prompt_ids: Sequence[int] | Array, episodes: list[list[Episode]], *, shortest: int
 ) -> Rollout:
     """Episodes as arrays. T is a bucket no smaller than `shortest`, so that short completions share one shape."""
     longest = max(len(episode.ids) for group in episodes for episode in group)
@@ -121,7 +122,7 @@ def collect(
 
 
 def single_turn(
-    prompts: PromptBatch, prompt_ids: Sequence[int] | np.ndarray, generation: Generation, tokenizer: Tokenizer
+    prompts: PromptBatch, prompt_ids: Sequence[int] | Array, generation: Generation, tokenizer: Tokenizer
 ) -> Rollout:
     """Episodes of one turn: the sampler's arrays [P, G, T] (on the host) become the update's, padded to a bucket."""
     tokens, mask, logprobs, ended = (np.asarray(x) for x in generation)
@@ -131,7 +132,7 @@ def single_turn(
         return np.pad(x[..., :size], [(0, 0), (0, 0), (0, max(size - x.shape[-1], 0))])
 
     tokens, mask, logprobs = fit(np.where(mask, tokens, 0)), fit(mask), fit(logprobs)
-    episodes = []
+    episodes: list[list[Episode]] = []
     for rows in zip(tokens, mask, logprobs, ended, strict=True):
         episodes.append([])
         for ids, sampled, values, stopped in zip(*rows, strict=True):
@@ -163,7 +164,7 @@ def demonstrations(task: Task, prompts: PromptBatch, noise: Noise, tokenizer: To
       UserError: for a demonstration that goes on after its episode is over.
     """
     assert task.demonstrate is not None
-    episodes = []
+    episodes: list[list[Episode]] = []
     for example, prompt_id, samples in zip(prompts.examples, noise.prompt_ids, noise.samples, strict=True):
         episodes.append([])
         for sample in samples:
@@ -215,7 +216,8 @@ def take_rows(rollout: Rollout, order: np.ndarray) -> Rollout:
         return np.take_along_axis(x, order.reshape(*order.shape, *[1] * (x.ndim - 2)), axis=1)
 
     episodes = [[group[g] for g in places] for group, places in zip(rollout.episodes, order, strict=True)]
-    arrays = {name: take(getattr(rollout, name)) for name in ("tokens", "valid", "mask", "logprobs", "ended")}
+    names = ("tokens", "valid", "mask", "logprobs", "ended")
+    arrays: dict[str, Any] = {name: take(getattr(rollout, name)) for name in names}
     return replace(rollout, episodes=episodes, **arrays)
 
 

@@ -4,7 +4,7 @@ Rollouts, evaluations, the lab of rewards and the training loop ask for a genera
 more than the methods of the protocol: a script of fixed answers in a test, or another engine that serves the policy.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from typing import Any, NamedTuple, Protocol
@@ -29,7 +29,7 @@ from grpo_jax.sampler import (
     continue_generation,
     generate,
 )
-from grpo_jax.sharding import Replicas
+from grpo_jax.sharding import Array, Replicas
 
 
 class Generator(Protocol):
@@ -123,14 +123,14 @@ class Actor(NamedTuple):
         generation, state = program(self.trainable, self.frozen, *split, *self._noise(noise, sampling))
         num_prompts, num_samples = noise.samples.shape
         rows = ActiveRows(np.arange(num_prompts), np.tile(np.arange(num_samples), (num_prompts, 1)))
-        return self.replicas.gather(generation), ActorState(state, rows, cached, cached, noise.samples.shape)
+        return self.replicas.gather(generation), ActorState(state, rows, cached, cached, (num_prompts, num_samples))
 
     def continue_generation(
         self, state: ActorState, observation: Observation, noise: Noise, sampling: SamplingConfig, turns_left: int
     ) -> tuple[Generation, ActorState]:
         """See `Generator.continue_generation`. Rows whose episode is over leave the batch as soon as that halves it."""
         decode, rows = state.decode, state.rows
-        chosen = compaction(rows.take(observation.active), self.replicas.count)
+        chosen = compaction(np.asarray(rows.take(observation.active)), self.replicas.count)
         if chosen is not None:
             decode = _take_rows(self.replicas)(decode, *self.replicas.split(chosen))
             rows = rows.select(*chosen)
@@ -184,7 +184,7 @@ class ActiveRows(NamedTuple):
     prompt: np.ndarray
     sample: np.ndarray
 
-    def take(self, x: np.ndarray) -> np.ndarray:
+    def take(self, x: Array) -> Array:
         """[P, G, …] of the whole batch to [P', G', …] of these rows."""
         return x[self.prompt[:, None], self.sample]
 
@@ -226,16 +226,32 @@ def _power_of_two(n: int) -> int:
 
 
 @lru_cache(maxsize=64)
-def _generate(model: Model, settings: Settings, replicas: Replicas) -> Any:
-    def program(trainable, frozen, prompts, lengths, noise, temperature, top_p):
+def _generate(model: Model, settings: Settings, replicas: Replicas) -> Callable[..., Any]:
+    def program(
+        trainable: Params,
+        frozen: Params,
+        prompts: Array,
+        lengths: Array,
+        noise: Noise,
+        temperature: Array,
+        top_p: Array,
+    ) -> tuple[Generation, DecodeState]:
         return generate(model.bind(trainable, frozen), prompts, lengths, noise, temperature, top_p, settings)
 
     return replicas.compile(program)
 
 
 @lru_cache(maxsize=64)
-def _continue_generation(model: Model, settings: Settings, replicas: Replicas) -> Any:
-    def program(trainable, frozen, state, observation, noise, temperature, top_p):
+def _continue_generation(model: Model, settings: Settings, replicas: Replicas) -> Callable[..., Any]:
+    def program(
+        trainable: Params,
+        frozen: Params,
+        state: DecodeState,
+        observation: Observation,
+        noise: Noise,
+        temperature: Array,
+        top_p: Array,
+    ) -> tuple[Generation, DecodeState]:
         policy = model.bind(trainable, frozen)
         return continue_generation(policy, state, observation, noise, temperature, top_p, settings)
 
@@ -243,10 +259,10 @@ def _continue_generation(model: Model, settings: Settings, replicas: Replicas) -
 
 
 @lru_cache(maxsize=64)
-def _take_rows(replicas: Replicas) -> Any:
+def _take_rows(replicas: Replicas) -> Callable[..., Any]:
     """Keeps the prompts [P'] and their rows [P', G'] of a `DecodeState`."""
 
-    def program(state: DecodeState, prompt: jax.Array, sample: jax.Array) -> DecodeState:
+    def program(state: DecodeState, prompt: Array, sample: Array) -> DecodeState:
         prompt = prompt % len(state.prompt_lengths)  # indices into the whole batch become those into this share
         prefix, prompt_lengths = jax.tree.map(lambda x: x[prompt], (state.prefix, state.prompt_lengths))
         cache, position, token = jax.tree.map(
@@ -258,10 +274,10 @@ def _take_rows(replicas: Replicas) -> Any:
 
 
 @lru_cache(maxsize=64)
-def _grow_cache(extra: int, replicas: Replicas) -> Any:
+def _grow_cache(extra: int, replicas: Replicas) -> Callable[..., Any]:
     """Adds empty places to the cache of a `DecodeState`."""
 
-    def pad(x: jax.Array, axis: int) -> jax.Array:
+    def pad(x: Array, axis: int) -> Array:
         return jnp.pad(x, [(0, extra if i == axis else 0) for i in range(x.ndim)])
 
     def program(state: DecodeState) -> DecodeState:

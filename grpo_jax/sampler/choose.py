@@ -12,15 +12,16 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-Array = jax.Array
+from grpo_jax.sharding import Array
 
 
 class Noise(NamedTuple):
     """What names the noise of a batch: int32 scalars `seed` and `step`, `prompt_ids` [P] and `samples` [P, G]."""
 
-    seed: Array
-    step: Array
+    seed: Array | np.int32
+    step: Array | np.int32
     prompt_ids: Array
     samples: Array
 

@@ -20,8 +20,8 @@ import jax.numpy as jnp
 from grpo_jax.policy.layers import Layer
 from grpo_jax.policy.transformer import KeyValues, TokenRows, Transformer, forward, prefill, unstack
 from grpo_jax.sampler.choose import Noise, Settings, choose_token, row_keys
+from grpo_jax.sharding import Array
 
-Array = jax.Array
 Choose = Callable[[Array, Array], tuple[Array, Array]]  # hidden [P, G, D], position [P, G] -> token, log-probability
 
 
@@ -187,12 +187,12 @@ def _decode(
     stop_ids = jnp.asarray(settings.stop_ids, jnp.int32)
 
     def write(generation: Generation, t: Array, token: Array, logprob: Array, live: Array) -> Generation:
-        stopped = generation.stopped | (live & (token[..., None] == stop_ids).any(-1))
+        tokens, mask, logprobs, stopped = (jnp.asarray(x) for x in generation)
         return Generation(
-            generation.tokens.at[..., t].set(jnp.where(live, token, settings.pad_id)),
-            generation.mask.at[..., t].set(live),
-            generation.logprobs.at[..., t].set(jnp.where(live, logprob, 0.0)),
-            stopped,
+            tokens.at[..., t].set(jnp.where(live, token, settings.pad_id)),
+            mask.at[..., t].set(live),
+            logprobs.at[..., t].set(jnp.where(live, logprob, 0.0)),
+            stopped | (live & (token[..., None] == stop_ids).any(-1)),
         )
 
     def body(carry: LoopState) -> LoopState:

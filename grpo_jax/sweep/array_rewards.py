@@ -17,9 +17,9 @@ from grpo_jax.experiment import Experiment
 from grpo_jax.policy.tokenizer import CharacterTokenizer
 from grpo_jax.rewards import wordle
 from grpo_jax.rewards.wordle_rules import normalize
+from grpo_jax.sharding import Array
 from grpo_jax.tasks import Example
 
-Array = jax.Array
 # A table, since XLA divides by a constant as it multiplies by its reciprocal, and .9 comes out a rounding error off.
 TENTHS = np.arange(11, dtype=np.float32) / np.float32(10)
 Marks = Callable[[Array, Array], Array]  # letters [L] and the secret's [L] -> a reward, where the lengths agree

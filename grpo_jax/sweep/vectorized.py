@@ -33,6 +33,7 @@ from grpo_jax.algorithms.on_policy import rewarded_batch
 from grpo_jax.errors import RunError, UserError
 from grpo_jax.experiment import Experiment, variant_of
 from grpo_jax.policy import Policy
+from grpo_jax.policy.tokenizer import CharacterTokenizer
 from grpo_jax.rollout import settings_of, single_turn
 from grpo_jax.runs.log import RunLog, display_of
 from grpo_jax.runs.restore import source_policy
@@ -249,6 +250,7 @@ def _inputs(trainer: Trainer, steps: range) -> tuple[Inputs, list[TrainBatch | N
         prompts = trainer.prompts.batch("train", indices)
         named = np.int32(step), prompts.ids, prompts.lengths, np.asarray(ids, np.int32)
         if trainer.algorithm.on_policy:
+            assert isinstance(tokenizer, CharacterTokenizer), "as a policy from scratch has"
             secrets = array_rewards.secrets_of(prompts.examples, tokenizer)
             batches.append(None)
             given.append(Inputs(*named, np.asarray(secrets, np.int32), None))
@@ -281,6 +283,7 @@ def _write(
 def _record(trainer: Trainer, step: int, train_batch: TrainBatch, output: UpdateOutput, *, seconds: float) -> None:
     """Logs one step of one seed."""
     if output.logprob_gaps is not None:
+        assert output.advantages is not None, "they come with the gaps"
         trainer.check_logprobs(output.logprob_gaps, train_batch.rollout, step)
         train_batch = train_batch.with_advantages(output.advantages)
     trainer.record(step, train_batch, {k: float(v) for k, v in output.metrics.items()}, seconds=seconds)

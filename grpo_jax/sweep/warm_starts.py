@@ -37,6 +37,5 @@ def warm_start_fingerprint(config: Experiment) -> str | None:
     variant = variant_of(config, config.warm_start)
     if method_of(variant.method).is_offline:
         sampling = SamplingConfig(max_tokens=variant.sampling.max_tokens)
-        unread = {"rewards": {}, "reward": RewardConfig(), "sampling": sampling, "evaluation": EvaluationConfig()}
-        variant = replace(variant, **unread)
+        variant = replace(variant, rewards={}, reward=RewardConfig(), sampling=sampling, evaluation=EvaluationConfig())
     return fingerprint(variant)

@@ -192,7 +192,7 @@ def _say_plain(guess: str, marks: str | None, guesses_left: int) -> str:
     # layers only has to learn to copy and to suppress letters. With strings of marks it needed thousands of updates.
     if marks is None:
         return REFUSED
-    written = {"G": str, "Y": str.lower, "X": _GREY.__getitem__}
+    written: dict[str, Callable[[str], str]] = {"G": str, "Y": str.lower, "X": _GREY.__getitem__}
     return "".join(written[mark](letter) for letter, mark in zip(guess, marks, strict=True))
 
 
