@@ -32,12 +32,12 @@ import optax
 from rich.console import Console
 from rich.table import Table
 
-from grpo_jax.algorithms.objectives import Batch
+from grpo_jax.algorithms import Batch, Setup
 from grpo_jax.experiment import AdvantageConfig, Experiment, LossConfig, SamplingConfig, ScratchConfig
 from grpo_jax.policy import Policy, load
 from grpo_jax.policy.lora import Model, split
-from grpo_jax.policy.transformer import KeyValues, forward, prefill, unstack
-from grpo_jax.sampler.decode import Noise, Settings, first_turn, inverse_cdf, truncated
+from grpo_jax.policy.transformer import KeyValues, TokenRows, forward, prefill, unstack
+from grpo_jax.sampler import Noise, Settings, generate, inverse_cdf, truncated
 from grpo_jax.tasks import Task
 from grpo_jax.update import State, make_update
 
@@ -82,7 +82,7 @@ def worst_difference(a: Any, b: Any) -> float:
 
 
 class Case:
-    """A policy and a batch of P prompts with G completions of T tokens each, with the first half of S tokens common."""
+    """A policy and a batch of P prompts with G completions of T tokens each, with the first half of S tokens shared."""
 
     def __init__(self, policy: Policy, shape: tuple[int, int, int, int]) -> None:
         self.shape = p, g, s, t = shape
@@ -91,8 +91,8 @@ class Case:
         rng = np.random.default_rng(0)
         vocabulary = policy.config.vocab_size
         prompts = rng.integers(3, vocabulary, (p, s), np.int32)
-        self.common = s // 2
-        prompts[:, : self.common] = prompts[0, : self.common]
+        self.shared = s // 2
+        prompts[:, : self.shared] = prompts[0, : self.shared]
         self.prompts, self.lengths = jnp.asarray(prompts), jnp.full(p, s, jnp.int32)
         everywhere = np.ones((p, g, t), bool)
         tokens, rewards = rng.integers(3, vocabulary, (p, g, t), np.int32), rng.normal(size=(p, g)).astype(np.float32)
@@ -109,7 +109,7 @@ class Case:
         rows = (jnp.asarray(x).reshape(-1, 1, *x.shape[2:]) for x in batch[2:])
         return Batch(prompts, lengths, *rows)
 
-    def update(self, *, common: int = 0, **options: Any) -> Callable[[Any, Any, Batch], tuple[State, dict]]:
+    def update(self, *, shared: int = 0, **options: Any) -> Callable[[Any, Any, Batch], tuple[State, dict]]:
         """(trainable, frozen, batch) -> the gradient, as the change that gradient descent at rate 1 would make.
 
         Advantages are the rewards themselves, so that they do not depend on how completions are grouped.
@@ -119,7 +119,7 @@ class Case:
         rewards = {"none": lambda **columns: []}
         experiment = Experiment(TASK, rewards, sampling=SamplingConfig(), advantages=advantages, **options)
         optimizer = optax.sgd(1.0)
-        step = make_update(self.model, experiment, optimizer, common=common, axis_name=None)
+        step = make_update(Setup(self.model, experiment, shared, None), optimizer)
 
         def update(trainable: Any, frozen: Any, batch: Batch) -> Any:
             state = State(trainable, optimizer.init(trainable), jnp.int32(0))
@@ -128,14 +128,13 @@ class Case:
 
         return update
 
-    def sample(self, max_tokens: int, stop_ids: tuple[int, ...], common: int = 0) -> Callable[..., Any]:
-        """(trainable, frozen, prompts, lengths, noise) -> the turn that is sampled."""
-        settings = Settings(max_tokens, stop_ids, pad_id=0)
+    def sample(self, max_tokens: int, stop_ids: tuple[int, ...], shared: int = 0) -> Callable[..., Any]:
+        """(trainable, frozen, prompts, lengths, noise) -> the generation."""
+        settings = Settings(max_tokens, stop_ids, pad_id=0, shared_prefix_length=shared)
 
         def sample(trainable: Any, frozen: Any, prompts: Any, lengths: Any, noise: Noise) -> Any:
             policy = self.model.bind(trainable, frozen)
-            options = {"settings": settings, "slots": max_tokens - 1, "common": common}
-            return first_turn(policy, prompts, lengths, noise, jnp.float32(1), jnp.float32(1), **options)[0]
+            return generate(policy, prompts, lengths, noise, jnp.float32(1), jnp.float32(1), settings)[0]
 
         return sample
 
@@ -155,8 +154,8 @@ def prefix(case: Case, repeats: int) -> None:
     ways: Ways = {
         "prompt repeated for every completion": (update, (*case.weights, copies)),
         "prompt shared by its group": (update, (*case.weights, batch)),
-        f"... and {case.common} tokens shared by all prompts": (
-            case.update(common=case.common),
+        f"... and {case.shared} tokens shared by all prompts": (
+            case.update(shared=case.shared),
             (*case.weights, batch),
         ),
     }
@@ -167,7 +166,7 @@ def prefix(case: Case, repeats: int) -> None:
 
     ways = {
         "prompts apart": (case.sample(t, ()), case.sampled),
-        f"{case.common} of {s} tokens common": (case.sample(t, (), case.common), case.sampled),
+        f"{case.shared} of {s} tokens shared": (case.sample(t, (), case.shared), case.sampled),
     }
     compare(f"Sampling, P={p} G={g} S={s} T={t}", ways, repeats)
 
@@ -192,7 +191,8 @@ def decode(case: Case, repeats: int) -> None:
                 token, cache = carry
                 live = jnp.ones((p, g, 1), bool)
                 at = jnp.full((p, g, 1), s + i)
-                hidden, cache = forward(model, token, at, live, prefix=known, cache=cache, slot=i, layers=layers)
+                rows = TokenRows(token, at, live)
+                hidden, cache = forward(model, rows, prefix=known, cache=cache, cache_length=i, layers=layers)
                 return model.logits(hidden).argmax(-1).astype(jnp.int32), cache
 
             return jax.lax.fori_loop(0, t, body, (jnp.zeros((p, g, 1), jnp.int32), cache))[0]
@@ -210,8 +210,10 @@ def decode(case: Case, repeats: int) -> None:
         "to the last token, always": (case.sample(size, ()), case.sampled),
         "until every row has stopped": (case.sample(size, stops), case.sampled),
     }
-    turn = compare(f"Sampling at most {size} tokens, P={p} G={g} S={s}", ways, repeats)["until every row has stopped"]
-    console.print(f"The last row stopped after {int(turn.mask.sum(-1).max())} tokens of {size}.\n")
+    generation = compare(f"Sampling at most {size} tokens, P={p} G={g} S={s}", ways, repeats)[
+        "until every row has stopped"
+    ]
+    console.print(f"The last row stopped after {int(generation.mask.sum(-1).max())} tokens of {size}.\n")
 
 
 def sampling(case: Case, repeats: int) -> None:
@@ -268,8 +270,10 @@ def peers(case: Case, repeats: int) -> None:
     sample, update = case.sample(t, ()), case.update()
 
     def whole(trainable: Any, frozen: Any, batch: Batch, noise: Noise) -> Any:
-        turn = sample(trainable, frozen, batch.prompts, batch.lengths, noise)
-        return turn.tokens, update(trainable, frozen, batch._replace(tokens=turn.tokens, logprobs=turn.logprobs))
+        generation = sample(trainable, frozen, batch.prompts, batch.lengths, noise)
+        return generation.tokens, update(
+            trainable, frozen, batch._replace(tokens=generation.tokens, logprobs=generation.logprobs)
+        )
 
     alone = noise_of_rows(case.noise, g)
     ways: Ways = {
