@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import letters
+import numpy as np
 import pytest
 
 from grpo_jax.algorithms import StepContext
@@ -45,6 +46,22 @@ def test_steps_after_the_first_compile_nothing(changes: dict[str, Any], tmp_path
         for step in (1, 2, 3):
             trainer.step(step)
         assert not compilations
+
+
+@pytest.mark.parametrize(("alpha", "every"), [(1.0, 1), (0.25, 1), (0.25, 2)])
+def test_the_reference_moves_after_the_step_that_it_is_to_move_after(alpha: float, every: int, tmp_path: Path) -> None:
+    changes = {**SYNCED, "loss.ref_model_mixup_alpha": alpha, "loss.ref_model_sync_steps": every}
+    experiment = override(letters.config, changes)
+    with RunLog(tmp_path / "run", experiment, display=display_of(experiment, quiet=True)) as log:
+        trainer = make_trainer(experiment, log)
+        expected = jax.device_get(trainer.reference)
+        for done in (1, 2):
+            trainer.step(done - 1)
+            now = jax.device_get(trainer.state.trainable)
+            if done % every == 0:
+                expected = {path: (1 - alpha) * expected[path] + alpha * now[path] for path in now}
+            for path, value in jax.device_get(trainer.reference).items():
+                np.testing.assert_allclose(value, expected[path], rtol=1e-6, atol=1e-7)
 
 
 def test_the_actor_of_a_run_under_way_is_the_policy_as_it_is_now(tmp_path: Path) -> None:

@@ -23,7 +23,6 @@ from grpo_jax.errors import RunError
 from grpo_jax.experiment import (
     Experiment,
     LoRAConfig,
-    LossConfig,
     RewardConfig,
     RFTConfig,
     ScratchConfig,
@@ -76,6 +75,7 @@ class Case:
     Attributes:
       value: the new value.
       differs: the parts that must differ; all others must be equal.
+      may: parts of which either is right: they follow from rounding, or from a policy of other random weights.
       given: overrides of both runs.
       also: overrides that can only be made together with this one.
       check: (run directory without the change, with it) -> whether something else differs as it should.
@@ -84,15 +84,18 @@ class Case:
 
     value: Any
     differs: frozenset[str] = frozenset()
+    may: frozenset[str] = frozenset()
     given: tuple[tuple[str, Any], ...] = ()
     also: tuple[tuple[str, Any], ...] = ()
     check: Callable[[Path, Path], bool] | None = None
     fails: str = ""
 
 
-def case(value: Any, differs: Any = (), check: Any = None, *, fails: str = "", also: Any = (), **given: Any) -> Case:
+def case(
+    value: Any, differs: Any = (), check: Any = None, *, may: Any = (), fails: str = "", also: Any = (), **given: Any
+) -> Case:
     names = tuple((key.replace("__", "."), value) for key, value in given.items())
-    return Case(value, frozenset(differs), names, tuple(dict(also).items()), check, fails)
+    return Case(value, frozenset(differs), frozenset(may), names, tuple(dict(also).items()), check, fails)
 
 
 def rows(run_dir: Path) -> list[dict[str, Any]]:
@@ -110,6 +113,11 @@ def metric(name: str) -> Callable[[Path, Path], bool]:
 
 def has_metric(name: str) -> Callable[[Path, Path], bool]:
     return lambda one, other: any(name in row for row in rows(other)) and not any(name in row for row in rows(one))
+
+
+def same_up_to_rounding(one: Path, other: Path) -> bool:
+    losses = ([row["loss"] for row in rows(run_dir) if "loss" in row] for run_dir in (one, other))
+    return bool(np.allclose(*losses, rtol=1e-4, atol=1e-6))
 
 
 def num_steps(one: Path, other: Path) -> bool:
@@ -154,27 +162,27 @@ TWO_REWARDS = dict(advantages__scale="none")
 CASES = {
     "task": case(dataclasses.replace(letters.task, train=letters.task.held_out), FROM_START - {"before"}),
     "rewards": case({"share_of_a": share_of_a, "length": share_of_a}, SCORES),
-    "policy.dtype": case("bfloat16", FROM_START),
-    "policy.lora": case(LoRAConfig(rank=2), LATER),
-    "policy.lora.rank": case(3, LATER, **ADAPTED),
-    "policy.lora.alpha": case(8.0, LATER, **ADAPTED),
-    "policy.lora.targets": case(("q",), LATER, **ADAPTED),
-    "policy.scratch": case(ScratchConfig("abcd", hidden_size=16, num_layers=2, num_heads=2), FROM_START),
-    "policy.scratch.alphabet": case("abcde", FROM_START),
-    "policy.scratch.hidden_size": case(24, FROM_START),
-    "policy.scratch.num_layers": case(2, FROM_START),
-    "policy.scratch.num_heads": case(4, FROM_START),
+    "policy.dtype": case("bfloat16", LATER, may=FROM_START),
+    "policy.lora": case(LoRAConfig(rank=2), LATER, may=FROM_START),
+    "policy.lora.rank": case(3, LATER, **ADAPTED, may=FROM_START),
+    "policy.lora.alpha": case(8.0, LATER, **ADAPTED, may=FROM_START),
+    "policy.lora.targets": case(("q",), LATER, **ADAPTED, may=FROM_START),
+    "policy.scratch": case(ScratchConfig("abcd", hidden_size=16, num_layers=2, num_heads=2), LATER, may=FROM_START),
+    "policy.scratch.alphabet": case("abcde", LATER, may=FROM_START),
+    "policy.scratch.hidden_size": case(24, LATER, may=FROM_START),
+    "policy.scratch.num_layers": case(2, LATER, may=FROM_START),
+    "policy.scratch.num_heads": case(4, LATER, may=FROM_START),
     "method": case("rft", {*LATER, "advantages"}),
     "steps": case(3, {"after"}, num_steps),
     "token_budget": case(20, {"after"}, num_steps),
     "prompts_per_step": case(2, FROM_START - {"before"}),
     "group_size": case(6, FROM_START - {"before"}),
     "num_iterations": case(2, LATER),
-    "dynamic_sampling_rounds": case(2, check=metric("dynamic_sampling/rounds")),
-    "gradient_accumulation_steps": case(2),
-    "gradient_checkpointing": case(True),
+    "dynamic_sampling_rounds": case(2, check=has_metric("dynamic_sampling/rounds"), may=LATER | {"samples", "rewards"}),
+    "gradient_accumulation_steps": case(2, check=same_up_to_rounding, may=LATER),
+    "gradient_checkpointing": case(True, check=same_up_to_rounding, may=LATER),
     "seed": case(2, FROM_START),
-    "devices": case(2),
+    "devices": case(2, check=same_up_to_rounding, may=LATER),
     "checkpoint_every": case(1, check=has("checkpoints/1")),
     "sampling.temperature": case(0.5, FROM_START - {"before"}),
     "sampling.top_k": case(2, FROM_START),
@@ -189,45 +197,18 @@ CASES = {
         0.0, rewards={"flaky": sometimes_nan}, reward=DROPS, fails="above reward.max_failure_rate = 0"
     ),
     "reward.time_limit": case(0.05, rewards={"slow": slow}, reward=RewardConfig(), fails="ran past its time limit"),
-    "advantages.scale": case("none", {"advantages", *LATER}),
-    "advantages.baseline": case("leave_one_out", {"advantages", *LATER}),
-    "advantages.ddof": case(1, {"advantages", *LATER}),
-    "loss.loss_type": case("dapo", LATER),
-    "loss.epsilon": case(0.01, LATER, **OFF_POLICY),
-    "loss.epsilon_high": case(0.01, LATER, **OFF_POLICY),
-    "loss.delta": case(1.01, LATER, **OFF_POLICY),
-    "loss.importance_sampling_level": case("sequence", LATER, **OFF_POLICY),
     "loss.beta": case(0.5, LATER, num_iterations=2),
-    "loss.kl_estimator": case("k2", LATER, **REFERENCE),
-    "loss.use_bias_correction_kl": case(True, LATER, **REFERENCE),
     "loss.sync_ref_model": case(True, {"after"}, also={"loss.ref_model_sync_steps": 1}, **REFERENCE),
     "loss.ref_model_mixup_alpha": case(
         1.0, {"after"}, loss__sync_ref_model=True, loss__ref_model_sync_steps=1, **REFERENCE
     ),
     "loss.ref_model_sync_steps": case(1, {"after"}, loss__sync_ref_model=True, **REFERENCE),
-    "loss.entropy_coef": case(0.1, LATER),
-    "loss.top_entropy_quantile": case(0.3, LATER),
-    "loss.max_completion_length": case(7, {"gradient"}, loss=LossConfig("dr_grpo", max_completion_length=3)),
     "loss.mask_truncated_completions": case(True, LATER),
-    "loss.sapo_temperature_pos": case(3.0, LATER, loss__loss_type="sapo", **OFF_POLICY),
-    "loss.sapo_temperature_neg": case(3.0, LATER, loss__loss_type="sapo", **OFF_POLICY),
-    "loss.vespo_k_pos": case(1.0, LATER, loss__loss_type="vespo", **OFF_POLICY),
-    "loss.vespo_lambda_pos": case(1.0, LATER, loss__loss_type="vespo", **OFF_POLICY),
-    "loss.vespo_k_neg": case(1.0, LATER, loss__loss_type="vespo", **OFF_POLICY),
-    "loss.vespo_lambda_neg": case(1.0, LATER, loss__loss_type="vespo", **OFF_POLICY),
     "loss.importance_sampling_mode": case(
-        "token_truncate", {"gradient"}, check=metric("sampling/importance_sampling_ratio/mean")
+        "token_truncate", check=has_metric("sampling/importance_sampling_ratio/mean"), may=LATER
     ),
-    "loss.importance_sampling_clip_max": case(0.5, LATER, **CORRECTED),
-    "loss.importance_sampling_clip_min": case(2.0, LATER, **CORRECTED),
-    "ppo.gamma": case(0.5, LATER | {"advantages"}, **PPO),
-    "ppo.lam": case(0.5, LATER | {"advantages"}, **PPO),
-    "ppo.cliprange_value": case(1e-3, LATER, **PPO),
-    "ppo.vf_coef": case(1.0, LATER, **PPO),
-    "ppo.kl_coef": case(2.0, {"after"}, **PPO),  # at step 0 the policy is the reference
-    "ppo.whiten_advantages": case(False, LATER | {"advantages"}, **PPO),
-    "sft.packing": case(True, check=has_metric("packing/efficiency"), also={"sft.max_length": 16}, **SFT),
-    "sft.max_length": case(24, check=metric("packing/efficiency"), sft=SFTConfig(packing=True, max_length=16), **SFT),
+    "sft.packing": case(True, check=has_metric("packing/efficiency"), may=LATER, also={"sft.max_length": 16}, **SFT),
+    "sft.max_length": case(24, check=metric("packing/efficiency"), may=LATER, sft=SFTConfig(True, 16), **SFT),
     "sft.completion_only_loss": case(False, LATER, **SFT),
     "rft.select": case("threshold", LATER, also={"rft.threshold": 0.1}, **RFT),
     "rft.threshold": case(0.5, LATER, rft=RFTConfig("threshold", 0.1), **RFT),
@@ -236,18 +217,7 @@ CASES = {
     "preferences.label_noise": case("bradley_terry", {"samples", "rewards", *LATER}, **PREFERENCES),
     "preferences.noise_level": case(0.45, {"samples", "rewards", *LATER}, **DPO),
     "preferences.epoch_steps": case(1, {"after"}, **DPO),
-    "dpo.beta": case(1.0, {"gradient"}, **DPO),  # Adam's first steps do not see a gradient's size
-    "dpo.loss_type": case("ipo", LATER, **DPO),
-    "dpo.label_smoothing": case(0.3, LATER, **DPO),
-    "reward_model.center_rewards_coefficient": case(1.0, {"after"}, steps=3, **RM),
     "optimizer.learning_rate": case(1e-3, {"after"}),
-    "optimizer.schedule": case("linear", {"after"}),
-    "optimizer.warmup_steps": case(2, {"after"}),
-    "optimizer.weight_decay": case(0.5, {"after"}),
-    "optimizer.b1": case(0.5, {"after"}),
-    "optimizer.b2": case(0.5, {"after"}),
-    "optimizer.eps": case(1e-2, {"after"}),
-    "optimizer.max_grad_norm": case(1e-9, {"after"}),
     "evaluation.splits": case(("train",), {"before"}),
     "evaluation.num_prompts": case(2, {"before"}),
     "evaluation.num_samples": case(3, {"before"}),
@@ -270,13 +240,29 @@ def fields_of(config: Any, prefix: str = "") -> list[str]:
     return names
 
 
-ELSEWHERE = {"policy.source": "test_a_run_starts_from_another_runs_policy"}
-"""Fields that another test changes, since they need files."""
+ELSEWHERE = {
+    "policy": ("algorithms/test_training_by_method.py", ["source"]),
+    "loss": ("losses and test_update.py", [
+        "loss_type", "epsilon", "epsilon_high", "delta", "importance_sampling_level", "kl_estimator",
+        "use_bias_correction_kl", "entropy_coef", "top_entropy_quantile", "max_completion_length",
+        "sapo_temperature_pos", "sapo_temperature_neg", "vespo_k_pos", "vespo_lambda_pos", "vespo_k_neg",
+        "vespo_lambda_neg", "importance_sampling_clip_max", "importance_sampling_clip_min"
+    ]),
+    "advantages": ("test_advantages.py and test_update.py", ["scale", "baseline", "ddof"]),
+    "ppo": ("algorithms/test_objectives.py", [
+        "gamma", "lam", "cliprange_value", "vf_coef", "kl_coef", "whiten_advantages",
+    ]),
+    "dpo": ("losses/test_preference.py and algorithms/test_objectives.py", ["beta", "loss_type", "label_smoothing"]),
+    "reward_model": ("algorithms/test_objectives.py", ["center_rewards_coefficient"]),
+    "optimizer": ("test_update.py", ["schedule", "warmup_steps", "weight_decay", "b1", "b2", "eps", "max_grad_norm"]),
+}  # fmt: skip
+"""Fields whose effect other tests work out by hand, and where: a run for each would be compiled anew."""
 
 
 def test_the_table_has_every_field():
     configs = {f.name for f in dataclasses.fields(Experiment) if dataclasses.is_dataclass(f.default)}
-    assert set(CASES) == set(fields_of(BASE)) - configs - set(ELSEWHERE)
+    elsewhere = {f"{config}.{name}" for config, (_, names) in ELSEWHERE.items() for name in names}
+    assert set(CASES) == set(fields_of(BASE)) - configs - elsewhere
 
 
 def completions(run_dir: Path) -> list[dict[str, Any]]:
@@ -326,7 +312,8 @@ def test_a_field_has_its_effect_and_no_other(field: str, directory: Path) -> Non
             run(changed, directory)
         return
     (before, one), (after, other) = run(case.given, directory), run(changed, directory)
-    assert {part for part in PARTS if one[part] != other[part]} == case.differs
+    found = {part for part in PARTS if one[part] != other[part]}
+    assert case.differs <= found <= case.differs | case.may
     assert case.check is None or case.check(before, after)
     assert case.differs or case.check or field in NO_EFFECT
 

@@ -152,6 +152,13 @@ def test_a_reference_and_several_updates_per_step_are_trained_with(experiment, t
     assert second["learning_rate"] == 1e-2
 
 
+def test_a_schedule_falls_over_updates_and_not_over_steps(experiment, tmp_path):
+    changes = {"steps": 2, "num_iterations": 2, "optimizer.schedule": "linear", "optimizer.learning_rate": 0.08}
+    train(override(experiment, changes), tmp_path / "run", quiet=True)
+    # Four updates at .08, .06, .04 and .02; a step reports its last one's.
+    assert metric(tmp_path / "run", "learning_rate") == pytest.approx([0.06, 0.02])
+
+
 def metric(run_dir: Path, name: str) -> list[float]:
     return [row[name] for row in rows(run_dir / "metrics.jsonl") if name in row]
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from grpo_jax.algorithms.packing import first_fit, pack
 from grpo_jax.errors import UserError
 from grpo_jax.experiment import ScratchConfig
-from grpo_jax.logprobs import completion_logprobs, packed_logprobs
+from grpo_jax.logprobs import Completions, completion_logprobs, packed_logprobs
 from grpo_jax.policy import load
 from grpo_jax.policy.transformer import bind
 
@@ -45,9 +45,8 @@ def test_a_packed_example_has_the_log_probabilities_that_it_has_alone():
             (r, t) for r in range(2) for t in range(9) if batch.tokens[r, 0, t : t + len(ids)].tolist() == ids
         )
         rest = jnp.asarray(ids[1:])[None, None]
-        alone, entropy = completion_logprobs(
-            model, jnp.asarray([ids[:1]]), jnp.asarray([1]), rest, jnp.ones_like(rest, bool)
-        )
+        given = Completions(jnp.asarray([ids[:1]]), jnp.asarray([1]), rest, jnp.ones_like(rest, bool))
+        alone, entropy = completion_logprobs(model, given)
         found = packed[row, 0, start : start + len(ids)]
         assert found[0] == 0  # nothing predicts an example's first token
         np.testing.assert_allclose(found[1:], alone[0, 0], atol=2e-5)

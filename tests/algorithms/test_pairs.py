@@ -5,7 +5,8 @@ import math
 import numpy as np
 import pytest
 
-from grpo_jax.algorithms.pairs import calibration_error, label
+from grpo_jax.algorithms.pairs import label
+from grpo_jax.algorithms.reward_model import calibration_error
 from grpo_jax.experiment import PreferenceConfig
 
 KEPT = np.ones((1, 4), bool)

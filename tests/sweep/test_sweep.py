@@ -73,7 +73,9 @@ def stand_in(monkeypatch, tmp_path) -> None:
 
 
 def calls(directory: Path) -> dict[str, list[dict]]:
-    return {path.parent.name: list(map(json.loads, path.open())) for path in directory.glob("*/calls")}
+    return {
+        path.parent.name: list(map(json.loads, path.read_text().splitlines())) for path in directory.glob("*/calls")
+    }
 
 
 def test_a_failed_run_does_not_end_the_rest_and_is_tried_again(source, ablation, stand_in, tmp_path):

@@ -87,7 +87,10 @@ def seeds(tmp_path_factory) -> Path:
 
 def rows(path: Path) -> list[dict[str, Any]]:
     times = ("step_time", "tokens_per_second")
-    return [{key: value for key, value in json.loads(line).items() if key not in times} for line in path.open()]
+    return [
+        {key: value for key, value in json.loads(line).items() if key not in times}
+        for line in path.read_text().splitlines()
+    ]
 
 
 @pytest.mark.parametrize("seed", [5, 7])
@@ -97,6 +100,19 @@ def test_a_seed_is_the_run_of_its_seed_to_the_last_digit(seeds, tmp_path, seed):
         assert rows(seeds / str(seed) / name) == rows(tmp_path / name)
     ours, own = (json.loads((d / "summary.json").read_text())["after"] for d in (seeds / str(seed), tmp_path))
     assert ours == own
+
+
+def test_a_seed_makes_as_many_updates_of_a_batch_as_its_run(tmp_path):
+    # Up to rounding: two updates in one program are fused otherwise than one.
+    config = override(CONFIG, {"num_iterations": 2, "steps": 1, "evaluation.every": 0, "warm_start": None})
+    training.train(config, tmp_path / "alone", quiet=True)
+    vectorized.train_seeds({tmp_path / "seed": (config, [])})
+    [one], [other] = (
+        [row for row in rows(tmp_path / name / "metrics.jsonl") if "grad_norm" in row] for name in ("alone", "seed")
+    )
+    assert one == pytest.approx(other, rel=1e-3, abs=1e-5)
+    assert abs(other["importance_ratio"] - 1) > 1e-4  # measured in the second update
+    assert other["sampling/logprob_difference/max"] < 1e-4  # measured in the first
 
 
 def test_lanes_differ_in_their_seed(seeds):
