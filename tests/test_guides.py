@@ -1,0 +1,202 @@
+"""The files that the guides print: each of them is complete, and what its guide says of it runs, in a small form."""
+
+import importlib.util
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+GUIDES = ROOT / "docs" / "guides"
+FILE = re.compile(r"^```python\n# file: (\S+)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+FILES = {
+    name: (guide.stem, text) for guide in sorted(GUIDES.glob("*.md")) for name, text in FILE.findall(guide.read_text())
+}
+SMALL = (
+    "steps=2", "group_size=4", "devices=1", "evaluation.num_samples=2", "evaluation.num_prompts=2",
+    "policy.scratch.hidden_size=16", "policy.scratch.num_layers=1", "policy.scratch.num_heads=2",
+)  # fmt: skip
+
+
+def write(name: str, folder: Path, *changes: tuple[str, str]) -> Path:
+    """Writes the file of a guide, with some of its text replaced."""
+    text = FILES[name][1]
+    for old, new in changes:
+        assert old in text, f"{name} has no {old!r}"
+        text = text.replace(old, new)
+    path = folder / name
+    path.write_text(text)
+    return path
+
+
+def grpo_jax(*arguments: str | Path, cwd: Path) -> str:
+    """Runs the command in a process of its own, as a reader of the guide does, and returns what it printed."""
+    code = "import sys; from grpo_jax.cli import main; sys.exit(main(sys.argv[1:]))"
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": "", "COLUMNS": "200"}
+    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def train(path: Path, *assignments: str) -> list[dict[str, Any]]:
+    """Trains a file for two steps and returns the rows of its metrics that steps have written."""
+    options = [*SMALL, *assignments]
+    run_dir = path.parent / f"run-{len(list(path.parent.iterdir()))}"
+    grpo_jax("train", path.name, "--run-dir", run_dir, "--quiet", "--set", *options, cwd=path.parent)
+    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    assert "held_out" in json.loads((run_dir / "summary.json").read_text())["after"]
+    return [row for row in rows if "loss" in row]
+
+
+def load(path: Path) -> Any:
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def completions(path: Path) -> list[dict[str, Any]]:
+    [run_dir] = path.parent.glob("run-*")
+    return [json.loads(line) for line in (run_dir / "completions.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize(
+    ("guide", "names"),
+    [
+        ("reward", ["my_reward.py"]),
+        ("task", ["my_task.py"]),
+        ("several_turns", ["my_game.py"]),
+        ("loss", ["my_loss.py", "my_scalar_loss.py"]),
+        ("advantages", ["my_advantages.py", "my_token_advantages.py"]),
+        ("method", ["my_method.py"]),
+        ("generator", ["my_generator.py"]),
+        ("ablation", ["my_ablation.py"]),
+        ("trl", ["moved_from_trl.py"]),
+    ],
+)
+def test_a_guide_has_its_files(guide, names):
+    assert [name for name, (where, _) in FILES.items() if where == guide] == names
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_the_command_under_a_file_names_it(name):
+    guide, text = FILES[name]
+    assert re.search(rf"^    (grpo-jax train|grpo-jax sweep|python) {re.escape(name)}", text, re.MULTILINE), (
+        "its docstring says how"
+    )
+    assert name in FILE.sub("", (GUIDES / f"{guide}.md").read_text()), "the guide says how the file is called"
+
+
+def test_reward(tmp_path):
+    path = write("my_reward.py", tmp_path)
+    rows = train(path, 'warm_start={"method": "sft", "steps": 1}')
+    assert len(rows) == 2
+    assert all(0 <= row["rewards/letters_in_place/mean"] <= 1 for row in rows)
+    reward = load(path).letters_in_place
+    assert reward(completions=["POUND", "MOUND"], secret=["POUND", "POUND"]) == [1.0, 0.8]
+    for row in completions(path):
+        assert row["rewards"]["letters_in_place"] == pytest.approx(
+            reward(completions=[row["completion"]], secret=["POUND"])[0]
+        )
+        assert row["reward"] == pytest.approx(sum(row["rewards"].values()))
+
+
+def test_task(tmp_path):
+    path = write("my_task.py", tmp_path)
+    assert len(train(path, "warm_start=None")) == 2
+    task = load(path).sorting()
+    assert (len(task.train), len(task.held_out)) == (236, 100)
+    assert not {e["prompt"] for e in task.train} & {e["prompt"] for e in task.held_out}
+    example = task.train[0]
+    assert task.success(completions=task.demonstrate(example, None), answer=[example["answer"]]) == [True]
+
+
+def test_several_turns(tmp_path):
+    path = write("my_game.py", tmp_path)
+    assert len(train(path)) == 2
+    module = load(path)
+    assert [module.reply({"secret": "3"}, [guess]) for guess in ("4", "2", "3", "9", "", "34")] == [
+        "<", ">", None, "?", "?", "?",
+    ]  # fmt: skip
+    episodes = [row["completion"] for row in completions(path)]
+    games = [episode for episode in episodes if not isinstance(episode, str)]  # of more than one turn
+    assert max(len(episode) for episode in games) == 5  # three turns and two answers
+    assert all(message["content"] in "<>?" for episode in games for message in episode[1::2])
+
+
+@pytest.mark.parametrize("name", ["my_loss.py", "my_scalar_loss.py"])
+def test_loss(name, tmp_path):
+    """Gradient accumulation changes neither the loss of a step, nor its gradient, nor the metrics."""
+    path = write(name, tmp_path)
+    options = ("warm_start=None", "prompts_per_step=2", "steps=1")
+    whole, pieces = (train(path, *options, f"gradient_accumulation_steps={n}")[0] for n in (1, 2))
+    metric = {"my_loss.py": "my_loss/ratio", "my_scalar_loss.py": "kl"}[name]
+    assert math.isfinite(whole["loss"])
+    assert pieces["loss"] == pytest.approx(whole["loss"], abs=1e-6)
+    assert pieces["grad_norm"] == pytest.approx(whole["grad_norm"], rel=1e-4)
+    assert pieces[metric] == pytest.approx(whole[metric], abs=1e-6)
+    assert whole[metric] == pytest.approx({"kl": 0.0}.get(metric, 1.0), abs=1e-4)
+
+
+@pytest.mark.parametrize("name", ["my_advantages.py", "my_token_advantages.py"])
+def test_advantages(name, tmp_path):
+    path = write(name, tmp_path)
+    assert len(train(path, "warm_start=None")) == 2
+    assert all(math.isfinite(row["advantage"]) for row in completions(path))
+
+
+def test_advantages_are_what_the_guide_says(tmp_path):
+    import numpy as np
+
+    ranks = load(write("my_advantages.py", tmp_path)).rank_advantages
+    mask = np.array([[True, True, True, False]])
+    np.testing.assert_allclose(ranks(np.array([[0.1, 0.7, 0.7, 9.0]]), mask)[0, :3], [-2.0, 1.0, 1.0])
+    early = load(write("my_token_advantages.py", tmp_path)).early_advantages
+    found = early(np.array([[0.0, 1.0]]), np.ones((1, 2), bool), np.ones((1, 2, 3), bool))
+    np.testing.assert_allclose(found[0], [[-1, -0.9, -0.81], [1, 0.9, 0.81]], rtol=1e-3)
+
+
+def test_method(tmp_path):
+    """Gradient accumulation changes neither the loss of a step nor its gradient."""
+    path = write("my_method.py", tmp_path)
+    options = ("warm_start=None", "prompts_per_step=2", "steps=1")
+    whole, pieces = (train(path, *options, f"gradient_accumulation_steps={n}")[0] for n in (1, 2))
+    assert whole["weight"] > 0 and math.isfinite(whole["loss"])
+    for key in ("loss", "weight", "grad_norm"):
+        assert pieces[key] == pytest.approx(whole[key], rel=1e-4)
+
+
+def test_generator(tmp_path):
+    path = write("my_generator.py", tmp_path)
+    command, environment = [sys.executable, path.name], {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.stdout == "success 0.50, reward 0.50\n", done.stderr
+
+
+def test_ablation(tmp_path):
+    path = write(
+        "my_ablation.py", tmp_path,
+        ("range(5)", "range(2)"), ("steps=200", "steps=2"), ("group_size=64", "group_size=4"),
+        ('    warm_start={"method": "sft", "steps": 100},\n', ""),
+        ('QRSTUVWXYZ")', 'QRSTUVWXYZ", hidden_size=16, num_layers=1, num_heads=2)'),
+    )  # fmt: skip
+    grpo_jax("sweep", path.name, "--vectorize", cwd=tmp_path)
+    table = grpo_jax("table", path.name, cwd=tmp_path)
+    arms = [line.split("|")[1].strip() for line in table.splitlines() if line.startswith("|")]
+    assert arms[2:] == ["as it is", "no entropy bonus", "temperature 0"]
+
+
+def test_trl(tmp_path):
+    path = write("moved_from_trl.py", tmp_path)
+    letters = "policy.scratch.alphabet=abcdefghijklmnopqrstuvwxyzW ."
+    assert len(train(path, "policy.source=scratch", "policy.lora=None", "policy.dtype=float32", letters)) == 2
+    for row in completions(path):
+        assert row["reward"] == len(set(row["completion"]))
