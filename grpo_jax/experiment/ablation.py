@@ -29,7 +29,7 @@ class Ablation(Checked):
     """One experiment under several variations, at several seeds.
 
     Arms are overrides of `base`, as in `{"article": {}, "strict": {"rewards": {"strict": partial_credit_strict}}}`. At
-    equal seeds they share their prompts and the names of their sampling noise (DESIGN §3), so they are compared seed by
+    equal seeds they share their prompts and the names of their sampling noise, so they are compared seed by
     seed, each with `baseline` (None: the first arm).
 
     `metric` is a name in `metrics.jsonl`; its last value is what a run came to. `budget` is what the arms have in
