@@ -3,13 +3,16 @@
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 
-# Tests of text, of files, and of functions of small arrays. They compile little or nothing.
+# Tests of text, of files, and of functions of small arrays. Those of losses and advantages compile small programs, which
+# are kept for the next call.
 fast=(
     tests/test_floors.py
     tests/experiment
     tests/rewards
     tests/tasks
     tests/statistics
+    tests/losses
+    tests/test_advantages.py
 )
 
 install test

@@ -104,7 +104,9 @@ def test_a_seed_is_the_run_of_its_seed_to_the_last_digit(seeds, tmp_path, seed):
 
 def test_a_seed_makes_as_many_updates_of_a_batch_as_its_run(tmp_path):
     # Up to rounding: two updates in one program are fused otherwise than one.
-    config = override(CONFIG, {"num_iterations": 2, "steps": 1, "evaluation.every": 0, "warm_start": None})
+    config = override(
+        CONFIG, {"num_iterations": 2, "loss.entropy_coef": 0.1, "steps": 1, "evaluation.every": 0, "warm_start": None}
+    )
     training.train(config, tmp_path / "alone", quiet=True)
     vectorized.train_seeds({tmp_path / "seed": (config, [])})
     [one], [other] = (
