@@ -136,7 +136,7 @@ def test_several_turns(tmp_path):
 def test_loss(name, tmp_path):
     """Gradient accumulation changes neither the loss of a step, nor its gradient, nor the metrics."""
     path = write(name, tmp_path)
-    options = ("warm_start=None", "prompts_per_step=2", "steps=1")
+    options = ("warm_start=None", "prompts_per_step=2", "steps=1", "num_iterations=1")
     whole, pieces = (train(path, *options, f"gradient_accumulation_steps={n}")[0] for n in (1, 2))
     metric = {"my_loss.py": "my_loss/ratio", "my_scalar_loss.py": "kl"}[name]
     assert math.isfinite(whole["loss"])
@@ -144,6 +144,20 @@ def test_loss(name, tmp_path):
     assert pieces["grad_norm"] == pytest.approx(whole["grad_norm"], rel=1e-4)
     assert pieces[metric] == pytest.approx(whole[metric], abs=1e-6)
     assert whole[metric] == pytest.approx({"kl": 0.0}.get(metric, 1.0), abs=1e-4)
+
+
+def test_the_range_of_the_loss_shrinks(tmp_path):
+    """A ratio of 2 is clipped where A > 0, at 1.3, 1.2 and 1.1, and not where A < 0."""
+    import numpy as np
+
+    from grpo_jax.losses import LossInputs
+
+    my_loss = load(write("my_loss.py", tmp_path)).my_loss
+    ones = np.ones((2, 3), np.float32)
+    inputs = LossInputs(np.log(2) * ones, 0 * ones, ones * [[1], [-1]], ones > 0, entropy=0 * ones)
+    loss, metrics = my_loss(inputs)
+    np.testing.assert_allclose(loss, [[-1.3, -1.2, -1.1], [2, 2, 2]], rtol=1e-6)
+    np.testing.assert_allclose(metrics["my_loss/ratio"], 2 * ones, rtol=1e-6)
 
 
 @pytest.mark.parametrize("name", ["my_advantages.py", "my_token_advantages.py"])
