@@ -1,6 +1,8 @@
 """The files that the guides print: each of them is complete, and what its guide says of it runs, in a small form."""
 
+import contextlib
 import importlib.util
+import io
 import json
 import math
 import os
@@ -12,12 +14,16 @@ from typing import Any
 
 import pytest
 
+from grpo_jax.cli import main
+from grpo_jax.experiment import override
+
 ROOT = Path(__file__).parents[1]
 GUIDES = ROOT / "docs" / "guides"
 FILE = re.compile(r"^```python\n# file: (\S+)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 FILES = {
     name: (guide.stem, text) for guide in sorted(GUIDES.glob("*.md")) for name, text in FILE.findall(guide.read_text())
 }
+GENERATOR = (GUIDES / "generator.md").read_text()
 SMALL = (
     "steps=2", "group_size=4", "devices=1", "evaluation.num_samples=2", "evaluation.num_prompts=2",
     "policy.scratch.hidden_size=16", "policy.scratch.num_layers=1", "policy.scratch.num_heads=2",
@@ -36,13 +42,11 @@ def write(name: str, folder: Path, *changes: tuple[str, str]) -> Path:
 
 
 def grpo_jax(*arguments: str | Path, cwd: Path) -> str:
-    """Runs the command in a process of its own, as a reader of the guide does, and returns what it printed."""
-    code = "import sys; from grpo_jax.cli import main; sys.exit(main(sys.argv[1:]))"
-    command = [sys.executable, "-c", code, *map(str, arguments)]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": "", "COLUMNS": "200"}
-    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    """Runs the command as a reader of the guide does, but in this process, and returns what it printed."""
+    printed = io.StringIO()
+    with contextlib.chdir(cwd), contextlib.redirect_stdout(printed):
+        assert main([str(argument) for argument in arguments]) == 0
+    return printed.getvalue()
 
 
 def train(path: Path, *assignments: str) -> list[dict[str, Any]]:
@@ -193,6 +197,20 @@ def test_generator(tmp_path):
     command, environment = [sys.executable, path.name], {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600)
     assert done.stdout == "success 0.50, reward 0.50\n", done.stderr
+
+
+def test_a_generator_around_the_policy(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    [code] = re.findall(
+        r"^```python\n(from grpo_jax.rollout import Actor\n.*?)^```$", GENERATOR, re.DOTALL | re.MULTILINE
+    )
+    config = load(write("my_generator.py", tmp_path)).config
+    small = {"steps": 1, "prompts_per_step": 2, "group_size": 2, "devices": 1, "policy.scratch.num_layers": 1}
+    exec(code, {"config": override(config, small)})
+    found = re.findall(r"^step (\d+): (\d+) tokens$", capsys.readouterr().out, re.MULTILINE)
+    [in_training] = [int(tokens) for step, tokens in found if step == "0"]
+    rows = [json.loads(line) for line in Path("runs/counted/completions.jsonl").read_text().splitlines()]
+    assert in_training == sum(row["tokens"] for row in rows)
 
 
 def test_ablation(tmp_path):
