@@ -8,5 +8,5 @@ status=0
 .venv/bin/ruff check . || status=1
 .venv/bin/ruff format --check . || status=1
 .venv/bin/mypy || status=1
-.venv/bin/python -m pytest -n 2 --durations=10 "$@" || status=1 # last, so that the count of tests is the last line
+.venv/bin/python -m pytest -n 2 --dist loadfile --durations=10 "$@" || status=1 # last, so that its count is the last line
 exit $status

@@ -42,6 +42,11 @@ def small(**changes) -> HuggingFaceTokenizer:
     return from_gguf(Path("small.gguf"), metadata)()
 
 
+def test_the_end_of_turn_token_of_a_gguf_file_stops_a_turn_too():
+    assert small().stop_ids == (2,)
+    assert small(ggml__eot_token_id=1).stop_ids == (2, 1)
+
+
 def test_characters_begin_with_begin_and_end_with_nothing():
     tokenizer = CharacterTokenizer(LETTERS)
     assert (tokenizer.pad_id, tokenizer.bos_id, tokenizer.stop_ids, tokenizer.vocab_size) == (0, 1, (2,), 29)
