@@ -44,17 +44,16 @@ def _scorer_of(run_dir: str) -> Scorer:
     # Imported here, so that an experiment's file that names a reward model still loads at once.
     import jax.numpy as jnp
 
-    from grpo_jax.algorithms import RewardModel, algorithm_of
     from grpo_jax.algorithms.batches import batch_of
     from grpo_jax.algorithms.reward_model import scorer
     from grpo_jax.rollout import bucket, from_completions, make_actor
-    from grpo_jax.runs.restore import restore_with_head
+    from grpo_jax.runs.restore import method_of_run, restore_with_head
     from grpo_jax.sharding import Replicas
 
-    experiment, policy, head = restore_with_head(run_dir)
-    if not isinstance(algorithm_of(experiment), RewardModel):
+    policy, head = restore_with_head(run_dir)
+    if method_of_run(run_dir) != "reward_model":
         raise UserError(
-            f"the run {run_dir!r} has trained a policy (method {experiment.method_name!r}), no reward model."
+            f"the run {run_dir!r} has trained a policy (method {method_of_run(run_dir)!r}), no reward model."
         )
     replicas = Replicas(1)
     actor = make_actor(policy, replicas)

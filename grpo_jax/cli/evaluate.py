@@ -67,9 +67,9 @@ def evaluate(
 
 def _policy_of(source: Path, config: Experiment) -> Any:
     """The tuned policy of a run, or the one that an experiment starts from."""
-    from grpo_jax.runs.restore import restore, source_policy
+    from grpo_jax.runs.restore import restore_policy, source_policy
 
-    return restore(source)[1] if source.is_dir() else source_policy(config)
+    return restore_policy(source) if source.is_dir() else source_policy(config)
 
 
 def _difference(result: Any, other: Any) -> Any:

@@ -19,8 +19,8 @@ def export(
         raise UserError(f"{str(run)!r} is not the directory of a run: there is no run.json in it.")
     common.prepare_jax()
     from grpo_jax import policy
-    from grpo_jax.runs.restore import restore
+    from grpo_jax.runs.restore import restore_policy
 
-    _, tuned = restore(run)
+    tuned = restore_policy(run)
     policy.export(tuned, directory)
     print(directory)

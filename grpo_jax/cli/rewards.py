@@ -67,7 +67,7 @@ def rewards(
     from grpo_jax.reward_lab import study as reward_study
     from grpo_jax.rollout import make_actor
     from grpo_jax.runs.log import RunLog
-    from grpo_jax.runs.restore import restore, source_policy
+    from grpo_jax.runs.restore import restore_policy, source_policy
     from grpo_jax.sharding import Replicas
 
     extra = groups.import_rewards(options.others, source if is_run else source.parent)
@@ -76,7 +76,7 @@ def rewards(
             policy = source_policy(config)
             sets = [groups.read_groups(options.completions, config, policy.require_tokenizer())]
         else:
-            policy = restore(source)[1] if is_run else training.starting_policy(config, log)
+            policy = restore_policy(source) if is_run else training.starting_policy(config, log)
             num_prompts = min(options.num_prompts, len(config.task.train))
             log.note(f"sampling groups of {config.group_size} for {num_prompts} prompts")
             sets = groups.sample_groups(

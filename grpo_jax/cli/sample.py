@@ -2,7 +2,7 @@
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from tyro.conf import Positional, arg
 
@@ -38,11 +38,11 @@ def sample(
     common.prepare_jax()
     from grpo_jax import policy, rollout
     from grpo_jax.experiment import SamplingConfig
-    from grpo_jax.runs.restore import restore
+    from grpo_jax.runs.restore import restore_policy, sampling_of
 
     if (Path(source) / "run.json").is_file():
-        config, tuned = restore(Path(source))
-        example, sampling = config.task.train[0]["prompt"], config.sampling
+        tuned, sampling = restore_policy(source), sampling_of(source)
+        example = _first_prompt(Path(source))
         temperature = sampling.temperature if temperature is None else temperature
         max_tokens = max_tokens or sampling.max_tokens
     else:
@@ -63,6 +63,13 @@ def sample(
     while text := _read_line():
         answer(text, seed)
         seed += 1
+
+
+def _first_prompt(run_dir: Path) -> Any:
+    """A prompt that the run was trained on; None if there is none."""
+    from grpo_jax.runs.files import read_rows
+
+    return next((row["prompt"] for row in read_rows(run_dir / "completions.jsonl")), None)
 
 
 def _read_line() -> str:

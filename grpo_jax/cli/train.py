@@ -12,7 +12,7 @@ from tyro.conf import Positional, arg
 from grpo_jax.cli import common
 from grpo_jax.cli.common import Assignments, Flag, OptionalPath
 from grpo_jax.errors import UserError
-from grpo_jax.experiment import Experiment, load
+from grpo_jax.experiment import Experiment, all_overrides, code_of, load, read_run, sources
 
 
 def train(
@@ -22,19 +22,27 @@ def train(
     assignments: Assignments = (),
     run_dir: OptionalPath = None,
     resume: Flag = False,
+    accept_changes: Flag = False,
     quiet: Flag = False,
 ) -> None:
     """Train a policy as an experiment says, and show the result.
 
     Args:
         run_dir: Where the run's files go. Default: runs/EXPERIMENT-DATE-TIME.
-        resume: Continue the run in --run-dir from its last checkpoint.
+        resume: Continue the run in --run-dir from its last checkpoint, with the config that it has; --set changes it
+            from there on, and the run records that.
+        accept_changes: With --resume, use the experiment's files as they are now, though they have changed since.
         quiet: Show no progress and no tables, only the run directory.
     """
     overrides = common.join(assignments)
-    config = load(experiment, overrides)
     if resume and (run_dir is None or not (run_dir / "run.json").is_file()):
         raise UserError("--resume needs the directory of the run to go on with: --run-dir DIR, with a run.json in it.")
+    if accept_changes and not resume:
+        raise UserError("--accept-changes is for --resume.")
+    if resume and run_dir is not None:
+        config = _resumed(experiment, run_dir, overrides, accept_changes=accept_changes)
+    else:
+        config = load(experiment, overrides)
     run_dir = run_dir or Path("runs") / f"{experiment.stem}-{datetime.now():%Y%m%d-%H%M%S}"
 
     common.prepare_jax()
@@ -46,7 +54,6 @@ def train(
     except KeyboardInterrupt:
         if (run_dir / "run.json").is_file():
             again = shlex.join([common.command(), "train", str(experiment), "--run-dir", str(run_dir), "--resume"])
-            again += "".join(f" --set {shlex.quote(assignment)}" for assignment in overrides)
             print(f"The policy is saved in {run_dir}; go on with: {again}", file=sys.stderr)
         raise
     picture = learning_curve(run_dir)
@@ -54,6 +61,29 @@ def train(
         print(run_dir)
     else:
         _show_result(config, result, picture)
+
+
+def _resumed(experiment: Path, run_dir: Path, overrides: Sequence[str], *, accept_changes: bool) -> Experiment:
+    """The experiment that a run goes on with: its file, the assignments that the run has had, and then new ones.
+
+    Raises:
+      UserError: if the file, or a file that it uses, is not what the run was made with, unless that is accepted.
+    """
+    info = read_run(run_dir)
+    config = load(experiment, [*all_overrides(info), *overrides])
+    kept = code_of(info)
+    if kept is None:  # a run of the first versions has a copy of the experiment's file alone
+        copy = run_dir / "experiment.py"
+        changed = [] if not copy.exists() or copy.read_bytes() == experiment.read_bytes() else [experiment.name]
+    else:
+        changed = sources.changed(kept, sources.describe(experiment))
+    if changed and not accept_changes:
+        own = run_dir / (kept["directory"] if kept else "") / (kept["entry"] if kept else "experiment.py")
+        raise UserError(
+            f"{', '.join(changed)} changed since {str(run_dir)!r} was made. To go on with the run's own copy, name it: "
+            f"train {shlex.quote(str(own))} …; to go on with the files as they are now, add --accept-changes."
+        )
+    return config
 
 
 def _show_result(config: Experiment, result: Any, picture: Path) -> None:

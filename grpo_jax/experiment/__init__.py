@@ -16,7 +16,7 @@ from grpo_jax.experiment.configs import (
     ScratchConfig,
 )
 from grpo_jax.experiment.experiment import Experiment
-from grpo_jax.experiment.files import load, load_ablation, load_run, run_file, to_dict
+from grpo_jax.experiment.files import all_overrides, code_of, load, load_ablation, load_run, read_run, run_file, to_dict
 from grpo_jax.experiment.methods import (
     AdvantageConfig,
     DPOConfig,
@@ -52,12 +52,15 @@ __all__ = [
     "SFTConfig",
     "SamplingConfig",
     "ScratchConfig",
+    "all_overrides",
+    "code_of",
     "load",
     "load_ablation",
     "load_run",
     "method_of",
     "override",
     "parse_overrides",
+    "read_run",
     "run_file",
     "to_dict",
     "variant_of",

@@ -8,12 +8,14 @@ import json
 import re
 import sys
 import traceback
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
 import grpo_jax.experiment
 from grpo_jax.errors import UserError
+from grpo_jax.experiment import sources
 from grpo_jax.experiment.ablation import Ablation, Budget
 from grpo_jax.experiment.experiment import Experiment
 from grpo_jax.experiment.overrides import nearest, override, parse_overrides, variant_of
@@ -27,7 +29,12 @@ def load(path: str | Path, assignments: Iterable[str] = (), *, home: Path | None
     another one than the file's is wanted).
     Raises `UserError` if the file is missing, fails, or exports no `Experiment` named `config`.
     """
-    module, assignments = run_file(path, home), list(assignments)
+    return _experiment_of(run_file(path, home), path, assignments)
+
+
+def _experiment_of(module: Any, path: str | Path, assignments: Iterable[str]) -> Experiment:
+    """The `config` of a module, or an arm of its `ablation`, overridden by assignments."""
+    assignments = list(assignments)
     config, ablation = getattr(module, "config", None), getattr(module, "ablation", None)
     if isinstance(ablation, Ablation):
         given = dict(a.split("=", 1) for a in assignments if a.startswith(("arm=", "budget=")))
@@ -58,30 +65,53 @@ def load_ablation(path: str | Path, budget: Budget | None = None, *, home: Path 
 def load_run(run_dir: str | Path, assignments: Iterable[str] = ()) -> Experiment:
     """The experiment of a run, with the overrides that the run had and then those of `assignments`.
 
-    The warm start and the control of a run are runs too, whose experiment is a variant of their parent's.
+    It is loaded from the run's own copies of the user's files. The warm start and the control of a run are runs too,
+    whose experiment is a variant of their parent's.
     Raises `UserError` if the directory holds no run.
     """
     run_dir = Path(run_dir)
+    info = read_run(run_dir)
+    name = run_dir.resolve().name
+    if name in ("warm_start", "control") and info["source"] is None:
+        parent = load_run(run_dir.resolve().parent)
+        config = variant_of(parent, getattr(parent, name) or {})
+        return override(config, parse_overrides(config, assignments))
+    overrides = [*all_overrides(info), *assignments]
+    if (code := code_of(info)) is not None:
+        directory = run_dir / code["directory"]
+        module = run_file(directory / code["entry"], paths=[directory / path for path in code["paths"]])
+        return _experiment_of(module, directory / code["entry"], overrides)
+    home = Path(info["source"]) if info["source"] else None  # a run of the first versions
+    return load(run_dir / "experiment.py", overrides, home=home)
+
+
+def read_run(run_dir: Path) -> dict[str, Any]:
+    """The content of a run's run.json. Raises `UserError` if the directory holds no run."""
     try:
-        info = json.loads((run_dir / "run.json").read_text())
+        return json.loads((run_dir / "run.json").read_text())
     except FileNotFoundError:
         raise UserError(f"{str(run_dir)!r} is not the directory of a run: there is no run.json in it.") from None
     except (OSError, ValueError):
         raise UserError(f"{str(run_dir)!r} is not the directory of a run: its run.json cannot be read.") from None
-    name = run_dir.resolve().name
-    if name in ("warm_start", "control") and not (run_dir / "experiment.py").exists():
-        parent = load_run(run_dir.resolve().parent)
-        config = variant_of(parent, getattr(parent, name) or {})
-        return override(config, parse_overrides(config, assignments))
-    home = Path(info["source"]) if info["source"] else None
-    return load(run_dir / "experiment.py", [*info["overrides"], *assignments], home=home)
 
 
-def run_file(path: str | Path, home: Path | None = None) -> Any:
+def all_overrides(info: Mapping[str, Any]) -> list[str]:
+    """The assignments that a run began with, and then those that it was resumed with."""
+    return [*info["overrides"], *(a for visit in info.get("resumed", ()) for a in visit["overrides"])]
+
+
+def code_of(info: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The files that a run uses now (see `sources.describe`); None for a run that keeps no copies of them."""
+    return next((v["code"] for v in reversed(info.get("resumed", ())) if v.get("code")), info.get("code"))
+
+
+def run_file(path: str | Path, home: Path | None = None, paths: Iterable[Path] = ()) -> Any:
     """Executes a Python file as a module and returns it; its own mistakes become one-sentence `UserError`s.
 
-    Of a copy, such as a run's directory holds, `home` is the path of the original: the copy's `__file__`, and where it
-    finds what it imports from beside it or loads by a path from there, if that is still there.
+    The file finds what it imports from beside it and from the folders `paths`. All files that it uses are kept as they
+    are now (see `grpo_jax.experiment.sources`).
+    Of a copy, such as the directory of an old run holds, `home` is the path of the original: the copy's `__file__`, and
+    where it finds what it imports from beside it or loads by a path from there, if that is still there.
     """
     path = Path(path)
     if not path.is_file():
@@ -90,23 +120,61 @@ def run_file(path: str | Path, home: Path | None = None) -> Any:
     if spec is None or spec.loader is None:
         raise UserError(f"{path} is not a Python file: an experiment file ends in .py.")
     module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
     if home is not None:
         module.__file__ = str(home)
-    # So that an experiment may import a file that lies beside it.
-    beside = [str(p.parent.resolve()) for p in (path, home) if p is not None]
-    sys.path[:0] = beside
-    try:
-        spec.loader.exec_module(module)
-    except UserError as error:
-        raise UserError(f"{_where(path, error)}: {error}") from None
-    except TypeError as error:
-        raise UserError(f"{_where(path, error)}: {_explain(error)}") from error
-    except Exception as error:
-        raise UserError(f"{_where(path, error)}: {type(error).__name__}: {error}") from error
-    finally:
-        del sys.path[: len(beside)]
+    beside = [str(p.parent.resolve()) for p in (path, home) if p is not None] + [str(p.resolve()) for p in paths]
+    with _importing_from(beside), sources.loading(path):
+        sys.modules[spec.name] = module
+        try:
+            spec.loader.exec_module(module)
+        except UserError as error:
+            raise UserError(f"{_where(path, error)}: {error}") from None
+        except TypeError as error:
+            raise UserError(f"{_where(path, error)}: {_explain(error)}") from error
+        except Exception as error:
+            raise UserError(f"{_where(path, error)}: {type(error).__name__}: {error}") from error
+        declared = {name: getattr(module, name, None) for name in ("config", "ablation")}
+        configs = [name for name, value in declared.items() if isinstance(value, (Experiment, Ablation))]
+        sources.record(path, declares=configs)
     return module
+
+
+_imported: set[str] = set()  # the user's modules that experiments have imported
+_appended: list[str] = []  # the folders that stay on sys.path for them
+
+
+@contextmanager
+def _importing_from(folders: Sequence[str]) -> Iterator[None]:
+    """Lets a file import what lies in some folders, as it is now.
+
+    A module that an earlier file has imported is imported anew if it was edited, or if it came from elsewhere: a run's
+    copies differ from one run to the next. The folders stay at the end of `sys.path`, where a function that imports
+    something when it is called finds them, and where they hide no library.
+    """
+    outermost = not sources.is_loading()
+    if outermost:
+        for folder in _appended:
+            sys.path.remove(folder)
+        _appended.clear()
+    sys.path[:0] = folders
+    if outermost and sources.are_stale(_imported):
+        for name in _imported:
+            sys.modules.pop(name, None)
+        _imported.clear()
+    before = set(sys.modules)
+    try:
+        yield
+    finally:
+        _imported.update(name for name in set(sys.modules) - before if _is_users_module(name))
+        del sys.path[: len(folders)]
+        new = [folder for folder in dict.fromkeys(folders) if folder not in sys.path]
+        sys.path += new
+        _appended.extend(new)
+
+
+def _is_users_module(name: str) -> bool:
+    file = getattr(sys.modules[name], "__file__", None)
+    return file is not None and sources.is_users(file) and not name.startswith("grpo_jax_experiment_")
 
 
 def _where(path: Path, error: Exception) -> str:

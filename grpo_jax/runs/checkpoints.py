@@ -45,14 +45,31 @@ def latest_step(directory: str | Path) -> int | None:
         return manager.latest_step()
 
 
+def saved_leaves(directory: str | Path) -> set[str]:
+    """The paths of the leaves in the newest checkpoint, e.g. `trainable/norm/0`; none without a checkpoint."""
+    if (step := latest_step(directory)) is None:
+        return set()
+    with _manager(directory) as manager:
+        try:
+            return set(dict(manager.item_metadata(step).tree))
+        except Exception:  # a damaged checkpoint; `restore` says so
+            return set()
+
+
 def restore(
-    directory: str | Path, like: Any, *, step: int | None = None, optional_leaves: Collection[str] = ()
+    directory: str | Path,
+    like: Any,
+    *,
+    step: int | None = None,
+    optional_leaves: Collection[str] = (),
+    partial: bool = False,
 ) -> tuple[int, Any]:
     """Reads the checkpoint of `step` (default: the newest) into the structure of `like` and returns (step, state).
 
     `like` is a pytree of arrays, `jax.ShapeDtypeStruct`s or numbers. A leaf with a sharding is returned as a
     `jax.Array` with that sharding, a number as a number, and any other leaf as a NumPy array. `optional_leaves` names
     leaves that the checkpoint may lack, because earlier versions did not save them; then those of `like` are returned.
+    With `partial`, `like` may be a part of what was saved, and the rest is not read.
     Raises `UserError` if there is no checkpoint, if it cannot be read, or if a leaf's name, shape or dtype differs.
     """
     step = latest_step(directory) if step is None else step
@@ -64,9 +81,13 @@ def restore(
         try:
             found = dict(manager.item_metadata(step).tree)
             wanted = {name: leaf for name, leaf in leaves.items() if name in found or name not in optional_leaves}
+            if partial:
+                found = {name: leaf for name, leaf in found.items() if name in wanted}
             _compare(place, wanted, found)
             arguments = {name: _restore_arguments(wanted[name]) for name in found}
-            stored = manager.restore(step, args=ocp.args.PyTreeRestore(restore_args=arguments))
+            item = dict.fromkeys(found, 0)
+            how = ocp.args.PyTreeRestore(item=item, restore_args=arguments, partial_restore=True)
+            stored = manager.restore(step, args=how)
         except UserError:
             raise
         except Exception as error:  # Orbax and TensorStore raise many types for foreign and for incomplete files

@@ -1,15 +1,7 @@
 """What a run writes and shows: its directory, metrics, TensorBoard events, completions, and the progress display."""
 
-import json
-import platform
-import shlex
-import shutil
-import subprocess
-import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from datetime import datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -20,27 +12,29 @@ from tensorboardX import summary as proto
 from tensorboardX.event_file_writer import EventsWriter  # without the thread of SummaryWriter, which hides a full disk
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
-from grpo_jax import sharding
 from grpo_jax.errors import RunError, UserError
-from grpo_jax.experiment import Experiment, to_dict
+from grpo_jax.experiment import Experiment
+from grpo_jax.runs import record
 from grpo_jax.runs.display import Display, markdown_table
 from grpo_jax.runs.files import append_rows, json_line, jsonable, read_rows, write_json, write_text, writing
 
-PACKAGES = ("grpo_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "numpy")
 SAMPLE_TEXTS = 20  # how many times in a run a whole group is written to TensorBoard
 
 
 class RunLog:
     """Creates a run directory and writes to it while the run goes on.
 
-    The directory holds `experiment.py`, `config.json`, `run.json`, `metrics.jsonl`, `completions.jsonl`, TensorBoard's
+    The directory holds `code` (the experiment's file and all files of the user that it uses, see
+    `grpo_jax.experiment.sources`), `config.json`, `run.json`, `metrics.jsonl`, `completions.jsonl`, TensorBoard's
     `events`, `summary.json`, and `checkpoints` (see `grpo_jax.runs.checkpoints`).
 
     Steps count from 0: step s is the one made with the parameters after s updates, and an evaluation "at s" is one of
     those parameters. With `resume` nothing is written twice: the first step that arrives, s, removes what an
-    interrupted run had written from s on, and an evaluation replaces an earlier one at its step. The status in run.json
-    ends as `finished`, `interrupted` (KeyboardInterrupt) or `failed`. Raises `UserError` for a directory that holds
-    another run, and `RunError` when something cannot be written.
+    interrupted run had written from s on, and an evaluation replaces an earlier one at its step. The record of how the
+    run began stays: `config.json` is not written again, and run.json lists each visit under `resumed`, with the fields
+    and files that have changed since (see `grpo_jax.runs.record`). The status in run.json ends as `finished`,
+    `interrupted` (KeyboardInterrupt) or `failed`. Raises `UserError` for a directory that holds another run, and
+    `RunError` when something cannot be written.
     """
 
     def __init__(
@@ -72,31 +66,31 @@ class RunLog:
                 f"the run directory {str(self.run_dir)!r} is not empty: choose another with --run-dir, or add --resume "
                 "to go on with the run that it holds."
             )
-        copy = self.run_dir / "experiment.py"
-        if self._source is not None and self._source.resolve() != copy.resolve():
-            with writing(copy):
-                shutil.copyfile(self._source, copy)
-        self._info = describe_run(self._experiment, self._source, self._overrides)
+        changes: dict[str, Any] = {}
         if self._resume and (self.run_dir / "run.json").is_file():
-            earlier = json.loads((self.run_dir / "run.json").read_text())
-            visit = {key: self._info[key] for key in ("started", "overrides", "command")}
-            self._info |= {"started": earlier["started"], "resumed": [*earlier.get("resumed", ()), visit]}
-        write_json(self.run_dir / "config.json", to_dict(self._experiment))
-        self._write_status("running")
+            self._info = record.continue_run(self.run_dir, self._experiment, self._source, self._overrides)
+            changes = self._info["resumed"][-1]["changes"]
+        else:
+            self._info = record.begin_run(self.run_dir, self._experiment, self._source, self._overrides)
+        self._write_status("running", finished=None)
         if not self.display.title:
             self.note(f"writing to {self.run_dir}")
+        for name, (before, now) in changes.items():
+            self.note(f"changed since the run began: {name} was {before}, and is {now} from here on")
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         self.display.close()
         if error is None:
-            self._write_status("finished", finished=_now())
+            self._write_status("finished", finished=record.now())
             self._close_events()
             return
         interrupted = isinstance(error, KeyboardInterrupt)
         try:
             self._write_status(
-                "interrupted" if interrupted else "failed", finished=_now(), error=None if interrupted else str(error)
+                "interrupted" if interrupted else "failed",
+                finished=record.now(),
+                error=None if interrupted else str(error),
             )
             self._close_events()
         except RunError:  # the disk is full, say: what went wrong first is what must be told
@@ -194,47 +188,6 @@ def display_of(
 ) -> Display:
     """The progress display of a run, a warm start or a control (its `title`)."""
     return Display(experiment.steps, experiment.token_budget, title=title, quiet=quiet, console=console)
-
-
-def describe_run(experiment: Experiment, source: Path | None, overrides: Sequence[str]) -> dict[str, Any]:
-    """Returns what run.json says of a run that starts now: everything needed to run it again."""
-    return {
-        "status": "running",
-        "started": _now(),
-        "finished": None,
-        "source": None if source is None else str(source.resolve()),
-        "overrides": list(overrides),
-        "command": shlex.join(sys.argv),
-        "seed": experiment.seed,
-        "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
-        "platform": platform.platform(),
-        "device": sharding.describe(),
-        "git": None if source is None else _git(source.resolve().parent),
-    }
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
-
-
-def _git(folder: Path) -> dict[str, Any] | None:
-    """The commit of the repository around `folder`, and whether tracked files differ from it; None outside of one."""
-
-    def git(*arguments: str) -> str:
-        command = ["git", "-C", str(folder), *arguments]
-        return subprocess.run(command, check=True, capture_output=True, text=True, timeout=10).stdout.strip()
-
-    try:
-        return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain", "-uno"))}
-    except (OSError, subprocess.SubprocessError):
-        return None
-
-
-def _now() -> str:
-    return datetime.now().astimezone().isoformat(timespec="seconds")
 
 
 def _flat(values: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -1,5 +1,6 @@
 """A run's policy: the one that it starts from, and the one at its newest checkpoint."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -7,16 +8,23 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from grpo_jax.algorithms import algorithm_of
 from grpo_jax.algorithms.forward import HEAD, new_head
 from grpo_jax.errors import UserError
-from grpo_jax.experiment import Experiment, load_run
+from grpo_jax.experiment import (
+    Experiment,
+    LoRAConfig,
+    PolicyConfig,
+    SamplingConfig,
+    ScratchConfig,
+    load_run,
+    read_run,
+)
 from grpo_jax.policy import Policy, fresh_adapters, load, merge
 from grpo_jax.policy.lora import split
 from grpo_jax.policy.transformer import Params
 from grpo_jax.rollout import model_of
 from grpo_jax.runs import checkpoints
-from grpo_jax.update import State, make_optimizer
+from grpo_jax.update import State
 
 OPTIONAL_LEAVES = ("tokens_sampled",)  # not in the checkpoints of the first versions
 
@@ -27,38 +35,71 @@ def restore(run_dir: str | Path) -> tuple[Experiment, Policy]:
     Raises:
       UserError: if the directory holds no run, or a run without a checkpoint.
     """
-    experiment, policy, _ = restore_with_head(run_dir)
-    return experiment, policy
+    return load_run(run_dir), restore_policy(run_dir)
 
 
-def restore_with_head(run_dir: str | Path) -> tuple[Experiment, Policy, Params]:
+def restore_policy(run_dir: str | Path) -> Policy:
+    """The policy at a run's newest checkpoint. None of the user's code is needed for it, and none is run."""
+    return restore_with_head(run_dir)[0]
+
+
+def restore_with_head(run_dir: str | Path) -> tuple[Policy, Params]:
     """The same, and the parameters of the head that PPO or a reward model trained on the policy (or none)."""
-    run_dir, experiment = Path(run_dir), load_run(run_dir)
+    run_dir = Path(run_dir)
+    read_run(run_dir)  # it says so if this is no run
     if checkpoints.latest_step(run_dir / "checkpoints") is None:
         raise UserError(f"the run {str(run_dir)!r} has no checkpoint yet, so there is no tuned policy in it.")
-    policy = source_policy(experiment)
+    config, seed = _policy_of(run_dir)
+    policy = _load(config, seed)
     trainable, frozen = split(policy.params, policy.lora)
-    if algorithm_of(experiment).has_head:
+    if any(f"trainable/{name}" in checkpoints.saved_leaves(run_dir / "checkpoints") for name in HEAD):
         trainable |= new_head(policy.config.hidden_size)
-    optimizer, _ = make_optimizer(experiment.optimizer, experiment.steps * experiment.num_iterations)
-    reference = trainable if experiment.loss_config.sync_ref_model else None
-    like = checkpoint(State(trainable, jax.eval_shape(optimizer.init, trainable), jnp.int32(0)), reference)
-    _, state = checkpoints.restore(run_dir / "checkpoints", like, optional_leaves=OPTIONAL_LEAVES)
+    _, state = checkpoints.restore(run_dir / "checkpoints", {"trainable": trainable}, partial=True)
     trained = jax.tree.map(jnp.asarray, state["trainable"])
     head = {name: trained.pop(name) for name in HEAD if name in trained}
-    return experiment, replace(policy, params=model_of(policy).params(trained, frozen)), head
+    return replace(policy, params=model_of(policy).params(trained, frozen)), head
+
+
+def sampling_of(run_dir: str | Path) -> SamplingConfig:
+    """How a run samples completions in training."""
+    return SamplingConfig(**_config(Path(run_dir))["sampling"])
+
+
+def method_of_run(run_dir: str | Path) -> str:
+    """The name of the method that a run was trained with."""
+    method = _config(Path(run_dir))["method"]
+    return method if isinstance(method, str) else method["name"]
 
 
 def source_policy(experiment: Experiment) -> Policy:
     """The policy that `experiment.policy` names: that of another run, or what `grpo_jax.policy.load` knows."""
-    config = experiment.policy
+    return _load(experiment.policy, experiment.seed)
+
+
+def _load(config: PolicyConfig, seed: int) -> Policy:
     if not (Path(config.source) / "run.json").is_file():
-        return load(config.source, dtype=config.dtype, seed=experiment.seed, lora=config.lora, scratch=config.scratch)
-    _, other = restore(config.source)
+        return load(config.source, dtype=config.dtype, seed=seed, lora=config.lora, scratch=config.scratch)
+    other, _ = restore_with_head(config.source)
     params = {path: x.astype(config.dtype) for path, x in merge(other.params, other.lora).items()}
     if config.lora is not None:
-        params |= fresh_adapters(other.config, config.lora, experiment.seed)
+        params |= fresh_adapters(other.config, config.lora, seed)
     return replace(other, params=params, lora=config.lora)
+
+
+def _policy_of(run_dir: Path) -> tuple[PolicyConfig, int]:
+    """Where a run's policy came from, and its seed, from config.json: the experiment's file is not needed for that."""
+    config = _config(run_dir)
+    fields = dict(config["policy"])
+    if fields["lora"] is not None:
+        fields["lora"] = LoRAConfig(**{**fields["lora"], "targets": tuple(fields["lora"]["targets"])})
+    return PolicyConfig(**{**fields, "scratch": ScratchConfig(**fields["scratch"])}), config["seed"]
+
+
+def _config(run_dir: Path) -> dict[str, Any]:
+    try:
+        return json.loads((run_dir / "config.json").read_text())
+    except (OSError, ValueError):
+        raise UserError(f"{str(run_dir)!r} is not the directory of a run: its config.json cannot be read.") from None
 
 
 def checkpoint(state: State, reference: Any | None, tokens_seen: int = 0, tokens_sampled: int = 0) -> dict[str, Any]:

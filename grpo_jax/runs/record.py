@@ -1,0 +1,150 @@
+"""What a run's directory says of how it was made: its config, files and versions, and what changed on resumption.
+
+The record of a run's beginning is never written again. When a run is resumed, run.json gets one more entry under
+`resumed`: when, from which step, by which command, with which assignments, and what has changed in the config
+(`changes`: field -> [before, now]) and in the user's files (`code`: all of them, copied again; None if they are the
+same).
+"""
+
+import json
+import platform
+import shlex
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from grpo_jax import sharding
+from grpo_jax.errors import UserError
+from grpo_jax.experiment import Experiment, code_of, read_run, sources, to_dict
+from grpo_jax.experiment.fingerprint import fingerprint
+from grpo_jax.runs import checkpoints
+from grpo_jax.runs.files import jsonable, write_json, writing
+
+PACKAGES = ("grpo_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "numpy")
+FIXED = ("policy", "seed", "method", "warm_start")  # what a run's checkpoints were made from
+
+
+def begin_run(run_dir: Path, experiment: Experiment, source: Path | None, overrides: Sequence[str]) -> dict[str, Any]:
+    """Copies the experiment's files, writes config.json, and returns what run.json says.
+
+    Together they are all that is needed to run it again.
+
+    Args:
+      source, overrides: the experiment's file (None for one that was made by a program) and the assignments for it.
+    """
+    code = None if source is None else _keep_files(run_dir, source, "code")
+    write_json(run_dir / "config.json", to_dict(experiment))
+    return {
+        "status": "running",
+        "started": now(),
+        "finished": None,
+        "source": None if source is None else str(source.resolve()),
+        "overrides": list(overrides),
+        "command": shlex.join(sys.argv),
+        "seed": experiment.seed,
+        "key": fingerprint(experiment),
+        "config_key": fingerprint(experiment, files=False),
+        "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
+        "platform": platform.platform(),
+        "device": sharding.describe(),
+        "git": None if source is None else _git(source.resolve().parent),
+        "package": {"sha256": sources.package_digest(), "git": _git_of_package()},
+        "code": code,
+    }
+
+
+def continue_run(
+    run_dir: Path, experiment: Experiment, source: Path | None, overrides: Sequence[str]
+) -> dict[str, Any]:
+    """What run.json says of a run that is resumed: its record, with one more visit.
+
+    Raises:
+      UserError: if the run was made with another policy, seed, method or warm start.
+    """
+    info = read_run(run_dir)
+    changes = changed_fields(current_config(run_dir, info), jsonable(to_dict(experiment)))
+    for name, (before, after) in changes.items():
+        if name.split(".")[0] in FIXED:
+            raise UserError(
+                f"{str(run_dir)!r} was begun with {name} = {before}, and cannot go on with {after}: start another run "
+                "with another --run-dir."
+            )
+    visits = list(info.get("resumed", ()))
+    earlier, code = code_of(info), None
+    if source is not None and earlier is not None and sources.changed(earlier, sources.describe(source)):
+        code = _keep_files(run_dir, source, f"code-{len(visits) + 2}")
+    visit = {
+        "started": now(),
+        "step": checkpoints.latest_step(run_dir / "checkpoints") or 0,
+        "overrides": list(overrides),
+        "command": shlex.join(sys.argv),
+        "changes": changes,
+        "code": code,
+        "package": sources.package_digest(),
+    }
+    return {**info, "resumed": [*visits, visit]}
+
+
+def current_config(run_dir: Path, info: Mapping[str, Any]) -> dict[str, Any]:
+    """The config of a run with the changes that it was resumed with, as JSON."""
+    config = json.loads((run_dir / "config.json").read_text())
+    for visit in info.get("resumed", ()):
+        for name, (_, after) in visit.get("changes", {}).items():
+            *owners, key = name.split(".")
+            place = config
+            for owner in owners:
+                place = place[owner]
+            place[key] = after
+    return config
+
+
+def changed_fields(before: Any, now: Any, path: str = "") -> dict[str, list[Any]]:
+    """The fields, with dotted names, in which two configs differ: name -> [before, now]."""
+    nested = isinstance(before, Mapping) and isinstance(now, Mapping) and before.keys() == now.keys()
+    if not nested or any("." in name for name in before):  # the overrides of a variant have dotted names themselves
+        return {} if before == now else {path: [before, now]}
+    found: dict[str, list[Any]] = {}
+    for name in before:
+        found |= changed_fields(before[name], now[name], f"{path}.{name}" if path else name)
+    return found
+
+
+def now() -> str:
+    """The time, as run.json states it."""
+    return datetime.now().astimezone().isoformat(timespec="seconds")
+
+
+def _keep_files(run_dir: Path, source: Path, name: str) -> dict[str, Any]:
+    """Copies the files of an experiment into the run's directory."""
+    with writing(run_dir / name):
+        sources.copy(source, run_dir / name)
+    return {"directory": name, **sources.describe(source)}
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _git_of_package() -> dict[str, Any] | None:
+    """The commit of this package; None where it is installed from an archive, perhaps inside of another repository."""
+    return None if "site-packages" in str(sources.PACKAGE) else _git(sources.PACKAGE)
+
+
+def _git(folder: Path) -> dict[str, Any] | None:
+    """The commit of the repository around `folder`, and whether tracked files differ from it; None outside of one."""
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(folder), *arguments]
+        return subprocess.run(command, check=True, capture_output=True, text=True, timeout=10).stdout.strip()
+
+    try:
+        return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain", "-uno"))}
+    except (OSError, subprocess.SubprocessError):
+        return None

@@ -1,0 +1,221 @@
+"""The files that an experiment is made of: which they are, what they change, and the copies of them."""
+
+import json
+import shutil
+import sys
+import textwrap
+
+import pytest
+
+from grpo_jax.experiment import load, load_ablation, load_run, sources
+from grpo_jax.experiment.fingerprint import fingerprint
+
+EXPERIMENT = """
+    from types import SimpleNamespace
+    from grpo_jax.experiment import Experiment
+    from my_rewards import graded
+
+    task = SimpleNamespace(name="toy", train=[{"prompt": "a"}], held_out=[{"prompt": "b"}])
+    config = Experiment(task=task, rewards={"graded": graded}, steps=7)
+"""
+ABLATION = """
+    from toy import config
+    from grpo_jax.experiment import Ablation
+    ablation = Ablation(base=config, arms={"slow": {}, "fast": {"optimizer.learning_rate": 1.0}}, seeds=range(2))
+"""
+REWARDS = '''
+    """Rewards of ours."""
+    from my_lib.scale import scaled
+    from pathlib import Path
+    WORDS = Path(__file__).with_name("words.txt").read_text().split()
+
+    def graded(*, completions, **columns):
+        """A docstring."""
+        return [scaled(c in WORDS) for c in completions]
+'''
+SCALE = """
+    SCALE = -5.0
+
+    def scaled(x):
+        from my_late import shift  # imported when it is called
+        return SCALE * x + shift()
+"""
+
+
+@pytest.fixture
+def project(tmp_path):
+    """An experiment whose reward calls a helper in a package, which uses a constant and imports one more module."""
+    files = {
+        "toy.py": EXPERIMENT,
+        "arms.py": ABLATION,
+        "my_rewards.py": REWARDS,
+        "my_lib/__init__.py": "",
+        "my_lib/scale.py": SCALE,
+        "my_late.py": "def shift():\n    return 0.25\n",
+        "words.txt": "crane pound",
+        "unused.py": "x = 1",
+    }
+    for name, text in files.items():
+        path = tmp_path / "project" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(textwrap.dedent(text))
+    yield tmp_path / "project"
+    for name in [name for name in sys.modules if name.startswith("my_") or name == "toy"]:
+        del sys.modules[name]
+
+
+def edit(path, old, new):
+    text = path.read_text()
+    assert old in text
+    # One more line, since Python takes a file of the same size and second for the one that it has compiled.
+    path.write_text(text.replace(old, new) + ("\n" if path.suffix == ".py" else ""))
+
+
+def key(project) -> str:
+    return load_ablation(project / "arms.py").runs()[0].key
+
+
+def call(config) -> list[float]:
+    return config.rewards["graded"](completions=["crane", "xxxxx"])
+
+
+def test_a_module_that_is_imported_when_a_function_is_called_is_found(project):
+    assert call(load(project / "toy.py")) == [-5.0 + 0.25, 0.25]
+
+
+@pytest.mark.parametrize(
+    ("name", "old", "new"),
+    [
+        ("my_rewards.py", "c in WORDS", "c not in WORDS"),  # the reward itself
+        ("my_lib/scale.py", "SCALE * x", "SCALE * x * 2"),  # a helper that it calls
+        ("my_lib/scale.py", "-5.0", "-4.0"),  # a constant of the helper's module
+        ("my_late.py", "0.25", "0.5"),  # what the helper imports when it is called
+        ("words.txt", "pound", "train"),  # data
+    ],
+)
+def test_a_run_is_another_one_when_code_or_data_that_its_reward_uses_has_changed(project, name, old, new):
+    before = key(project)
+    assert key(project) == before
+    edit(project / name, old, new)
+    assert key(project) != before
+
+
+def test_a_reward_in_the_experiments_own_file_counts_with_its_constants(project):
+    (project / "own.py").write_text(
+        textwrap.dedent("""
+            from types import SimpleNamespace
+            from grpo_jax.experiment import Ablation, Experiment
+            BONUS = 1
+            def reward(*, completions, **columns):
+                return [float(BONUS) for _ in completions]
+            task = SimpleNamespace(name="toy", train=[{"prompt": "a"}], held_out=[])
+            ablation = Ablation(base=Experiment(task=task, rewards={"r": reward}), arms={"a": {}})
+        """)
+    )
+    before = load_ablation(project / "own.py").runs()[0].key
+    edit(project / "own.py", 'arms={"a": {}}', 'arms={"a": {}, "b": {"group_size": 3}}')  # one more arm
+    assert load_ablation(project / "own.py").runs()[0].key == before
+    edit(project / "own.py", "BONUS = 1", "BONUS = 2")
+    assert load_ablation(project / "own.py").runs()[0].key != before
+
+
+@pytest.mark.parametrize(
+    ("name", "old", "new"),
+    [
+        ("my_rewards.py", "Rewards of ours.", "Our rewards."),
+        ("my_lib/scale.py", "SCALE = -5.0", "SCALE   =  -5.0  # a comment"),
+        ("unused.py", "1", "2"),
+        ("toy.py", "steps=7", "steps=7,"),
+    ],
+)
+def test_a_run_is_the_same_when_only_words_layout_or_files_that_it_does_not_use_have_changed(project, name, old, new):
+    before = key(project)
+    edit(project / name, old, new)
+    assert key(project) == before
+
+
+def test_without_files_a_name_is_that_of_the_first_versions(project):
+    config = load(project / "toy.py")
+    before = fingerprint(config, files=False)
+    edit(project / "my_lib/scale.py", "-5.0", "-4.0")
+    assert fingerprint(load(project / "toy.py"), files=False) == before != fingerprint(config)
+
+
+def copied(project, tmp_path, name="run"):
+    """A run's directory, as far as loading it needs one."""
+    load(project / "toy.py")
+    described = {"directory": "code", **sources.describe(project / "toy.py")}
+    sources.copy(project / "toy.py", tmp_path / name / "code")
+    info = {"source": str(project / "toy.py"), "overrides": ["seed=4"], "code": described}
+    (tmp_path / name / "run.json").write_text(json.dumps(info))
+    return tmp_path / name
+
+
+def test_a_run_holds_all_files_that_it_uses_and_needs_no_other(project, tmp_path):
+    name = fingerprint(load(project / "toy.py"))
+    run = copied(project, tmp_path)
+    found = {str(path.relative_to(run / "code")) for path in (run / "code").rglob("*") if path.is_file()}
+    assert found == {"toy.py", "my_rewards.py", "my_lib/__init__.py", "my_lib/scale.py", "my_late.py", "words.txt"}
+    shutil.rmtree(project)
+    config = load_run(run)
+    assert (config.seed, call(config)) == (4, [-4.75, 0.25])
+    assert fingerprint(load(run / "code" / "toy.py")) == name  # the copies have the name of the originals
+
+
+def test_two_runs_in_one_process_each_use_their_own_copies(project, tmp_path):
+    one = copied(project, tmp_path, "one")
+    edit(project / "my_lib/scale.py", "-5.0", "-4.0")
+    other = copied(project, tmp_path, "other")
+    first, second = load_run(one), load_run(other)
+    assert (call(first)[0], call(second)[0]) == (-4.75, -3.75)
+
+
+def test_an_edit_in_the_same_process_is_seen_by_the_next_load(project):
+    assert call(load(project / "toy.py"))[0] == -4.75
+    edit(project / "my_rewards.py", "scaled(c in WORDS)", "0.125")
+    assert call(load(project / "toy.py"))[0] == 0.125
+    edit(project / "words.txt", "crane", "other")
+    assert call(load(project / "toy.py")) == [0.125, 0.125]
+
+
+def test_files_in_other_folders_keep_their_places_beside_each_other(project, tmp_path):
+    (project / "experiments").mkdir()
+    (project / "experiments" / "far.py").write_text(
+        "from pathlib import Path\nfrom grpo_jax.experiment import load, override\n"
+        "config = override(load(Path(__file__).resolve().parents[1] / 'toy.py'), {'steps': 3})\n"
+    )
+    config = load(project / "experiments" / "far.py")
+    described = sources.describe(project / "experiments" / "far.py")
+    assert described["entry"] == "experiments/far.py" and set(described["paths"]) == {".", "experiments"}
+    assert {"toy.py", "my_lib/scale.py", "words.txt"} < set(described["files"]) and config.steps == 3
+    sources.copy(project / "experiments" / "far.py", tmp_path / "code")
+    shutil.rmtree(project)
+    assert call(load(tmp_path / "code" / "experiments" / "far.py"))[0] == -4.75
+
+
+def test_what_changed_is_named_as_seen_from_the_experiments_file(project):
+    load(project / "toy.py")
+    before = sources.describe(project / "toy.py")
+    assert sources.changed(before, before) == []
+    edit(project / "my_lib/scale.py", "-5.0", "-4.0")
+    (project / "my_late.py").write_text("from unused import x\ndef shift():\n    return 0.25\n")
+    load(project / "toy.py")
+    now = sources.describe(project / "toy.py")
+    assert sources.changed(before, now) == ["my_late.py", "my_lib/scale.py", "unused.py"]
+
+
+def test_data_that_are_too_large_are_named_and_not_copied(project, tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "LARGEST_COPY", 5)
+    load(project / "toy.py")
+    assert sources.describe(project / "toy.py")["not_copied"] == ["words.txt"]
+    sources.copy(project / "toy.py", tmp_path / "code")
+    assert not (tmp_path / "code" / "words.txt").exists()
+
+
+def test_libraries_are_not_the_users():
+    import numpy
+
+    import grpo_jax.rewards.wordle
+
+    assert not any(map(sources.is_users, (numpy.__file__, json.__file__, grpo_jax.rewards.wordle.__file__, "<string>")))
+    assert sources.code_digest(numpy.__file__) is None and sources.is_users(__file__)
