@@ -111,7 +111,7 @@ def test_a_run_directory_explains_the_run(finished, source):
             group = [c for c in scored if c["prompt_id"] == prompt_id]
             assert sum(c["advantage"] for c in group) == pytest.approx(0, abs=1e-5)
         assert all(c["rewards"] == {"share_of_a": c["completion"].count("a") / 3} for c in scored)
-    assert (finished / "experiment.py").read_text() == source.read_text()
+    assert (finished / "code" / source.name).read_text() == source.read_text()
     assert json.loads((finished / "run.json").read_text())["status"] == "finished"
 
 

@@ -10,6 +10,7 @@ from tyro.conf import Positional, arg
 from grpo_jax.cli import common
 from grpo_jax.cli.common import Assignments, Inline, OptionalFile, OptionalInt, OptionalPath
 from grpo_jax.errors import UserError
+from grpo_jax.experiment import code_folder
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ def rewards(
     from grpo_jax.runs.restore import restore_policy, source_policy
     from grpo_jax.sharding import Replicas
 
-    extra = groups.import_rewards(options.others, source if is_run else source.parent)
+    extra = groups.import_rewards(options.others, code_folder(source) if is_run else source.parent)
     with RunLog(run_dir, config, source=None if is_run else source, overrides=overrides) as log:
         if options.completions is not None:
             policy = source_policy(config)

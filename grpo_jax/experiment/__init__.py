@@ -16,7 +16,17 @@ from grpo_jax.experiment.configs import (
     ScratchConfig,
 )
 from grpo_jax.experiment.experiment import Experiment
-from grpo_jax.experiment.files import all_overrides, code_of, load, load_ablation, load_run, read_run, run_file, to_dict
+from grpo_jax.experiment.files import (
+    all_overrides,
+    code_folder,
+    code_of,
+    load,
+    load_ablation,
+    load_run,
+    read_run,
+    run_file,
+    to_dict,
+)
 from grpo_jax.experiment.methods import (
     AdvantageConfig,
     DPOConfig,
@@ -53,6 +63,7 @@ __all__ = [
     "SamplingConfig",
     "ScratchConfig",
     "all_overrides",
+    "code_folder",
     "code_of",
     "load",
     "load_ablation",

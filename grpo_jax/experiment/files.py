@@ -95,6 +95,12 @@ def read_run(run_dir: Path) -> dict[str, Any]:
         raise UserError(f"{str(run_dir)!r} is not the directory of a run: its run.json cannot be read.") from None
 
 
+def code_folder(run_dir: Path) -> Path:
+    """Where a run's copy of its experiment's file is."""
+    code = code_of(read_run(run_dir))
+    return run_dir if code is None else (run_dir / code["directory"] / code["entry"]).parent
+
+
 def all_overrides(info: Mapping[str, Any]) -> list[str]:
     """The assignments that a run began with, and then those that it was resumed with."""
     return [*info["overrides"], *(a for visit in info.get("resumed", ()) for a in visit["overrides"])]

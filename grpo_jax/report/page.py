@@ -93,13 +93,10 @@ def run_page(run: Path) -> dict[str, Any]:
     rows = list(read_rows(run / "completions.jsonl"))
     charts, metrics = run_charts(run, summary.get("references", {}))
     shown, note = completions({run.resolve().name: rows})
-    status = info.get("status", "unknown")
     return {
         "title": run.resolve().name,
         "facts": _facts(info, config),
-        "warnings": []
-        if status == "finished"
-        else [" ".join(filter(None, [f"The run is {status}.", info.get("error")]))],
+        "warnings": [*_unfinished(info), *_changes(info)],
         "command": info.get("command"),
         "scores": [table for split in ("held_out", "train") if (table := _score_table(run, split))],
         "data": {"charts": charts, "metrics": metrics, "heat": heat_maps(rows), "completions": shown},
@@ -156,10 +153,13 @@ def ablation_page(directory: Path, sweep: Sweep) -> dict[str, Any]:
 
 
 def read_sweep(directory: Path) -> Sweep:
-    """The runs in a sweep's directory. The ablation is read from the copy of its file that each run has.
+    """The runs in a sweep's directory, from what the sweep wrote there (`grpo_jax.sweep.processes.write_plan`).
 
+    Of a sweep of the first versions, the ablation is read from the copy of its file that each run has.
     Raises `UserError` if the directory holds no run of a sweep.
     """
+    if plan := _json(directory / "sweep.json"):
+        return _planned_sweep(directory, plan)
     found: dict[tuple[str, int], Path] = {}
     for path in sorted(directory.glob("*/run.json")):
         info = _json(path)
@@ -184,9 +184,29 @@ def read_sweep(directory: Path) -> Sweep:
         seeds[run] = planned.seed
         for arm in planned.arms:
             arms[arm].append(run)
-    arms = {arm: runs for arm, runs in arms.items() if runs}
-    baseline = ablation.baseline_arm if ablation.baseline_arm in arms else next(iter(arms))
-    return Sweep(arms, ablation.metric, baseline, seeds, missing)
+    return _sweep(arms, ablation.metric, ablation.baseline_arm, seeds, missing)
+
+
+def _planned_sweep(directory: Path, plan: Mapping[str, Any]) -> Sweep:
+    arms: dict[str, list[Path]] = {arm: [] for arm in plan["arms"]}
+    seeds, missing = {}, []
+    for run in plan["runs"]:
+        if not (directory / run["key"] / "run.json").is_file():
+            missing.append(f"{' = '.join(run['arms'])}, seed {run['seed']} has not begun.")
+            continue
+        seeds[directory / run["key"]] = run["seed"]
+        for arm in run["arms"]:
+            arms[arm].append(directory / run["key"])
+    return _sweep(arms, plan["metric"], plan["baseline"], seeds, missing)
+
+
+def _sweep(
+    arms: Mapping[str, list[Path]], metric: str, baseline: str, seeds: dict[Path, int], missing: list[str]
+) -> Sweep:
+    begun = {arm: runs for arm, runs in arms.items() if runs}
+    if not begun:
+        raise UserError("no run of this sweep has begun.")
+    return Sweep(begun, metric, baseline if baseline in begun else next(iter(begun)), seeds, missing)
 
 
 def _arm_table(sweep: Sweep) -> dict[str, Any]:
@@ -292,6 +312,23 @@ def _facts(info: Mapping[str, Any], config: Mapping[str, Any]) -> list[str]:
             filter(None, [*what, where, f"jax {info['versions']['jax']}" if "versions" in info else None, commit])
         ),
     ]
+
+
+def _unfinished(info: Mapping[str, Any]) -> list[str]:
+    """A sentence on why a run is not finished, unless it is."""
+    status = info.get("status", "unknown")
+    return [] if status == "finished" else [" ".join(filter(None, [f"The run is {status}.", info.get("error")]))]
+
+
+def _changes(info: Mapping[str, Any]) -> list[str]:
+    """A sentence for each field or set of files that a run was resumed with in another form."""
+    sentences = []
+    for visit in info.get("resumed", ()):
+        since = f"Since step {visit.get('step')}"
+        sentences += [f"{since}, {name} was {a}, and is {b}." for name, (a, b) in visit.get("changes", {}).items()]
+        if visit.get("code"):
+            sentences.append(f"{since}, the run uses edited files: they are in {visit['code']['directory']}/.")
+    return sentences
 
 
 def _json(path: Path) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from rich.console import Console
 
 from grpo_jax.errors import RunError, UserError
 from grpo_jax.experiment import Ablation, Budget, PlannedRun
+from grpo_jax.runs.files import write_json
 from grpo_jax.sweep.progress import SweepProgress
 
 WORKER = (sys.executable, "-m", "grpo_jax.sweep.worker")
@@ -75,7 +76,7 @@ def sweep(
         for run in runs:
             require_vectorizable(run.config)
     console = console or Console(highlight=False)
-    directory.mkdir(parents=True, exist_ok=True)
+    write_plan(directory, ablation)
     waiting = _batches([run for run in runs if not is_finished(directory / run.key)], vectorize)
     # Each process has cores of its own, since each would otherwise start as many threads as there are cores.
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None
@@ -105,6 +106,17 @@ def sweep(
             f"{len(failed)} of {len(runs)} runs failed ({which}) and the others are finished: the same command tries "
             "the failed ones again."
         )
+
+
+def write_plan(directory: Path, ablation: Ablation) -> None:
+    """Writes sweep.json to a sweep's directory: what a report needs to know of an ablation, so that it needs no file.
+
+    The runs of an earlier plan stay in the directory, though another code or config has another plan.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    runs = [{"arms": run.arms, "seed": run.seed, "key": run.key} for run in ablation.runs()]
+    plan = {"arms": list(ablation.arms), "baseline": ablation.baseline_arm, "metric": ablation.metric, "runs": runs}
+    write_json(directory / "sweep.json", plan)
 
 
 def is_finished(run_dir: Path) -> bool:

@@ -22,10 +22,12 @@ def run(
     Waits while another process makes the same run, such as one that a killed sweep has left behind.
     """
     from grpo_jax import training
-    from grpo_jax.sweep.processes import is_finished
+    from grpo_jax.sweep.processes import is_finished, write_plan
     from grpo_jax.sweep.warm_starts import adopt_warm_start
 
     ablation = load_ablation(source, budget)
+    if not (directory / "sweep.json").is_file():  # an array job has no sweep that wrote it
+        write_plan(directory, ablation)
     planned = [run for run in ablation.runs() if arm in run.arms and run.seed in seeds]
     with ExitStack() as locks:
         for one in planned:

@@ -13,7 +13,7 @@ import pytest
 import grpo_jax
 from grpo_jax import cli
 from grpo_jax.errors import RunError, UserError
-from grpo_jax.experiment import load
+from grpo_jax.experiment import SamplingConfig
 
 FILE = """
 from types import SimpleNamespace
@@ -87,7 +87,7 @@ def house(monkeypatch, tmp_path):
 
     def restore(run_dir):
         house.calls.append(("restore", run_dir))
-        return load(run_dir / "experiment.py"), policy
+        return policy
 
     def evaluate(policy, experiment, split="held_out"):
         house.calls.append(("evaluate", experiment, split))
@@ -109,7 +109,11 @@ def house(monkeypatch, tmp_path):
 
     rooms = {
         "training": {"train": train},
-        "runs.restore": {"restore": restore, "source_policy": source_policy},
+        "runs.restore": {
+            "restore_policy": restore,
+            "source_policy": source_policy,
+            "sampling_of": lambda run_dir: SamplingConfig(temperature=0.7, max_tokens=9),
+        },
         "evaluation": {"evaluate": evaluate},
         "rollout": {"sample_text": sample_text},
         "policy": {"load": load_policy, "export": lambda policy, directory: house.calls.append(("export", directory))},
@@ -132,6 +136,8 @@ def run(experiment, house) -> Path:
     assert cli.main(["train", str(experiment), "--run-dir", "a run", "--quiet"]) == 0
     house.calls.clear()
     (Path("a run") / "experiment.py").write_text(FILE)
+    prompt = [{"role": "user", "content": "1 + 1?"}, {"role": "assistant", "content": "2"}, {"role": "user"}]
+    (Path("a run") / "completions.jsonl").write_text(json.dumps({"prompt": prompt}) + "\n")
     return Path("a run")
 
 
@@ -158,7 +164,7 @@ def test_ctrl_c_ends_with_130_and_the_command_to_go_on(experiment, house, capsys
     assert cli.main(["train", str(experiment), "--run-dir", "r", "--set", "seed=1", "steps=3"]) == 130
     out, err = capsys.readouterr()
     assert "saved in r; go on with" in err
-    assert f"train {experiment} --run-dir r --resume --set seed=1 --set steps=3" in err
+    assert f"train {experiment} --run-dir r --resume\n" in err
     assert "Traceback" not in out + err
 
 
@@ -340,7 +346,7 @@ def test_any_policy_can_be_talked_to_through_its_chat_template_if_it_has_one(hou
 
 
 def test_a_run_on_plain_text_is_given_plain_text(run, house):
-    (run / "experiment.py").write_text(FILE.replace('train=[{"prompt": PROMPT}]', 'train=[{"prompt": "^"}]'))
+    (run / "completions.jsonl").write_text('{"prompt": "^"}\n')
     assert cli.main(["sample", str(run), "--prompt", "hi"]) == 0
     assert house.calls[-1][1] == ["hi"]
 

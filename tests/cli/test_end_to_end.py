@@ -91,6 +91,66 @@ def test_from_training_to_the_report(experiment):
     assert rewards["y"] == pytest.approx([row["reward"] for row in metrics if "reward" in row], rel=1e-4)
 
 
+def test_a_run_is_resumed_with_its_own_config_and_says_what_changed(experiment):
+    """The learning rate and the seed that the run was given hold after it is resumed with two steps more."""
+    given = ["seed=3", "optimizer.learning_rate=0.125", "steps=1"]
+    grpo_jax_command("train", str(experiment), "--run-dir", "run", "--set", *given)
+    config = Path("run/config.json").read_text()
+    resume = ["train", str(experiment), "--run-dir", "run", "--resume"]
+    said = grpo_jax_command(*resume, "--set", "steps=3").stdout
+    assert "changed since the run began: steps was 1, and is 3 from here on" in said
+    metrics = rows(Path("run/metrics.jsonl"))
+    assert [(m["step"], m["learning_rate"]) for m in metrics if "reward" in m] == [(s, 0.125) for s in range(3)]
+    info = json.loads(Path("run/run.json").read_text())
+    assert Path("run/config.json").read_text() == config and json.loads(config)["seed"] == info["seed"] == 3
+    assert info["overrides"] == given
+    [visit] = info["resumed"]
+    assert (visit["step"], visit["overrides"], visit["changes"]) == (1, ["steps=3"], {"steps": [1, 3]})
+    assert json.loads(grpo_jax_command("evaluate", "run", "--json").stdout)["success"] == successes(metrics)[-1]
+    # A second visit goes on with what the first has changed; what a run was made from cannot change.
+    grpo_jax_command(*resume)
+    assert json.loads(Path("run/run.json").read_text())["resumed"][1]["changes"] == {}
+    refused = grpo_jax_command(*resume, "--set", "seed=4", status=2).stderr
+    assert "was begun with seed = 3, and cannot go on with 4" in refused
+    assert len(json.loads(Path("run/run.json").read_text())["resumed"]) == 2
+
+
+def test_a_run_whose_files_were_edited_is_resumed_only_if_that_is_said_and_needs_none_of_them_later(experiment):
+    """The reward is in a module beside the experiment's file, and imports another."""
+    Path("pay.py").write_text("LETTER = 'a'\n")
+    Path("my_reward.py").write_text(
+        "from pay import LETTER\ndef share(*, completions, **columns):\n"
+        "    return [c.count(LETTER) / 3 for c in completions]\n"
+    )
+    Path("toy.py").write_text(
+        "from letters import config\nfrom my_reward import share\nfrom grpo_jax.experiment import override\n"
+        "config = override(config, {'rewards': {'share': share}, 'steps': 1, 'checkpoint_every': 1})\n"
+    )
+    grpo_jax_command("train", "toy.py", "--run-dir", "run")
+    Path("pay.py").write_text("LETTER = 'b'  # another reward\n")
+    resume = ["train", "toy.py", "--run-dir", "run", "--resume", "--set", "steps=2"]
+    refused = grpo_jax_command(*resume, status=2).stderr
+    assert "pay.py changed since 'run' was made" in refused and "run/code/toy.py" in refused
+    grpo_jax_command("train", "run/code/toy.py", "--run-dir", "run", "--resume", "--set", "steps=2")
+    paid = {row["step"]: row for row in rows(Path("run/completions.jsonl"))}
+    assert all(row["reward"] == pytest.approx(row["completion"].count("a") / 3) for row in paid.values())
+    grpo_jax_command(*resume[:-1], "steps=3", "--accept-changes")
+    last = [row for row in rows(Path("run/completions.jsonl")) if row["step"] == 2]
+    assert all(row["reward"] == pytest.approx(row["completion"].count("b") / 3) for row in last) and len(last) == 16
+    visits = json.loads(Path("run/run.json").read_text())["resumed"]
+    assert [visit["code"] and visit["code"]["directory"] for visit in visits] == [None, "code-3"]
+
+    for name in ("toy.py", "pay.py", "my_reward.py", "letters.py"):
+        Path(name).unlink()
+    evaluated = json.loads(grpo_jax_command("evaluate", "run", "--json").stdout)
+    assert evaluated["success"] == successes(rows(Path("run/metrics.jsonl")))[-1]
+    shutil.rmtree("run/code")
+    shutil.rmtree("run/code-3")  # none of these runs code of the user
+    assert grpo_jax_command("export", "run", "tuned").stdout == "tuned\n"
+    assert len(grpo_jax_command("sample", "run", "--prompt", "b", "--num", "2").stdout.splitlines()) == 2
+    assert "steps was 2, and is 3" in grpo_jax_command("report", "run").stdout + Path("run/report.html").read_text()
+
+
 def test_rewards_before_training(experiment):
     options = ["--attack-budget", "100", "--num-prompts", "2", "--num-groups", "2", "--run-dir", "rewards"]
     out = grpo_jax_command("rewards", str(experiment), *options).stdout

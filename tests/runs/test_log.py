@@ -117,7 +117,8 @@ def test_a_run_directory_explains_the_run(tmp_path):
     assert (after["source"], after["overrides"], after["seed"]) == (str(source), ["seed=3"], 3)
     assert {"python", "jax", "jaxlib", "flax", "optax", "transformers", "grpo_jax"} <= set(after["versions"])
     assert after["device"]["platform"] == "cpu"
-    assert (run / "experiment.py").read_text() == "config = ..."
+    assert (run / "code" / "toy.py").read_text() == "config = ..."
+    assert (after["code"]["entry"], list(after["code"]["files"])) == ("toy.py", ["toy.py"])
     assert json.loads((run / "config.json").read_text())["steps"] == 4
 
 
@@ -275,10 +276,10 @@ def test_resuming_from_the_copy_in_the_run_directory_keeps_it(tmp_path):
     source = tmp_path / "toy.py"
     source.write_text("config = 1")
     run = tmp_path / "run"
-    for options in ({"source": source}, {"source": run / "experiment.py", "resume": True}):
+    for options in ({"source": source}, {"source": run / "code" / "toy.py", "resume": True}):
         with open_log(run, **options):
             pass
-    assert (run / "experiment.py").read_text() == "config = 1"
+    assert (run / "code" / "toy.py").read_text() == "config = 1" and not list(run.glob("code-*"))
 
 
 # When the disk is full -----------------------------------------------------------------------------------------------
