@@ -163,6 +163,7 @@ CASES = {
     "task": case(dataclasses.replace(letters.task, train=letters.task.held_out), FROM_START - {"before"}),
     "rewards": case({"share_of_a": share_of_a, "length": share_of_a}, SCORES),
     "policy.dtype": case("bfloat16", LATER, may=FROM_START),
+    "policy.perturbation": case(1e-2, LATER, may=FROM_START),
     "policy.lora": case(LoRAConfig(rank=2), LATER, may=FROM_START),
     "policy.lora.rank": case(3, LATER, **ADAPTED, may=FROM_START),
     "policy.lora.alpha": case(8.0, LATER, **ADAPTED, may=FROM_START),

@@ -6,6 +6,8 @@ from typing import Literal
 
 from grpo_jax.experiment.checked import Checked, Ranges
 
+# Of a field that came after the first runs: at its default it does not count in a run's name, so that they are found.
+ADDED_LATER = {"added_later": True}
 OnFailure = Literal["raise", "retry", "drop"]
 
 
@@ -52,15 +54,23 @@ class PolicyConfig(Checked):
 
     `source` is a Hugging Face directory or hub name, a `.gguf` file, `package:NAME` for a Python package that holds
     one, the directory of an earlier run, or `scratch`. Without `lora` all parameters are trained.
+
+    `perturbation` multiplies every trained weight at the start by 1 + perturbation · z, with z from a standard normal
+    that the seed names. 1e-6 changes little more than rounding does: a result that it turns over hangs on the last
+    digit.
     """
 
     source: str = "scratch"
     dtype: Literal["float32", "bfloat16"] = "float32"
     lora: LoRAConfig | None = None
     scratch: ScratchConfig = ScratchConfig()
+    perturbation: float = field(default=0.0, metadata=ADDED_LATER)
 
     def _ranges(self) -> Ranges:
-        return dict(source=(bool(self.source), "a non-empty string"))
+        return dict(
+            source=(bool(self.source), "a non-empty string"),
+            perturbation=(0 <= self.perturbation < 1, "in [0, 1)"),
+        )
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ logits = policy.logits(tokens, mask)
 """
 
 from grpo_jax.policy.lora import merge
-from grpo_jax.policy.policy import Policy, export, fresh_adapters, load
+from grpo_jax.policy.policy import Policy, export, fresh_adapters, load, perturb
 from grpo_jax.policy.tokenizer import Tokenizer
 
-__all__ = ["Policy", "Tokenizer", "export", "fresh_adapters", "load", "merge"]
+__all__ = ["Policy", "Tokenizer", "export", "fresh_adapters", "load", "merge", "perturb"]

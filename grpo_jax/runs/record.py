@@ -6,6 +6,7 @@ The record of a run's beginning is never written again. When a run is resumed, r
 same).
 """
 
+import dataclasses
 import json
 import platform
 import shlex
@@ -52,7 +53,7 @@ def begin_run(run_dir: Path, experiment: Experiment, source: Path | None, overri
         "platform": platform.platform(),
         "device": sharding.describe(),
         "git": None if source is None else _git(source.resolve().parent),
-        "package": {"sha256": sources.package_digest(), "git": _git_of_package()},
+        "package": {"digest": sources.package_digest(), "git": _git_of_package()},
         "code": code,
     }
 
@@ -66,7 +67,7 @@ def continue_run(
       UserError: if the run was made with another policy, seed, method or warm start.
     """
     info = read_run(run_dir)
-    changes = changed_fields(current_config(run_dir, info), jsonable(to_dict(experiment)))
+    changes = changed_fields(current_config(run_dir, info), experiment)
     for name, (before, after) in changes.items():
         if name.split(".")[0] in FIXED:
             raise UserError(
@@ -103,13 +104,18 @@ def current_config(run_dir: Path, info: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def changed_fields(before: Any, now: Any, path: str = "") -> dict[str, list[Any]]:
-    """The fields, with dotted names, in which two configs differ: name -> [before, now]."""
-    nested = isinstance(before, Mapping) and isinstance(now, Mapping) and before.keys() == now.keys()
-    if not nested or any("." in name for name in before):  # the overrides of a variant have dotted names themselves
-        return {} if before == now else {path: [before, now]}
+    """The fields, with dotted names, in which a config differs from a recorded one: name -> [before, now], as JSON.
+
+    A field that the record lacks was added to the package since, and does not count.
+    """
+    if not (isinstance(before, Mapping) and dataclasses.is_dataclass(now)) or hasattr(now, "held_out"):
+        after = jsonable(to_dict(now))
+        return {} if before == after else {path: [before, after]}
     found: dict[str, list[Any]] = {}
-    for name in before:
-        found |= changed_fields(before[name], now[name], f"{path}.{name}" if path else name)
+    for field in dataclasses.fields(now):
+        if field.name in before:
+            name = f"{path}.{field.name}" if path else field.name
+            found |= changed_fields(before[field.name], getattr(now, field.name), name)
     return found
 
 

@@ -19,7 +19,7 @@ from grpo_jax.experiment import (
     load_run,
     read_run,
 )
-from grpo_jax.policy import Policy, fresh_adapters, load, merge
+from grpo_jax.policy import Policy, fresh_adapters, load, merge, perturb
 from grpo_jax.policy.lora import split
 from grpo_jax.policy.transformer import Params
 from grpo_jax.rollout import model_of
@@ -77,13 +77,15 @@ def source_policy(experiment: Experiment) -> Policy:
 
 
 def _load(config: PolicyConfig, seed: int) -> Policy:
-    if not (Path(config.source) / "run.json").is_file():
-        return load(config.source, dtype=config.dtype, seed=seed, lora=config.lora, scratch=config.scratch)
-    other, _ = restore_with_head(config.source)
-    params = {path: x.astype(config.dtype) for path, x in merge(other.params, other.lora).items()}
-    if config.lora is not None:
-        params |= fresh_adapters(other.config, config.lora, seed)
-    return replace(other, params=params, lora=config.lora)
+    if (Path(config.source) / "run.json").is_file():
+        other, _ = restore_with_head(config.source)
+        params = {path: x.astype(config.dtype) for path, x in merge(other.params, other.lora).items()}
+        if config.lora is not None:
+            params |= fresh_adapters(other.config, config.lora, seed)
+        policy = replace(other, params=params, lora=config.lora)
+    else:
+        policy = load(config.source, dtype=config.dtype, seed=seed, lora=config.lora, scratch=config.scratch)
+    return perturb(policy, config.perturbation, seed) if config.perturbation else policy
 
 
 def _policy_of(run_dir: Path) -> tuple[PolicyConfig, int]:

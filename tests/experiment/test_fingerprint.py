@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import pytest
 
-from grpo_jax.experiment import LoRAConfig, LossConfig, Method
+from grpo_jax.experiment import LoRAConfig, LossConfig, Method, PolicyConfig
 from grpo_jax.experiment.fingerprint import fingerprint
 
 
@@ -68,6 +68,12 @@ def test_what_is_equal_has_the_same_name():
     assert fingerprint({"a": 1, "b": 2}) == fingerprint({"b": 2, "a": 1})
     assert fingerprint(LossConfig(beta=0.1)) == fingerprint(LossConfig(beta=0.1))
     assert fingerprint({1, 2, 3}) == fingerprint({3, 2, 1})
+
+
+def test_a_field_that_was_added_later_counts_only_where_it_is_set():
+    """The name of the default policy's config is that of the first versions, which had no `perturbation`."""
+    assert fingerprint(PolicyConfig()) == "a16a0c14386e"
+    assert fingerprint(PolicyConfig(perturbation=1e-6)) != fingerprint(PolicyConfig())
 
 
 def test_a_function_that_closes_over_itself_has_a_name():

@@ -118,6 +118,18 @@ def test_adapters_depend_on_the_seed_alone():
     assert np.asarray(first.params["layers.q.lora_a"]).std() == pytest.approx(32**-0.5, rel=0.2)
 
 
+def test_a_perturbation_changes_the_trained_weights_alone_by_as_much_as_it_says(tmp_path):
+    scratch = ScratchConfig(hidden_size=32, num_layers=1)
+    whole, adapted = policy.load("scratch", scratch=scratch), policy.load("scratch", scratch=scratch, lora=LoRAConfig())
+    noisy = policy.perturb(whole, 1e-3, seed=5)
+    changes = [np.asarray(noisy.params[k] / whole.params[k] - 1).ravel() for k in whole.params if "norm" not in k]
+    assert np.std(np.concatenate(changes)) == pytest.approx(1e-3, rel=0.05)  # of some 20,000 weights
+    assert same(noisy, policy.perturb(whole, 1e-3, seed=5)) and not same(noisy, policy.perturb(whole, 1e-3, seed=6))
+    noisy = policy.perturb(adapted, 1e-3, seed=5)
+    changed = {k for k in adapted.params if not np.array_equal(noisy.params[k], adapted.params[k])}
+    assert changed and all(".lora_" in name for name in changed)
+
+
 def test_a_failed_export_leaves_nothing_behind(tmp_path):
     scratch = policy.load("scratch")
     with pytest.raises(UserError, match="'embed' is missing"):
