@@ -7,7 +7,7 @@ from typing import Annotated
 from tyro.conf import arg
 
 from grpo_jax.cli import common
-from grpo_jax.cli.common import AblationFile, Flag, OptionalBudget, OptionalPath
+from grpo_jax.cli.common import AblationFile, Assignments, Flag, OptionalBudget, OptionalPath
 from grpo_jax.experiment import load_ablation
 
 
@@ -15,6 +15,7 @@ def sweep(
     ablation: AblationFile,
     /,
     *,
+    assignments: Assignments = (),
     jobs: int = 1,
     directory: Annotated[OptionalPath, arg(name="dir")] = None,
     budget: OptionalBudget = None,
@@ -28,11 +29,13 @@ def sweep(
         budget: Give all arms equal steps or equal sampled tokens, instead of what the file says.
         vectorize: Train all seeds of an arm in one compiled program (policies from scratch, rewards with a JAX form).
     """
-    planned = load_ablation(ablation, budget)
+    overrides = common.join(assignments)
+    planned = load_ablation(ablation, budget, overrides)
     common.prepare_jax()
     from grpo_jax import sweep
 
     directory = directory or Path("runs") / ablation.stem
-    sweep.sweep(ablation, planned, directory, jobs=jobs, vectorize=vectorize)
-    compare = shlex.join([common.command(), "table", str(ablation), "--dir", str(directory)])
-    print(f"compare the arms  {compare}" + (f" --budget {budget}" if budget else ""))
+    sweep.sweep(ablation, planned, directory, jobs=jobs, vectorize=vectorize, overrides=overrides)
+    compare = [common.command(), "table", str(ablation), "--dir", str(directory)]
+    compare += ["--budget", budget] if budget else []
+    print(f"compare the arms  {shlex.join([*compare, *(['--set', *overrides] if overrides else [])])}")

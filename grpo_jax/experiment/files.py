@@ -49,9 +49,12 @@ def _experiment_of(module: Any, path: str | Path, assignments: Iterable[str]) ->
     return override(config, parse_overrides(config, assignments))
 
 
-def load_ablation(path: str | Path, budget: Budget | None = None, *, home: Path | None = None) -> Ablation:
+def load_ablation(
+    path: str | Path, budget: Budget | None = None, assignments: Iterable[str] = (), *, home: Path | None = None
+) -> Ablation:
     """Runs a Python file (see `run_file`) and returns its `ablation`, with another budget where one is given.
 
+    `assignments` (`field=value`) override its base; an arm that sets the same field keeps its own value.
     Raises `UserError` if the file is missing, fails, or exports no `Ablation` named `ablation`.
     """
     ablation = getattr(run_file(path, home), "ablation", None)
@@ -59,7 +62,9 @@ def load_ablation(path: str | Path, budget: Budget | None = None, *, home: Path 
         raise UserError(
             f"{path} exports no ablation: it must define `ablation = grpo_jax.experiment.Ablation(base=…, arms=…)`."
         )
-    return ablation if budget is None else dataclasses.replace(ablation, budget=budget)
+    overrides = parse_overrides(ablation.base, assignments)
+    base = override(ablation.base, overrides) if overrides else ablation.base
+    return dataclasses.replace(ablation, base=base, budget=budget or ablation.budget)
 
 
 def load_run(run_dir: str | Path, assignments: Iterable[str] = ()) -> Experiment:

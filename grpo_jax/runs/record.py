@@ -8,6 +8,7 @@ same).
 
 import dataclasses
 import json
+import os
 import platform
 import shlex
 import subprocess
@@ -52,6 +53,7 @@ def begin_run(run_dir: Path, experiment: Experiment, source: Path | None, overri
         "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
         "platform": platform.platform(),
         "device": sharding.describe(),
+        "processor": processor(),
         "git": None if source is None else _git(source.resolve().parent),
         "package": {"digest": sources.package_digest(), "git": _git_of_package()},
         "code": code,
@@ -117,6 +119,23 @@ def changed_fields(before: Any, now: Any, path: str = "") -> dict[str, list[Any]
             name = f"{path}.{field.name}" if path else field.name
             found |= changed_fields(before[field.name], getattr(now, field.name), name)
     return found
+
+
+def processor() -> dict[str, Any]:
+    """What rounding depends on besides versions: the processor, its widest instructions, the cores of this process."""
+    try:
+        lines = [line.partition(":") for line in Path("/proc/cpuinfo").read_text().splitlines()]
+    except OSError:
+        lines = []
+    said = {name.strip(): text.strip() for name, _, text in reversed(lines)}
+    known = ("amx_tile", "avx512_bf16", "avx512f", "avx2", "asimd")
+    flags = (said.get("flags") or said.get("Features") or "").split()
+    return {
+        "name": said.get("model name") or platform.processor() or platform.machine(),
+        "instructions": [name for name in known if name in flags],
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "xla_flags": os.environ.get("XLA_FLAGS", ""),
+    }
 
 
 def now() -> str:

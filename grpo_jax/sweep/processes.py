@@ -41,6 +41,7 @@ class _Launch:
 
     source: Path
     budget: Budget
+    overrides: Sequence[str]
     directory: Path
     jobs: int
     vectorize: bool
@@ -53,6 +54,7 @@ def sweep(
     *,
     jobs: int = 1,
     vectorize: bool = False,
+    overrides: Sequence[str] = (),
     console: Console | None = None,
 ) -> None:
     """Makes every run of an ablation that is not finished yet, `jobs` at a time.
@@ -61,6 +63,7 @@ def sweep(
       source: the ablation's file; each process loads it again.
       directory: where the runs' directories are; `KEY.log` beside each holds what its process printed.
       vectorize: train all seeds of an arm in one compiled program (see `grpo_jax.sweep.vectorized`).
+      overrides: the assignments with which `ablation` was loaded from the file.
 
     Raises:
       UserError: for what cannot be vectorised, before anything runs.
@@ -83,7 +86,7 @@ def sweep(
     free = [None if cores is None else cores[i::jobs] or cores for i in range(jobs)]
     under_way: list[_Job] = []
     failed: dict[str, str] = {}  # a run's key -> why
-    launch = _Launch(source, ablation.budget, directory, jobs, vectorize)
+    launch = _Launch(source, ablation.budget, overrides, directory, jobs, vectorize)
     with ExitStack() as stack:
         progress = stack.enter_context(SweepProgress(runs, directory, ablation.metric, console))
         stack.callback(_stop, under_way)  # before the progress closes, so that it shows how they ended
@@ -144,6 +147,7 @@ def _start(launch: _Launch, runs: list[PlannedRun], cores: list[int] | None) -> 
         "arm": runs[0].arms[0],
         "seeds": [run.seed for run in runs],
         "budget": launch.budget,
+        "overrides": list(launch.overrides),
         "directory": str(directory),
         "cores": cores,
         "vectorize": vectorize,

@@ -15,7 +15,14 @@ from grpo_jax.experiment import Budget, load_ablation
 
 
 def run(
-    source: Path, arm: str, seeds: Sequence[int], directory: Path, *, budget: Budget, vectorize: bool = False
+    source: Path,
+    arm: str,
+    seeds: Sequence[int],
+    directory: Path,
+    *,
+    budget: Budget,
+    vectorize: bool = False,
+    overrides: Sequence[str] = (),
 ) -> None:
     """Makes the runs of an arm at some seeds, or continues them; what is finished is left as it is.
 
@@ -25,7 +32,7 @@ def run(
     from grpo_jax.sweep.processes import is_finished, write_plan
     from grpo_jax.sweep.warm_starts import adopt_warm_start
 
-    ablation = load_ablation(source, budget)
+    ablation = load_ablation(source, budget, overrides)
     if not (directory / "sweep.json").is_file():  # an array job has no sweep that wrote it
         write_plan(directory, ablation)
     planned = [run for run in ablation.runs() if arm in run.arms and run.seed in seeds]
@@ -33,18 +40,18 @@ def run(
         for one in planned:
             locks.enter_context(_lock(directory / f".{one.key}.lock"))
         planned = [one for one in planned if not is_finished(directory / one.key)]
-        overrides = {one.key: [f"arm={arm}", f"budget={budget}", f"seed={one.seed}"] for one in planned}
+        given = {one.key: [f"arm={arm}", f"budget={budget}", f"seed={one.seed}", *overrides] for one in planned}
         if vectorize:
             from grpo_jax.sweep.vectorized import train_seeds
 
-            train_seeds({directory / one.key: (one.config, overrides[one.key]) for one in planned}, source=source)
+            train_seeds({directory / one.key: (one.config, given[one.key]) for one in planned}, source=source)
             return
         for one in planned:
             others = [(directory / run.key, run.config) for run in ablation.runs() if run.seed == one.seed]
             adopt_warm_start(directory / one.key, one.config, others)
             resume = (directory / one.key).is_dir()
             training.train(
-                one.config, directory / one.key, source=source, overrides=overrides[one.key], resume=resume, quiet=True
+                one.config, directory / one.key, source=source, overrides=given[one.key], resume=resume, quiet=True
             )
 
 
@@ -73,7 +80,7 @@ def main(order: str) -> int:
     if asked["cores"] is not None:
         os.sched_setaffinity(0, asked["cores"])  # before JAX counts them to size its thread pools
     _stop_with_the_sweep()
-    options = {"budget": asked["budget"], "vectorize": asked["vectorize"]}
+    options = {name: asked[name] for name in ("budget", "vectorize", "overrides")}
     source, directory = Path(asked["source"]), Path(asked["directory"])
     return exit_status(lambda: run(source, asked["arm"], asked["seeds"], directory, **options))
 
