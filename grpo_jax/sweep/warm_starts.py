@@ -5,8 +5,17 @@ from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
-from grpo_jax.experiment import EvaluationConfig, Experiment, RewardConfig, SamplingConfig, method_of, variant_of
+from grpo_jax.experiment import (
+    EvaluationConfig,
+    Experiment,
+    RewardConfig,
+    SamplingConfig,
+    method_of,
+    read_run,
+    variant_of,
+)
 from grpo_jax.experiment.fingerprint import fingerprint
+from grpo_jax.experiment.sources import package_digest
 from grpo_jax.sweep.processes import is_finished
 
 
@@ -15,19 +24,24 @@ def adopt_warm_start(run_dir: Path, config: Experiment, others: Iterable[tuple[P
 
     Args:
       run_dir, config: the run; `training.train` then goes on with it, by `resume`.
-      others: the directories and configs of runs that may have one. Warm starts of other code are not told apart.
+      others: the directories and configs of runs that may have one. One that other code has made is left alone.
     """
     if config.warm_start is None or run_dir.exists():
         return
     wanted = warm_start_fingerprint(config)
     for other_dir, other in others:
         finished = other_dir / "warm_start"
-        if is_finished(finished) and warm_start_fingerprint(other) == wanted:
+        if is_finished(finished) and _is_of_this_code(finished) and warm_start_fingerprint(other) == wanted:
             beginning = run_dir.with_name(f".{run_dir.name}.warm_start")
             shutil.rmtree(beginning, ignore_errors=True)
             shutil.copytree(finished, beginning / "warm_start")
             beginning.rename(run_dir)  # so that a copy that is broken off is no run
             return
+
+
+def _is_of_this_code(run_dir: Path) -> bool:
+    """Whether this version of the package made a run; the user's own code is part of the fingerprint."""
+    return (read_run(run_dir).get("package") or {}).get("digest") == package_digest()
 
 
 def warm_start_fingerprint(config: Experiment) -> str | None:

@@ -1,0 +1,215 @@
+#!/usr/bin/env python
+"""Makes the pages of docs/results that stand on an ablation, and says which of them are stale.
+
+    python scripts/results.py temperature            the sweep, the same sweep from perturbed weights, and the page
+    python scripts/results.py --check                whether each page is what today's code would make
+    python scripts/results.py my_ablation.py --output DIR    a page about an ablation of your own
+
+A page `NAME.md` has two parts. What stands above the line `<!-- made by scripts/results.py -->` is written by hand, and
+stays. Below it, and in `NAME.json`, `NAME.csv` and `NAME.png`, stands what was measured: the table, the value of every
+seed, and the processor, the versions and the code that it was measured with.
+
+A task may be chaotic: the last digit of a sum decides whether a run succeeds. So every sweep is made again from weights
+that are perturbed by 1e-6 (`policy.perturbation`), and the page says which verdicts stand in both. What is finished is
+not run again, so the same command continues a sweep that was stopped.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+from grpo_jax.cli import common
+from grpo_jax.errors import UserError, exit_status
+from grpo_jax.experiment import Ablation, load_ablation, sources
+
+ROOT = Path(__file__).resolve().parents[1]
+ABLATIONS = ROOT / "experiments" / "ablations"
+PAGES = ROOT / "docs" / "results"
+MARK = "<!-- made by scripts/results.py -->"
+PERTURBATION = 1e-6
+
+
+@dataclass(frozen=True)
+class Plan:
+    """An ablation's file, where its runs go and where its page, and how they are made."""
+
+    source: Path
+    directory: Path
+    output: Path
+    jobs: int
+    vectorize: bool
+
+    @property
+    def name(self) -> str:
+        return self.source.stem
+
+    def command(self) -> str:
+        """The command that makes the page."""
+        shown = self.name if self.source.parent == ABLATIONS else str(self.source)
+        how = " --vectorize" if self.vectorize else f" --jobs {self.jobs}" if self.jobs > 1 else ""
+        return f"python scripts/results.py {shown}{how}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("page", nargs="?", help="the name of a page, or an ablation's file")
+    parser.add_argument("--check", action="store_true", help="say of each page (or of this one) whether it is stale")
+    parser.add_argument("--output", type=Path, default=PAGES, help="where the page goes (default: docs/results)")
+    parser.add_argument("--dir", type=Path, help="where the runs go (default: runs/ABLATION)")
+    parser.add_argument("--jobs", type=int, default=1, help="how many runs at the same time")
+    parser.add_argument("--vectorize", action="store_true", help="train all seeds of an arm in one program")
+    options = parser.parse_args()
+    common.prepare_jax()
+    if options.check:
+        sys.exit(check(options.output, [options.page] if options.page else None))
+    if options.page is None:
+        parser.error("name a page, or say --check")
+    source = Path(options.page) if options.page.endswith(".py") else ABLATIONS / f"{options.page}.py"
+    directory = options.dir or Path("runs") / source.stem
+    make(Plan(source, directory, options.output, options.jobs, options.vectorize))
+
+
+def make(plan: Plan) -> None:
+    """Makes the runs that are not finished, the perturbed ones too, and writes the page."""
+    from grpo_jax.report.curves import seed_curves
+    from grpo_jax.statistics import tables
+    from grpo_jax.sweep import sweep
+
+    found: dict[str, tables.Table] = {}
+    measured: dict[str, Any] = {}
+    for kind, overrides in (("as it is", []), ("perturbed", [f"policy.perturbation={PERTURBATION}"])):
+        ablation = load_ablation(plan.source, None, overrides)
+        how = {"jobs": plan.jobs, "vectorize": plan.vectorize, "overrides": overrides}
+        sweep(plan.source, ablation, plan.directory, **how)
+        found[kind] = tables.collect(ablation, plan.directory, command=plan.command())
+        measured[kind] = values(ablation, plan.directory)
+    ablation = load_ablation(plan.source)
+    record = {
+        "page": plan.name,
+        "ablation": relative(plan.source),
+        "command": plan.command(),
+        "made": date.today().isoformat(),
+        "package": sources.package_digest(),
+        "machines": machines(ablation, plan.directory),
+        "metric": ablation.metric,
+        "runs": measured,
+        "verdicts": {row.arm: [tables.verdict_of(row, found[kind]) for kind in found] for row in rows(found)},
+    }
+    plan.output.mkdir(parents=True, exist_ok=True)
+    write(plan.output / f"{plan.name}.json", json.dumps(record, indent=1, ensure_ascii=False) + "\n")
+    write(plan.output / f"{plan.name}.csv", tables.render(found["as it is"], "csv"))
+    runs = {arm: [plan.directory / run.key for run in ablation.runs() if arm in run.arms] for arm in ablation.arms}
+    seed_curves(runs, ablation.metric, plan.output / f"{plan.name}.png")
+    page = plan.output / f"{plan.name}.md"
+    above = page.read_text().split(MARK)[0].rstrip() if page.is_file() else f"# {plan.name}"
+    write(page, f"{above}\n\n{MARK}\n\n{below(record, found)}")
+    print(page)
+
+
+def rows(found: Mapping[str, Any]) -> Sequence[Any]:
+    """The rows of the table as it is, in the order of the arms."""
+    return found["as it is"].rows
+
+
+def values(ablation: Ablation, directory: Path) -> dict[str, dict[str, Any]]:
+    """For each arm and seed, the run's name and what it came to."""
+    from grpo_jax.statistics import tables
+
+    named: dict[str, dict[str, Any]] = {arm: {} for arm in ablation.arms}
+    for run in ablation.runs():
+        value = tables.last_value(directory / run.key, ablation.metric)
+        for arm in run.arms:
+            named[arm][str(run.seed)] = {"run": run.key, "value": value}
+    return named
+
+
+def machines(ablation: Ablation, directory: Path) -> list[dict[str, Any]]:
+    """The different machines and versions that the runs had."""
+    found = []
+    for run in ablation.runs():
+        info = json.loads((directory / run.key / "run.json").read_text())
+        one = {"processor": info["processor"], "device": info["device"]["kind"], "versions": info["versions"]}
+        if one not in found:
+            found.append(one)
+    return found
+
+
+def below(record: Mapping[str, Any], found: Mapping[str, Any]) -> str:
+    """The part of a page that is measured, as Markdown."""
+    from grpo_jax.statistics import tables
+
+    seeds = list(dict.fromkeys(seed for arm in record["runs"]["as it is"].values() for seed in arm))
+    lines = [f"    {record['command']}", "", f"![{record['metric']}]({record['page']}.png)", ""]
+    lines += [tables.render(found["as it is"], "md").rstrip(), "", "## Do the verdicts hang on rounding?", ""]
+    lines += [
+        f"The same runs from weights that are perturbed by {PERTURBATION:g} of their size:",
+        "",
+        "| arm | mean as it is | perturbed | verdict as it is | perturbed |",
+        "|---|---|---|---|---|",
+    ]
+    for row, other in zip(found["as it is"].rows, found["perturbed"].rows, strict=True):
+        means = [f"{r.mean.value:.3f}" if r.mean else "–" for r in (row, other)]
+        lines.append(f"| {' | '.join([row.arm, *means, *record['verdicts'][row.arm]])} |")
+    for kind, runs in record["runs"].items():
+        lines += ["", f"Every seed, {kind}:", "", f"| arm | {' | '.join(seeds)} |", "|---" * (len(seeds) + 1) + "|"]
+        for arm, by_seed in runs.items():
+            lines.append(f"| {arm} | {' | '.join(format(by_seed[seed]['value'], '.3f') for seed in seeds)} |")
+    lines += ["", f"Made on {record['made']} by training code `{record['package']}`, on", ""]
+    for machine in record["machines"]:
+        processor, versions = machine["processor"], machine["versions"]
+        lines.append(
+            f"- {processor['name']} ({', '.join(processor['instructions'])}), {processor['cores']} cores for a run; "
+            f"Python {versions['python']}, jax {versions['jax']}, jaxlib {versions['jaxlib']}."
+        )
+    return "\n".join([*lines, ""])
+
+
+def check(output: Path, names: Sequence[str] | None) -> int:
+    """Prints for each page whether it is what today's code would make; returns 1 if one is not."""
+    pages = sorted(output.glob("*.json")) if names is None else [output / f"{name}.json" for name in names]
+    stale = 0
+    for path in pages:
+        reasons = why_stale(path)
+        print(f"{path.stem}: {'; '.join(reasons) if reasons else 'current'}")
+        stale += bool(reasons)
+    return 1 if stale else 0
+
+
+def why_stale(path: Path) -> list[str]:
+    """Why a page, from its record, is not what today's code would make; an empty list if it is."""
+    if not path.is_file():
+        raise UserError(f"there is no page {path.stem!r} with a record in {str(path.parent)!r}.")
+    record = json.loads(path.read_text())
+    reasons = []
+    for kind, overrides in (("as it is", []), ("perturbed", [f"policy.perturbation={PERTURBATION}"])):
+        ablation = load_ablation(ROOT / record["ablation"], None, overrides)
+        recorded = record["runs"][kind]
+        now = {arm: {str(run.seed): run.key for run in ablation.runs() if arm in run.arms} for arm in ablation.arms}
+        then = {arm: {seed: run["run"] for seed, run in runs.items()} for arm, runs in recorded.items()}
+        changed = [arm for arm in now.keys() | then.keys() if now.get(arm) != then.get(arm)]
+        if changed:
+            reasons.append(f"stale, the runs of {', '.join(sorted(changed))} ({kind}) have other names now")
+    if record["package"] != sources.package_digest():
+        reasons.append(f"made by earlier training code ({record['package']}, now {sources.package_digest()})")
+    return reasons
+
+
+def relative(path: Path) -> str:
+    """A path as seen from the project, if it is in it."""
+    path = path.resolve()
+    return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else str(path)
+
+
+def write(path: Path, text: str) -> None:
+    from grpo_jax.runs.files import write_text
+
+    write_text(path, text)
+
+
+if __name__ == "__main__":
+    sys.exit(exit_status(main))
