@@ -1,9 +1,10 @@
 """A name for a configuration by what it says: equal configurations have equal fingerprints, in every process.
 
-Functions count by their code, defaults and closures, so two lambdas differ when they do different things. Functions
-and classes of the user also count by their files: the module that defines them, every module of the user that it
-imports, and the data files that these read (see `grpo_jax.experiment.sources`). So a reward whose helper or constant
-was edited is another reward. Libraries and this package do not count: a run's record names their versions.
+Functions count by their code (without its docstring), defaults and closures, so two lambdas differ when they do
+different things. Functions and classes of the user also count by their files: the module that defines them, every
+module of the user that it imports, and the data files that these read (see `grpo_jax.experiment.sources`). So a reward
+whose helper or constant was edited is another reward. Libraries and this package do not count: a run's record names
+their versions.
 """
 
 import dataclasses
@@ -53,8 +54,8 @@ def _parts(value: Any, inside: tuple[int, ...], files: bool) -> Iterator[str]:
             fields = (value.co_code, value.co_consts, value.co_names)
         case types.FunctionType():
             cells = [cell.cell_contents for cell in value.__closure__ or ()]
-            fields = (value.__module__, value.__qualname__, value.__code__, value.__defaults__, value.__kwdefaults__)
-            fields = (*fields, cells)
+            code = _without_docstring(value)
+            fields = (value.__module__, value.__qualname__, code, value.__defaults__, value.__kwdefaults__, cells)
         case types.MethodType():
             fields = (value.__func__, value.__self__)
         case functools.partial():
@@ -84,6 +85,14 @@ def _parts(value: Any, inside: tuple[int, ...], files: bool) -> Iterator[str]:
     yield f"{kind} {len(fields)}"
     for item in fields.items() if isinstance(fields, Mapping) else fields:
         yield from _parts(item, inside, files)
+
+
+def _without_docstring(function: types.FunctionType) -> types.CodeType:
+    """The code of a function; its docstring, which is the first constant, is left out."""
+    code = function.__code__
+    if function.__doc__ is None or code.co_consts[:1] != (function.__doc__,):
+        return code
+    return code.replace(co_consts=(None, *code.co_consts[1:]))
 
 
 def _file_of(value: Any) -> str:

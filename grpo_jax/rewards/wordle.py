@@ -41,7 +41,7 @@ def partial_credit(*, completions: Sequence[Completion], secret: Sequence[str], 
     """The article's reward: 0.2 for a letter in its place, 0.1 for a letter that the secret has elsewhere.
 
     0.0 where the length differs from the secret's. "Elsewhere" is tested against the set of the secret's letters, so a
-    letter guessed twice is paid twice; `partial_credit_strict` counts as the game does. `shared/tables/article.json`.
+    letter guessed twice is paid twice; `partial_credit_strict` counts as the game does.
     """
     return [_tenths(_marks_against_set(guess, s)) for guess, s in _last_guesses(completions, secret)]
 

@@ -76,6 +76,20 @@ def test_a_field_that_was_added_later_counts_only_where_it_is_set():
     assert fingerprint(PolicyConfig(perturbation=1e-6)) != fingerprint(PolicyConfig())
 
 
+def test_a_docstring_does_not_count():
+    def with_one_docstring(x):
+        """One."""
+        return x
+
+    one = with_one_docstring
+
+    def with_one_docstring(x):
+        """Another."""
+        return x
+
+    assert one.__doc__ != with_one_docstring.__doc__ and fingerprint(one) == fingerprint(with_one_docstring)
+
+
 def test_a_function_that_closes_over_itself_has_a_name():
     assert len(fingerprint(recursive(1))) == 12
 

@@ -1,6 +1,7 @@
 """The scripts, each run in a small form as a process of its own."""
 
 import csv
+import importlib.util
 import json
 import os
 import re
@@ -158,3 +159,57 @@ def test_the_articles_numbers_are_printed_with_their_verdicts():
 def test_a_manifest_that_is_not_there_is_a_mistake():
     done = run_script("reproduce_tables.py", "nowhere.py", status=2)
     assert done.stderr == "error: there is no experiment file 'nowhere.py'.\n"
+
+
+# results.py ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_page_of_results_records_every_seed_and_says_when_it_is_stale(ablation):
+    """Two arms that are alike share a run, and one more is made from perturbed weights."""
+    ablation.write_text(
+        ablation.read_text().replace('{"base": {}}, seeds=(0, 1)', '{"base": {}, "again": {}}, seeds=(0,)')
+    )
+    make = [ablation, "--output", "pages", "--dir", "runs"]
+    run_script("results.py", *make)
+    record = json.loads(Path("pages/toy.json").read_text())
+    runs = {kind: record["runs"][kind]["base"]["0"] for kind in ("as it is", "perturbed")}
+    for run in runs.values():
+        rows = [json.loads(line) for line in (Path("runs") / run["run"] / "metrics.jsonl").read_text().splitlines()]
+        assert [row["evaluation/success"] for row in rows if "evaluation/success" in row][-1] == run["value"]
+    config = json.loads((Path("runs") / runs["perturbed"]["run"] / "config.json").read_text())
+    assert config["policy"]["perturbation"] == 1e-6 and runs["as it is"]["run"] != runs["perturbed"]["run"]
+    assert record["runs"]["as it is"]["again"] == record["runs"]["as it is"]["base"]
+    [machine] = record["machines"]
+    assert machine["processor"]["name"] and machine["processor"]["cores"] and machine["versions"]["jaxlib"]
+
+    page = Path("pages/toy.md")
+    assert f"| base | {runs['as it is']['value']:.3f} |" in page.read_text() and Path("pages/toy.png").stat().st_size
+    # What is written above the mark stays, and what is finished is not run again.
+    page.write_text(page.read_text().replace("# toy", "# Toy\n\nA finding."))
+    started = [json.loads(path.read_text())["started"] for path in sorted(Path("runs").glob("*/run.json"))]
+    run_script("results.py", *make)
+    assert page.read_text().startswith("# Toy\n\nA finding.\n\n<!-- made by")
+    assert started == [json.loads(path.read_text())["started"] for path in sorted(Path("runs").glob("*/run.json"))]
+
+    assert run_script("results.py", "--check", "--output", "pages").stdout == "toy: current\n"
+    ablation.write_text(ablation.read_text().replace('{"steps": 1,', '{"steps": 2,'))
+    assert (
+        "toy: stale, the runs of again, base (as it is)"
+        in run_script("results.py", "--check", "--output", "pages", status=1).stdout
+    )
+    record["package"] = "another"
+    Path("pages/toy.json").write_text(json.dumps(record))
+    said = run_script("results.py", "--check", "toy", "--output", "pages", status=1).stdout
+    assert "made by earlier training code (another, now" in said
+
+
+def test_every_page_of_results_has_the_runs_of_todays_files():
+    """Its experiments say what it says that they do: their runs have the names that the page lists."""
+    spec = importlib.util.spec_from_file_location("results", ROOT / "scripts" / "results.py")
+    results = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = results  # as a dataclass needs
+    spec.loader.exec_module(results)
+    pages = sorted(results.PAGES.glob("*.json"))
+    assert pages
+    for page in pages:
+        assert not [reason for reason in results.why_stale(page) if reason.startswith("stale")], page.stem
