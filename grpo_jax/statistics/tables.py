@@ -19,7 +19,7 @@ from grpo_jax.errors import UserError
 from grpo_jax.experiment import Ablation, PlannedRun, to_dict
 from grpo_jax.experiment.fingerprint import fingerprint
 from grpo_jax.runs.files import read_rows
-from grpo_jax.statistics import Difference, Estimate
+from grpo_jax.statistics import Arm, Difference, Estimate, Score
 
 Layout = Literal["md", "csv", "latex"]
 
@@ -27,6 +27,8 @@ Layout = Literal["md", "csv", "latex"]
 @dataclass(frozen=True)
 class Row:
     """An arm: how many seeds are finished, their mean and interquartile mean, and the difference to the baseline.
+
+    The interquartile mean has no interval: none is known that covers it with a few seeds.
 
     `better` is the probability that a run of this arm beats a run of the baseline. It and `difference` are None for the
     baseline, and if the two arms have no seed in common. `tokens` is the mean number of tokens that a run sampled in
@@ -36,7 +38,7 @@ class Row:
     arm: str
     seeds: int
     mean: Estimate | None
-    iqm: Estimate | None
+    iqm: float | None
     difference: Difference | None
     better: float | None
     tokens: float | None
@@ -44,26 +46,34 @@ class Row:
 
 @dataclass(frozen=True)
 class Table:
-    """Rows in the order of the arms, `notes` (name, text) on how they were made, and one line for each missing run."""
+    """Rows in the order of the arms, `notes` (name, text) on how they were made, and one line for each missing run.
+
+    `margin` is the largest difference that counts as none, and `has_noise` whether the intervals include those of the
+    runs' evaluations.
+    """
 
     metric: str
     baseline: str
     rows: list[Row]
     notes: list[tuple[str, str]]
     missing: list[str]
+    margin: float | None = None
+    has_noise: bool = False
 
 
 @dataclass(frozen=True)
 class _Finished:
     """What the table needs of a finished run: its metric, the tokens it sampled, its commit and its device."""
 
-    value: float
+    score: Score
     tokens: float
     commit: str
     device: str
 
 
-def collect(ablation: Ablation, directory: Path, *, command: str, allow_mixed: bool = False) -> Table:
+def collect(
+    ablation: Ablation, directory: Path, *, command: str, allow_mixed: bool = False, margin: float | None = None
+) -> Table:
     """Reads every run of an ablation and compares its arms with the baseline, seed by seed.
 
     The value of a run is the last value of the ablation's metric.
@@ -72,11 +82,14 @@ def collect(ablation: Ablation, directory: Path, *, command: str, allow_mixed: b
       directory: where the runs' directories are.
       command: the command that makes the runs, for the notes and for an error message.
       allow_mixed: also compare runs of different commits, or arms that are evaluated on different examples.
+      margin: the largest difference that counts as none, in the unit of the metric; None: no arm is called the same.
 
     Raises:
       UserError: if no run is finished, if a finished run lacks the metric or was trained on other data than the
         ablation's file now describes, or if runs are mixed and `allow_mixed` is false.
     """
+    if margin is not None and not margin > 0:
+        raise UserError(f"the margin must be above 0, not {margin:g}.")
     planned = ablation.runs()
     finished: dict[str, _Finished] = {}
     missing = []
@@ -94,7 +107,10 @@ def collect(ablation: Ablation, directory: Path, *, command: str, allow_mixed: b
 
     by_arm = {arm: {run.seed: finished[run.key] for run in planned if arm in run.arms and run.key in finished}
               for arm in ablation.arms}  # fmt: skip
-    rows = [_row(arm, runs, by_arm[ablation.baseline_arm], ablation.baseline_arm) for arm, runs in by_arm.items()]
+    scores = {arm: {seed: run.score for seed, run in runs.items()} for arm, runs in by_arm.items()}
+    compared = statistics.compare_arms(scores, ablation.baseline_arm, statistics.bounds_of(ablation.metric))
+    base = [score.value for score in scores[ablation.baseline_arm].values()]
+    rows = [_row(arm, list(runs.values()), compared[arm], base) for arm, runs in by_arm.items()]
     keys = {arm: [run.key for run in planned if arm in run.arms] for arm in ablation.arms}
     notes = [
         ("command", command),
@@ -105,7 +121,8 @@ def collect(ablation: Ablation, directory: Path, *, command: str, allow_mixed: b
         ("config", fingerprint([run.key for run in planned])),
         *((f"runs of {arm}", " ".join(arm_keys)) for arm, arm_keys in keys.items()),
     ]
-    return Table(ablation.metric, ablation.baseline_arm, rows, notes, missing)
+    has_noise = any(run.score.noise for run in finished.values())
+    return Table(ablation.metric, ablation.baseline_arm, rows, notes, missing, margin, has_noise)
 
 
 def render(table: Table, layout: Layout) -> str:
@@ -113,22 +130,17 @@ def render(table: Table, layout: Layout) -> str:
     return _RENDER[layout](table)
 
 
-def _row(arm: str, runs: Mapping[int, _Finished], baseline: Mapping[int, _Finished], baseline_arm: str) -> Row:
-    """The row of an arm, from its finished runs and the baseline's by seed."""
+def _row(arm: str, runs: Sequence[_Finished], compared: Arm, baseline: Sequence[float]) -> Row:
+    """The row of an arm, from its finished runs, its comparison with the baseline, and the values of the baseline."""
     if not runs:
         return Row(arm, 0, None, None, None, None, None)
-    values = [run.value for run in runs.values()]
-    difference, better = None, None
-    pairs = [seed for seed in runs if seed in baseline]
-    if arm != baseline_arm and pairs:
-        difference = statistics.paired_difference(
-            [runs[seed].value for seed in pairs], [baseline[seed].value for seed in pairs]
-        )
-        better = statistics.probability_of_improvement(values, [run.value for run in baseline.values()])
-    tokens = sum(run.tokens for run in runs.values()) / len(runs)
-    return Row(
-        arm, len(runs), statistics.mean(values), statistics.stratified_bootstrap(values), difference, better, tokens
-    )
+    values = [run.score.value for run in runs]
+    better = None
+    if compared.difference is not None:
+        better = statistics.probability_of_improvement(values, baseline)
+    tokens = sum(run.tokens for run in runs) / len(runs)
+    iqm = float(statistics.interquartile_mean(values))
+    return Row(arm, len(runs), compared.mean, iqm, compared.difference, better, tokens)
 
 
 def _status(run_dir: Path) -> str:
@@ -146,13 +158,13 @@ def _read(run_dir: Path, run: PlannedRun, metric: str) -> _Finished:
     if json.loads((run_dir / "config.json").read_text())["task"] != json.loads(json.dumps(to_dict(run.config.task))):
         raise UserError(f"{str(run_dir)!r} was trained on other data than its ablation's file now describes.")
     rows = list(read_rows(run_dir / "metrics.jsonl"))
-    values = [row[metric] for row in rows if row.get(metric) is not None]
-    if not values:
+    last = next((row for row in reversed(rows) if row.get(metric) is not None), None)
+    if last is None:
         known = sorted({name for row in rows for name in row} - {"step"})
         raise UserError(f"{str(run_dir)!r} has no metric {metric!r}; it has {', '.join(known)}.")
     tokens = [row["num_sampled_tokens"] for row in rows if "num_sampled_tokens" in row]
     return _Finished(
-        value=float(values[-1]),
+        score=Score(float(last[metric]), (last.get(f"{metric}_high", 0.0) - last.get(f"{metric}_low", 0.0)) / 2),
         tokens=float(tokens[-1]) if tokens else math.nan,  # runs of earlier versions did not count their tokens
         commit=_commit(info["git"]),
         device=info["device"]["kind"],
@@ -178,21 +190,15 @@ def _require_one(found: Sequence[tuple[PlannedRun, str]], what: str) -> None:
 
 # Layouts -------------------------------------------------------------------------------------------------------------
 
-EXPLANATION = (
-    "mean: Student's 95 % interval over seeds; IQM: interquartile mean, bootstrap interval; difference: paired by seed "
-    "with the baseline, Student's interval; P(better): over all pairs of runs; p: exact sign-flip test, which n seeds "
-    "cannot bring below 2 / 2^n. Intervals are of one comparison each, not of all together."
-)
-
 
 def _cells(row: Row, table: Table) -> list[str]:
     if row.mean is None or row.iqm is None:
         return [row.arm, "0", "–", "–", "–", "–", "–", "–", "no finished run"]
-    cells = [row.arm, str(row.seeds), _interval(row.mean), _interval(row.iqm)]
+    cells = [row.arm, str(row.seeds), _interval(row.mean), f"{row.iqm:.3f}"]
     if row.difference is None or row.better is None:
         cells += ["–", "–", "–"]
     else:
-        p = row.difference.p_value
+        p = row.difference.adjusted_p
         cells += [_interval(row.difference, "+"), f"{row.better:.2f}", "< .001" if p < 0.001 else f"{p:.3f}"]
     tokens = "–" if row.tokens is None or math.isnan(row.tokens) else f"{row.tokens:,.0f}"
     return [*cells, tokens, _verdict(row, table)]
@@ -201,11 +207,11 @@ def _cells(row: Row, table: Table) -> list[str]:
 def _verdict(row: Row, table: Table) -> str:
     if row.arm == table.baseline:
         return "baseline"
-    return "no pair with the baseline" if row.difference is None else statistics.verdict(row.difference)
+    return "no pair with the baseline" if row.difference is None else statistics.verdict(row.difference, table.margin)
 
 
 def _header(table: Table) -> list[str]:
-    return ["arm", "seeds", f"{table.metric} [95 %]", "IQM [95 %]", "difference [95 %]", "P(better)", "p",
+    return ["arm", "seeds", f"{table.metric} [95 %]", "IQM", "difference [95 %]", "P(better)", "p (Holm)",
             "sampled tokens", "verdict"]  # fmt: skip
 
 
@@ -213,6 +219,10 @@ def _interval(estimate: Estimate, sign: str = "") -> str:
     if math.isinf(estimate.low):
         return f"{estimate.value:{sign}.3f} [–]"
     return f"{estimate.value:{sign}.3f} [{estimate.low:{sign}.3f}, {estimate.high:{sign}.3f}]"
+
+
+def _numbers(estimate: Estimate | None) -> list[float | None]:
+    return [None] * 3 if estimate is None else [estimate.value, estimate.low, estimate.high]
 
 
 def _markdown(table: Table) -> str:
@@ -223,29 +233,31 @@ def _markdown(table: Table) -> str:
     lines = [line(header), "|" + "---|" * len(header), *(line(_cells(row, table)) for row in table.rows), ""]
     lines += [f"- missing: {text}" for text in table.missing]
     lines += [f"- {name}: `{text}`" for name, text in table.notes]
-    return "\n".join([*lines, "", EXPLANATION, ""])
+    bounds = statistics.bounds_of(table.metric)
+    said = statistics.explanation(bounds, has_noise=table.has_noise, margin=table.margin)
+    return "\n".join([*lines, "", f"{said} IQM: interquartile mean. P(better): over all pairs of runs.", ""])
 
 
 def _csv(table: Table) -> str:
     out = io.StringIO()
     out.writelines(f"# {name}: {text}\n" for name, text in (*table.notes, *(("missing", m) for m in table.missing)))
     writer = csv.writer(out, lineterminator="\n")
-    numbers = ["mean", "mean_low", "mean_high", "iqm", "iqm_low", "iqm_high", "difference", "difference_low"]
-    numbers += ["difference_high", "p_better", "p_value", "detectable", "sampled_tokens"]
+    numbers = ["mean", "mean_low", "mean_high", "iqm", "difference", "difference_low"]
+    numbers += ["difference_high", "p_better", "p_value", "p_holm", "detectable", "sampled_tokens"]
     writer.writerow(["arm", "metric", "seeds", *numbers, "verdict"])
     for row in table.rows:
         values: list[float | None] = []
-        for estimate in (row.mean, row.iqm, row.difference):
-            values += [None] * 3 if estimate is None else [estimate.value, estimate.low, estimate.high]
-        tests = (None, None) if row.difference is None else (row.difference.p_value, row.difference.detectable)
-        values += [row.better, *tests, row.tokens]
+        values += [*_numbers(row.mean), row.iqm, *_numbers(row.difference), row.better]
+        found = row.difference
+        values += [None] * 3 if found is None else [found.p_value, found.adjusted_p, found.detectable]
+        values.append(row.tokens)
         cells = ["" if value is None or math.isnan(value) else f"{value:.6g}" for value in values]
         verdict = _cells(row, table)[-1]
         writer.writerow([row.arm, table.metric, row.seeds, *cells, verdict])
     return out.getvalue()
 
 
-_LATEX = {"\\": r"\textbackslash{}", "≥": r"$\geq$", "–": "--", "−": "$-$", "~": r"\textasciitilde{}",
+_LATEX = {"\\": r"\textbackslash{}", "≥": r"$\geq$", "±": r"$\pm$", "–": "--", "−": "$-$", "~": r"\textasciitilde{}",
           "^": r"\textasciicircum{}", "<": "$<$", ">": "$>$", **{c: f"\\{c}" for c in "_%&#{}$"}}  # fmt: skip
 
 
