@@ -130,7 +130,8 @@ def success_interval(won: np.ndarray) -> tuple[float, float]:
     Samples of one prompt are correlated. So the values are the prompts' means, and the interval is that of their mean
     (`bounded_limits`); with one sample of each prompt it is Clopper and Pearson's (1934). It is about prompts like
     these; with a single prompt it is about further samples of that prompt. Wilson's interval (1927), with an effective
-    number of samples, covers as little as 85 % where success is rare or almost certain: docs/results/interval_coverage.md.
+    number of samples, covers as little as 85 % where success is rare or almost certain (measured in
+    docs/results/interval_coverage.md).
     """
     low, high = bounded_limits(won.mean(1) if len(won) > 1 else won[0])
     return float(low), float(high)
