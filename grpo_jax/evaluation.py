@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from grpo_jax.confidence import bounded_limits
 from grpo_jax.experiment import Experiment
 from grpo_jax.policy import Policy
 from grpo_jax.rollout import (
@@ -102,7 +103,8 @@ def evaluate_generator(
             for prompt, completion, won, reward, episode in list(rows)[: len(wanted) * config.num_samples]
         ]
     won = np.array([record["success"] for record in records]).reshape(len(examples), config.num_samples)
-    low, high = success_interval(won)
+    # Greedy samples of a single prompt are copies of one sample.
+    low, high = success_interval(won[:, :1] if len(won) == 1 and config.temperature == 0 else won)
     known = [r["reward"] for r in records if r["reward"] is not None and not math.isnan(r["reward"])]
     powers = [2**i for i in range(config.num_samples.bit_length())]
     return Evaluation(
@@ -122,21 +124,17 @@ def evaluate_generator(
     )
 
 
-def success_interval(won: np.ndarray, z: float = 1.959964) -> tuple[float, float]:
-    """The 95 % Wilson interval (1927) of a success rate, from outcomes [prompts, samples].
+def success_interval(won: np.ndarray) -> tuple[float, float]:
+    """The 95 % interval of a success rate, from outcomes [prompts, samples].
 
-    Samples of one prompt are correlated, so they count as fewer: the effective sample size is p (1 - p) / var(mean),
-    with the variance clustered by prompt (Miller 2024, 2411.00640), held between the number of prompts and of samples.
+    Samples of one prompt are correlated. So the values are the prompts' means, and the interval is that of their mean
+    (`bounded_limits`); with one sample of each prompt it is Clopper and Pearson's (1934). It is about prompts like
+    these; with a single prompt it is about further samples of that prompt. Wilson's interval (1927), with an effective
+    number of samples, covers as little as 85 % where success is rare or almost certain (measured in
+    docs/results/interval_coverage.md).
     """
-    num_prompts = len(won)
-    p = float(won.mean())
-    n = float(won.size)
-    if num_prompts > 1:
-        variance = won.mean(1).var(ddof=1) / num_prompts
-        n = float(np.clip(p * (1 - p) / variance, num_prompts, won.size)) if variance > 0 else float(num_prompts)
-    centre = (p + z * z / (2 * n)) / (1 + z * z / n)
-    half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / (1 + z * z / n)
-    return max(centre - half, 0.0), min(centre + half, 1.0)
+    low, high = bounded_limits(won.mean(1) if len(won) > 1 else won[0])
+    return float(low), float(high)
 
 
 def pass_at_k(successes: Sequence[int] | np.ndarray, num_samples: int, k: int) -> float:

@@ -25,6 +25,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from statistics import fmean
 
 from grpo_jax import statistics
 from grpo_jax.errors import RunError, exit_status
@@ -94,11 +95,13 @@ def costs(method: str, run_dir: Path) -> dict[str, float]:
     summary, config, own = (
         json.loads((run_dir / name).read_text()) for name in ("summary.json", "config.json", "cost.json")
     )
+    after = summary["after"]["held_out"]
     steps = [row for row in read_rows(run_dir / "metrics.jsonl") if "grad_norm" in row]
     completions = len(steps) * config["prompts_per_step"] * config["group_size"]
     tokens = steps[-1]["num_tokens"]
     return {
-        "success": summary["after"]["held_out"]["success"],
+        "success": after["success"],
+        "noise": (after["success_high"] - after["success_low"]) / 2,
         # Pairs that are equally good have no label; a learned reward needs none.
         "labels": 0 if method == "rlhf" else sum(row.get("preferences/pairs", 0) for row in steps) or completions,
         "rollouts": 0 if method == "sft" else completions,
@@ -110,30 +113,36 @@ def costs(method: str, run_dir: Path) -> dict[str, float]:
 
 
 def together(stages: list[dict[str, float]]) -> dict[str, float]:
-    """The costs of runs that follow each other: sums, the highest memory, the last one's success."""
+    """The costs of runs that follow each other: sums, the highest memory, the last one's success and its interval."""
     total = {name: sum(stage[name] for stage in stages) for name in stages[0]}
-    return total | {"success": stages[-1]["success"], "peak_memory": max(stage["peak_memory"] for stage in stages)}
+    last = {name: stages[-1][name] for name in ("success", "noise")}
+    return total | last | {"peak_memory": max(stage["peak_memory"] for stage in stages)}
 
 
 def table(found: Mapping[str, list[dict[str, float]]]) -> str:
-    """Markdown: methods against their means over seeds, success with Student's interval and paired with the first."""
-    heads = ["method", "success", "against the first", "labels", "rollouts", "tokens", "TFLOPs", "peak MiB", "seconds"]
+    """Markdown: methods against their means over seeds; success has an interval and is paired with the first's."""
+    heads = ["method", "success", "against the first, in points", "labels", "rollouts", "tokens", "TFLOPs", "peak MiB",
+             "seconds"]  # fmt: skip
     lines = [" | ".join(["", *heads, ""]).strip(), "|" + "---|" * len(heads)]
-    baseline = [seed["success"] for seed in next(iter(found.values()))]
+    bounds = statistics.bounds_of("success")
+    arms = {
+        method: {i: statistics.Score(seed["success"], seed["noise"]) for i, seed in enumerate(seeds)}
+        for method, seeds in found.items()
+    }
+    compared = statistics.compare_arms(arms, next(iter(found)), bounds)
     for method, seeds in found.items():
-        success = [seed["success"] for seed in seeds]
-        score = statistics.mean(success)
+        score, paired = compared[method].mean, compared[method].difference
         cells = [method, f"{score.value:.1%} [{score.low:.1%}, {score.high:.1%}]"]
-        if len(lines) == 2:
+        if paired is None:
             cells.append("")
         else:
-            paired = statistics.paired_difference(success, baseline)
-            cells.append(f"{paired.value:+.1%} [{paired.low:+.1%}, {paired.high:+.1%}]: {statistics.verdict(paired)}")
-        mean = {name: statistics.mean([seed[name] for seed in seeds]).value for name in seeds[0]}
+            value, low, high = (f"{100 * x:+.1f}" for x in (paired.value, paired.low, paired.high))
+            cells.append(f"{value} [{low}, {high}], p = {paired.adjusted_p:.3f}: {statistics.verdict(paired)}")
+        mean = {name: fmean(seed[name] for seed in seeds) for name in seeds[0]}
         cells += [f"{mean[name]:,.0f}" for name in ("labels", "rollouts", "tokens")]
         cells += [f"{mean['flops'] / 1e12:.2f}", f"{mean['peak_memory'] / 2**20:,.0f}", f"{mean['seconds']:.0f}"]
         lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, "", statistics.explanation(bounds, has_noise=True)]) + "\n"
 
 
 def main() -> None:

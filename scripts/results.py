@@ -98,7 +98,7 @@ def make(plan: Plan) -> None:
         "machines": machines(ablation, plan.directory),
         "metric": ablation.metric,
         "runs": measured,
-        "verdicts": {row.arm: [tables.verdict_of(row, found[kind]) for kind in found] for row in rows(found)},
+        "verdicts": {kind: {row.arm: tables.verdict_of(row, t) for row in t.rows} for kind, t in found.items()},
     }
     plan.output.mkdir(parents=True, exist_ok=True)
     write(plan.output / f"{plan.name}.json", json.dumps(record, indent=1, ensure_ascii=False) + "\n")
@@ -109,11 +109,6 @@ def make(plan: Plan) -> None:
     above = page.read_text().split(MARK)[0].rstrip() if page.is_file() else f"# {plan.name}"
     write(page, f"{above}\n\n{MARK}\n\n{below(record, found)}")
     print(page)
-
-
-def rows(found: Mapping[str, Any]) -> Sequence[Any]:
-    """The rows of the table as it is, in the order of the arms."""
-    return found["as it is"].rows
 
 
 def values(ablation: Ablation, directory: Path) -> dict[str, dict[str, Any]]:
@@ -154,7 +149,8 @@ def below(record: Mapping[str, Any], found: Mapping[str, Any]) -> str:
     ]
     for row, other in zip(found["as it is"].rows, found["perturbed"].rows, strict=True):
         means = [f"{r.mean.value:.3f}" if r.mean else "–" for r in (row, other)]
-        lines.append(f"| {' | '.join([row.arm, *means, *record['verdicts'][row.arm]])} |")
+        verdicts = [by_arm[row.arm] for by_arm in record["verdicts"].values()]
+        lines.append(f"| {' | '.join([row.arm, *means, *verdicts])} |")
     for kind, runs in record["runs"].items():
         lines += ["", f"Every seed, {kind}:", "", f"| arm | {' | '.join(seeds)} |", "|---" * (len(seeds) + 1) + "|"]
         for arm, by_seed in runs.items():

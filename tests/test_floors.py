@@ -13,7 +13,7 @@ from grpo_jax.experiment import METHODS
 HOUSE = Path(grpo_jax.__file__).parent
 FLOORS = [
     {"errors"},  # every room may raise errors
-    {"experiment", "sharding", "__init__"},
+    {"experiment", "sharding", "confidence", "__init__"},
     {"policy", "advantages", "losses", "rewards"},
     {"sampler", "logprobs", "tasks"},
     {"rollout"},
@@ -28,7 +28,7 @@ FLOORS = [
     {"cli"},
 ]
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
-WITHOUT_JAX = {"errors", "experiment", "tasks", "rewards"}
+WITHOUT_JAX = {"errors", "confidence", "experiment", "tasks", "rewards", "statistics"}
 MODULES = sorted(HOUSE.rglob("*.py"))
 
 

@@ -78,8 +78,20 @@ def _difference(result: Any, other: Any) -> Any:
 
     from grpo_jax.statistics import question_difference
 
-    outcomes = [[record["success"] for record in r.records] for r in (result, other)]
-    return question_difference(*(numpy.reshape(o, (-1, result.num_samples)) for o in outcomes))
+    outcomes = [numpy.reshape([r["success"] for r in e.records], (-1, e.num_samples)) for e in (result, other)]
+    if result.temperature == 0:  # greedy samples of a prompt are copies of one
+        outcomes = [each[:, :1] for each in outcomes]
+    return question_difference(outcomes[0], outcomes[1])
+
+
+def _population(result: Any) -> tuple[str, str]:
+    """What the pairs of a comparison are, and what the comparison is about."""
+    from grpo_jax.statistics import FEW_QUESTIONS
+
+    if result.num_prompts >= FEW_QUESTIONS or result.temperature == 0:
+        return "prompts", "over prompts like these"
+    these = "this prompt" if result.num_prompts == 1 else f"these {result.num_prompts} prompts"
+    return "samples", f"over samples of {these}, not over other prompts"
 
 
 def _print_json(source: Path, result: Any, against: Path | None, other: Any) -> None:
@@ -88,7 +100,7 @@ def _print_json(source: Path, result: Any, against: Path | None, other: Any) -> 
     found = {"source": source, **result.to_dict()}
     if other is not None:
         found["against"] = {"source": against, **other.to_dict()}
-        found["difference"] = dataclasses.asdict(_difference(result, other))
+        found["difference"] = {**dataclasses.asdict(_difference(result, other)), "about": _population(result)[1]}
     print(json.dumps(jsonable(found)))
 
 
@@ -96,7 +108,6 @@ def _print_table(source: Path, result: Any, against: Path | None, other: Any) ->
     from rich.console import Console
 
     from grpo_jax.runs.display import summary_table
-    from grpo_jax.statistics import verdict
 
     console = Console(highlight=False)
     console.print(summary_table({str(source): result} | ({} if other is None else {str(against): other})))
@@ -105,9 +116,16 @@ def _print_table(source: Path, result: Any, against: Path | None, other: Any) ->
             "   ".join(f"pass@{k} {value:.1%}" for k, value in sorted(result.pass_at_k.items())), soft_wrap=True
         )
     if other is not None:
-        found = _difference(result, other)
-        test = "McNemar" if result.num_samples == 1 else "sign-flip"
-        print(
-            f"difference in success {found.value:+.1%} [{found.low:+.1%}, {found.high:+.1%}], {test} p = "
-            f"{found.p_value:.2g}: {verdict(found).replace('the baseline', str(against))}"
-        )
+        print(_comparison(result, other, str(against)))
+
+
+def _comparison(result: Any, other: Any, name: str) -> str:
+    """A sentence on the difference in success to the policy called `name`."""
+    from grpo_jax.statistics import verdict
+
+    found, (unit, population) = _difference(result, other), _population(result)
+    test = "McNemar" if result.temperature == 0 or result.num_samples == 1 or unit == "samples" else "sign-flip"
+    value, low, high = (f"{100 * x:+.1f}" for x in (found.value, found.low, found.high))
+    p = "< .001" if found.p_value < 0.001 else f"= {found.p_value:.2g}"
+    said = verdict(found, unit=unit).replace("the baseline", name)
+    return f"difference in success {value} points [{low}, {high}], {test} p {p}: {said} ({population})"

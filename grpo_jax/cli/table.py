@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from tyro.conf import arg
 
-from grpo_jax.cli.common import AblationFile, Flag, OptionalBudget, OptionalPath
+from grpo_jax.cli.common import AblationFile, Flag, OptionalBudget, OptionalFloat, OptionalPath
 from grpo_jax.experiment import load_ablation
 
 
@@ -17,6 +17,7 @@ def table(
     directory: Annotated[OptionalPath, arg(name="dir")] = None,
     budget: OptionalBudget = None,
     layout: Annotated[Literal["md", "csv", "latex"], arg(name="format")] = "md",
+    margin: OptionalFloat = None,
     allow_mixed: Flag = False,
 ) -> None:
     """Compare the arms of an ablation, seed by seed, from the runs that `grpo-jax sweep` made.
@@ -25,6 +26,7 @@ def table(
         directory: Where the runs' directories are. Default: runs/ABLATION.
         budget: The --budget of the sweep, if it had one.
         layout: Markdown, comma-separated values, or LaTeX for the package booktabs.
+        margin: The largest difference that counts as none; arms that are shown to be within it are called the same.
         allow_mixed: Compare runs even if their commits or their held-out data differ.
     """
     from grpo_jax.statistics import tables
@@ -32,5 +34,5 @@ def table(
     planned = load_ablation(ablation, budget)
     directory = directory or Path("runs") / ablation.stem
     command = ["grpo-jax", "sweep", str(ablation), "--dir", str(directory), *(["--budget", budget] if budget else [])]
-    found = tables.collect(planned, directory, command=shlex.join(command), allow_mixed=allow_mixed)
+    found = tables.collect(planned, directory, command=shlex.join(command), allow_mixed=allow_mixed, margin=margin)
     print(tables.render(found, layout), end="")

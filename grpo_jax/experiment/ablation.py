@@ -16,12 +16,19 @@ Budget = Literal["steps", "tokens"]
 
 @dataclass(frozen=True)
 class PlannedRun:
-    """One run of an ablation: the arms that it stands for, its seed, its resolved config, and the config's hash."""
+    """One run of an ablation: the arms that it stands for, its seed, its resolved config, and its names.
+
+    `key` is the hash of the config and of the user's files that it uses; `config_key` is that of the config alone.
+    """
 
     arms: tuple[str, ...]
     seed: int
     config: Experiment
     key: str
+
+    @property
+    def config_key(self) -> str:
+        return fingerprint(self.config, files=False)
 
 
 @dataclass(frozen=True)

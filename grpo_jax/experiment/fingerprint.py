@@ -54,8 +54,8 @@ def _parts(value: Any, inside: tuple[int, ...], files: bool) -> Iterator[str]:
             fields = (value.co_code, value.co_consts, value.co_names)
         case types.FunctionType():
             cells = [cell.cell_contents for cell in value.__closure__ or ()]
-            code = _without_docstring(value)
-            fields = (value.__module__, value.__qualname__, code, value.__defaults__, value.__kwdefaults__, cells)
+            own = _without_docstring(value)
+            fields = (value.__module__, value.__qualname__, own, value.__defaults__, value.__kwdefaults__, cells)
         case types.MethodType():
             fields = (value.__func__, value.__self__)
         case functools.partial():

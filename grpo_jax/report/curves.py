@@ -25,7 +25,8 @@ def seed_curves(arms: Mapping[str, Sequence[Path]], metric: str, path: Path) -> 
 
     Raises `UserError` if no run has the metric.
     """
-    bands = {name: found for name, runs in arms.items() if len(found := seed_band(metric_curves(runs, metric)))}
+    bounds = statistics.bounds_of(metric)
+    bands = {name: found for name, runs in arms.items() if len(found := seed_band(metric_curves(runs, metric), bounds))}
     if not bands:
         raise UserError(f"none of the runs has a metric {metric!r}, so there is no curve to draw.")
     banded = len(bands) <= len(COLOURS)
@@ -59,21 +60,24 @@ def seed_curves(arms: Mapping[str, Sequence[Path]], metric: str, path: Path) -> 
     return path
 
 
-def seed_band(curves: Sequence[Series]) -> Series:
-    """The mean of several seeds' curves at the steps that all have, with Student's 95 % interval over the seeds.
+def seed_band(curves: Sequence[Series], bounds: statistics.Bounds | None = None) -> Series:
+    """The mean of several seeds' curves at the steps that all have, with the 95 % interval of `statistics.mean`.
 
-    Each step has its own interval. A single seed has none: its bounds are the value itself.
+    It includes the intervals of the seeds' own evaluations, as in the table of an ablation. Each step has its own
+    interval. Where it is infinite, and for a single seed, low and high are the value itself.
     """
     if not curves:
         return Series(*np.zeros((4, 0)))
     steps = curves[0].steps
     for curve in curves[1:]:
         steps = np.intersect1d(steps, curve.steps)
-    values = np.stack([curve.values[np.isin(curve.steps, steps)] for curve in curves])
+    chosen = [np.isin(curve.steps, steps) for curve in curves]
+    values = np.stack([curve.values[at] for curve, at in zip(curves, chosen, strict=True)])
     if len(curves) == 1:
         return Series(steps, values[0], values[0], values[0])
-    found = [statistics.mean(column) for column in values.T]
-    return Series(steps, *np.array([(each.value, each.low, each.high) for each in found]).reshape(-1, 3).T)
+    halves = np.stack([(curve.high - curve.low)[at] / 2 for curve, at in zip(curves, chosen, strict=True)])
+    middle, low, high = statistics.interval(values.T, bounds, halves.mean(0))
+    return Series(steps, middle, *(np.where(np.isfinite(limit), limit, middle) for limit in (low, high)))
 
 
 def metric_curves(runs: Sequence[Path], metric: str) -> list[Series]:

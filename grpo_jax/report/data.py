@@ -15,12 +15,11 @@ from grpo_jax.report.plots import Series, series, smooth
 from grpo_jax.rewards import turns
 from grpo_jax.runs.display import visible
 from grpo_jax.runs.files import read_rows
+from grpo_jax.statistics import SHARES, bounds_of
 
 COMPLETIONS, LONGEST = 3000, 2000  # the most completions on a page, and characters of one
 GROUPS, MEMBERS = 120, 24  # the most groups, and members of a group, in the advantage map
 POINTS = 200  # the most points of a curve in a report of many runs
-SHARES = ("frac_reward_zero_std", "completions/unique_fraction", "completions/top_share", "completions/clipped_ratio")
-RATES = (*SHARES, "success", "evaluation/success", "evaluation/train/success")
 HIDDEN = ("num_prompts", "num_samples", "temperature", "_low", "_high", "pass_at_k")  # parts of names without a curve
 
 
@@ -83,9 +82,8 @@ def arm_charts(
     wanted = sorted(name for name in names - {"step"} if not any(part in name for part in HIDDEN))
     bands: dict[str, list[dict[str, Any]]] = {}
     for name in wanted:
-        found = {arm: seed_band(metric_curves(runs, name)) for arm, runs in arms.items()}
-        if name in RATES:  # Student's interval of a few seeds does not know that a rate stays in [0, 1]
-            found = {arm: Series(b.steps, b.values, *np.clip((b.low, b.high), 0, 1)) for arm, b in found.items()}
+        bounds = bounds_of(name)
+        found = {arm: seed_band(metric_curves(runs, name), bounds) for arm, runs in arms.items()}
         drawn = [curve(arm, _thinned(each), i) for i, (arm, each) in enumerate(found.items()) if len(each)]
         if drawn:
             bands[name] = drawn
@@ -95,7 +93,7 @@ def arm_charts(
             "title": name,
             "series": bands[name],
             "clip": True,
-            "percent": name in RATES,
+            "percent": bounds_of(name) is not None,
         }
         for name in chosen
         if name in bands

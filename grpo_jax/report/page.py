@@ -212,21 +212,22 @@ def _sweep(
 def _arm_table(sweep: Sweep) -> dict[str, Any]:
     """A row for each arm: the mean over its seeds of the metric's last value, and the paired difference."""
     values = {arm: _final(runs, sweep) for arm, runs in sweep.arms.items()}
-    found = {arm: statistics.mean(list(known.values())) for arm, known in values.items() if known}
-    bounds = [b for e in found.values() for b in (e.value, e.low, e.high) if np.isfinite(b)]
-    low, high = (0.0, 1.0) if sweep.metric.endswith("success") else (min(bounds, default=0), max(bounds, default=1))
+    bounds = statistics.bounds_of(sweep.metric)
+    compared = statistics.compare_arms(values, sweep.baseline, bounds)
+    means = [each.mean for each in compared.values() if each.mean is not None]
+    limits = [limit for mean in means for limit in (mean.value, mean.low, mean.high) if np.isfinite(limit)]
+    low, high = bounds or (min(limits, default=0.0), max(limits, default=1.0))
     rows: list[dict[str, Any]] = []
     for arm, known in values.items():
-        if not known:
+        mean, paired = compared[arm].mean, compared[arm].difference
+        if mean is None:
             rows.append({"name": arm, "note": "no seed is finished", "cells": ["0", "–", "–", "–"], "place": None})
             continue
-        mean, difference, verdict = found[arm], "–", "the baseline"
-        if arm != sweep.baseline:
-            verdict = "no seed in common with the baseline"
-            base = values[sweep.baseline]
-            if common := [seed for seed in known if seed in base]:
-                paired = statistics.paired_difference([known[s] for s in common], [base[s] for s in common])
-                difference, verdict = _interval(paired, signed=True), statistics.verdict(paired)
+        difference, verdict = "–", "no seed in common with the baseline"
+        if arm == sweep.baseline:
+            verdict = "the baseline"
+        if paired is not None:
+            difference, verdict = _interval(paired, signed=True), statistics.verdict(paired)
         cells = [str(len(known)), f"{mean.value:.3f}", _interval(mean, bounds=True), difference]
         place = _place(mean.value, mean.low, mean.high, low, high)
         rows.append({"name": arm, "note": verdict, "cells": cells, "place": place})
@@ -234,17 +235,18 @@ def _arm_table(sweep: Sweep) -> dict[str, Any]:
         "title": f"{sweep.metric} at the end",
         "columns": ["seeds", "mean", "95 % interval", "paired difference"],
         "rows": rows,
-        "note": f"Means over seeds with Student's interval; differences to {sweep.baseline} are paired by seed.",
+        "note": statistics.explanation(bounds, has_noise=any(s.noise for k in values.values() for s in k.values())),
     }
 
 
-def _final(runs: Sequence[Path], sweep: Sweep) -> dict[int, float]:
-    """The last value of the metric of each finished run, by seed."""
+def _final(runs: Sequence[Path], sweep: Sweep) -> dict[int, statistics.Score]:
+    """The last value of the metric of each finished run, by seed, with its evaluation's own interval."""
     finals = {}
     for run in runs:
         found = series(read_rows(run / "metrics.jsonl"), sweep.metric)
         if len(found) and _json(run / "run.json").get("status") == "finished":
-            finals[sweep.seeds[run]] = float(found.values[-1])
+            half = float(found.high[-1] - found.low[-1]) / 2
+            finals[sweep.seeds[run]] = statistics.Score(float(found.values[-1]), half)
     return finals
 
 
@@ -264,11 +266,14 @@ def _score_table(run: Path, split: str) -> dict[str, Any] | None:
     how = "greedy" if first[f"{prefix}/temperature"] == 0 else f"temperature {first[f'{prefix}/temperature']:g}"
     num_prompts, num_samples = first[f"{prefix}/num_prompts"], first[f"{prefix}/num_samples"]
     asked = f"{num_prompts} prompt{'s' * (num_prompts > 1)} × {num_samples} sample{'s' * (num_samples > 1)}, {how}."
+    about = "The intervals treat the prompts as a random sample, and each prompt's samples as a cluster."
+    if num_prompts == 1:
+        about = "The intervals are about further samples of this prompt, not about other prompts."
     return {
         "title": f"Evaluation on {split.replace('_', '-')} prompts",
         "columns": ["success", "95 % interval", "reward", "tokens"],
         "rows": [_score_row(name, row, prefix) for name, row in shown.items()],
-        "note": f"{asked} The intervals treat the prompts as a random sample, and each prompt's samples as a cluster.",
+        "note": f"{asked} {about}",
     }
 
 

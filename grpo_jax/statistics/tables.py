@@ -9,7 +9,7 @@ import csv
 import io
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -19,7 +19,7 @@ from grpo_jax.errors import UserError
 from grpo_jax.experiment import Ablation, PlannedRun, to_dict
 from grpo_jax.experiment.fingerprint import fingerprint
 from grpo_jax.runs.files import read_rows
-from grpo_jax.statistics import Difference, Estimate
+from grpo_jax.statistics import Arm, Difference, Estimate, Score
 
 Layout = Literal["md", "csv", "latex"]
 
@@ -27,6 +27,8 @@ Layout = Literal["md", "csv", "latex"]
 @dataclass(frozen=True)
 class Row:
     """An arm: how many seeds are finished, their mean and interquartile mean, and the difference to the baseline.
+
+    The interquartile mean has no interval: none is known that covers it with a few seeds.
 
     `better` is the probability that a run of this arm beats a run of the baseline. It and `difference` are None for the
     baseline, and if the two arms have no seed in common. `tokens` is the mean number of tokens that a run sampled in
@@ -36,7 +38,7 @@ class Row:
     arm: str
     seeds: int
     mean: Estimate | None
-    iqm: Estimate | None
+    iqm: float | None
     difference: Difference | None
     better: float | None
     tokens: float | None
@@ -44,26 +46,34 @@ class Row:
 
 @dataclass(frozen=True)
 class Table:
-    """Rows in the order of the arms, `notes` (name, text) on how they were made, and one line for each missing run."""
+    """Rows in the order of the arms, `notes` (name, text) on how they were made, and one line for each missing run.
+
+    `margin` is the largest difference that counts as none, and `has_noise` whether the intervals include those of the
+    runs' evaluations.
+    """
 
     metric: str
     baseline: str
     rows: list[Row]
     notes: list[tuple[str, str]]
     missing: list[str]
+    margin: float | None = None
+    has_noise: bool = False
 
 
 @dataclass(frozen=True)
 class _Finished:
-    """What the table needs of a finished run: its metric, the tokens it sampled, its commit and its device."""
+    """What the table needs of a finished run: its metric, the tokens it sampled, its code, and what it ran on."""
 
-    value: float
+    score: Score
     tokens: float
-    commit: str
-    device: str
+    code: str
+    machine: str
 
 
-def collect(ablation: Ablation, directory: Path, *, command: str, allow_mixed: bool = False) -> Table:
+def collect(
+    ablation: Ablation, directory: Path, *, command: str, allow_mixed: bool = False, margin: float | None = None
+) -> Table:
     """Reads every run of an ablation and compares its arms with the baseline, seed by seed.
 
     The value of a run is the last value of the ablation's metric.
@@ -71,41 +81,59 @@ def collect(ablation: Ablation, directory: Path, *, command: str, allow_mixed: b
     Args:
       directory: where the runs' directories are.
       command: the command that makes the runs, for the notes and for an error message.
-      allow_mixed: also compare runs of different commits, or arms that are evaluated on different examples.
+      allow_mixed: also compare runs of different code, runs that were resumed with changes, or arms that are evaluated
+        on different examples. A run that is missing may then be one of the same config that other code has made.
+      margin: the largest difference that counts as none, in the unit of the metric; None: no arm is called the same.
 
     Raises:
       UserError: if no run is finished, if a finished run lacks the metric or was trained on other data than the
         ablation's file now describes, or if runs are mixed and `allow_mixed` is false.
     """
+    if margin is not None and not margin > 0:
+        raise UserError(f"the margin must be above 0, not {margin:g}.")
     planned = ablation.runs()
     finished: dict[str, _Finished] = {}
+    others = _by_config(directory, {run.key for run in planned})
     missing = []
     for run in planned:
-        status = _status(directory / run.key)
+        status, place = _status(directory / run.key), directory / run.key
+        if status == "not run" and run.config_key in others:
+            if allow_mixed:
+                status, place = "finished", others[run.config_key]
+            else:
+                status = "made by other code"
         if status == "finished":
-            finished[run.key] = _read(directory / run.key, run, ablation.metric)
+            finished[run.key] = _read(place, run, ablation.metric, allow_changes=allow_mixed)
         else:
             missing.append(f"{' = '.join(run.arms)} seed {run.seed} ({run.key}): {status}")
     if not finished:
-        raise UserError(f"none of the {len(planned)} runs in {str(directory)!r} is finished: run `{command}` first.")
+        by_others = sum(run.config_key in others for run in planned)
+        old = f" (other code has made {by_others} of them, which --allow-mixed compares)" if by_others else ""
+        raise UserError(
+            f"none of the {len(planned)} runs in {str(directory)!r} is finished{old}: run `{command}` first."
+        )
     if not allow_mixed:
-        _require_one([(run, finished[run.key].commit) for run in planned if run.key in finished], "commit")
+        _require_one([(run, finished[run.key].code) for run in planned if run.key in finished], "code")
         _require_one([(run, fingerprint(list(run.config.task.held_out))) for run in planned], "held-out data")
 
     by_arm = {arm: {run.seed: finished[run.key] for run in planned if arm in run.arms and run.key in finished}
               for arm in ablation.arms}  # fmt: skip
-    rows = [_row(arm, runs, by_arm[ablation.baseline_arm], ablation.baseline_arm) for arm, runs in by_arm.items()]
+    scores = {arm: {seed: run.score for seed, run in runs.items()} for arm, runs in by_arm.items()}
+    compared = statistics.compare_arms(scores, ablation.baseline_arm, statistics.bounds_of(ablation.metric))
+    base = [score.value for score in scores[ablation.baseline_arm].values()]
+    rows = [_row(arm, list(runs.values()), compared[arm], base) for arm, runs in by_arm.items()]
     keys = {arm: [run.key for run in planned if arm in run.arms] for arm in ablation.arms}
     notes = [
         ("command", command),
-        ("commit", ", ".join(sorted({run.commit for run in finished.values()}))),
-        ("device", ", ".join(sorted({run.device for run in finished.values()}))),
+        ("code", ", ".join(sorted({run.code for run in finished.values()}))),
+        ("machine", "; ".join(sorted({run.machine for run in finished.values()}))),
         ("seeds", ", ".join(map(str, ablation.seeds))),
         ("budget", f"equal {ablation.budget}"),
         ("config", fingerprint([run.key for run in planned])),
         *((f"runs of {arm}", " ".join(arm_keys)) for arm, arm_keys in keys.items()),
     ]
-    return Table(ablation.metric, ablation.baseline_arm, rows, notes, missing)
+    has_noise = any(run.score.noise for run in finished.values())
+    return Table(ablation.metric, ablation.baseline_arm, rows, notes, missing, margin, has_noise)
 
 
 def render(table: Table, layout: Layout) -> str:
@@ -113,22 +141,17 @@ def render(table: Table, layout: Layout) -> str:
     return _RENDER[layout](table)
 
 
-def _row(arm: str, runs: Mapping[int, _Finished], baseline: Mapping[int, _Finished], baseline_arm: str) -> Row:
-    """The row of an arm, from its finished runs and the baseline's by seed."""
+def _row(arm: str, runs: Sequence[_Finished], compared: Arm, baseline: Sequence[float]) -> Row:
+    """The row of an arm, from its finished runs, its comparison with the baseline, and the values of the baseline."""
     if not runs:
         return Row(arm, 0, None, None, None, None, None)
-    values = [run.value for run in runs.values()]
-    difference, better = None, None
-    pairs = [seed for seed in runs if seed in baseline]
-    if arm != baseline_arm and pairs:
-        difference = statistics.paired_difference(
-            [runs[seed].value for seed in pairs], [baseline[seed].value for seed in pairs]
-        )
-        better = statistics.probability_of_improvement(values, [run.value for run in baseline.values()])
-    tokens = sum(run.tokens for run in runs.values()) / len(runs)
-    return Row(
-        arm, len(runs), statistics.mean(values), statistics.stratified_bootstrap(values), difference, better, tokens
-    )
+    values = [run.score.value for run in runs]
+    better = None
+    if compared.difference is not None:
+        better = statistics.probability_of_improvement(values, baseline)
+    tokens = sum(run.tokens for run in runs) / len(runs)
+    iqm = float(statistics.interquartile_mean(values))
+    return Row(arm, len(runs), compared.mean, iqm, compared.difference, better, tokens)
 
 
 def _status(run_dir: Path) -> str:
@@ -140,29 +163,69 @@ def _status(run_dir: Path) -> str:
     return f"failed: {info.get('error')}" if info["status"] == "failed" else info["status"]
 
 
-def _read(run_dir: Path, run: PlannedRun, metric: str) -> _Finished:
-    """A finished run. Raises `UserError` if its data differ from the ablation's, or if it lacks the metric."""
-    info = json.loads((run_dir / "run.json").read_text())
-    if json.loads((run_dir / "config.json").read_text())["task"] != json.loads(json.dumps(to_dict(run.config.task))):
-        raise UserError(f"{str(run_dir)!r} was trained on other data than its ablation's file now describes.")
+def _by_config(directory: Path, keys: Collection[str]) -> dict[str, Path]:
+    """The finished runs in a directory that other code has made, by the name of their config alone."""
+    found = {}
+    for path in sorted(directory.glob("*/run.json")):
+        if path.parent.name not in keys and _status(path.parent) == "finished":
+            # The first versions named a run by its config alone.
+            found[json.loads(path.read_text()).get("config_key", path.parent.name)] = path.parent
+    return found
+
+
+def last_value(run_dir: Path, metric: str) -> float:
+    """The last value of a metric in a run. Raises `UserError` if the run lacks it."""
+    return float(_last_row(run_dir, metric)[metric])
+
+
+def _last_row(run_dir: Path, metric: str) -> dict[str, Any]:
     rows = list(read_rows(run_dir / "metrics.jsonl"))
-    values = [row[metric] for row in rows if row.get(metric) is not None]
-    if not values:
+    last = next((row for row in reversed(rows) if row.get(metric) is not None), None)
+    if last is None:
         known = sorted({name for row in rows for name in row} - {"step"})
         raise UserError(f"{str(run_dir)!r} has no metric {metric!r}; it has {', '.join(known)}.")
-    tokens = [row["num_sampled_tokens"] for row in rows if "num_sampled_tokens" in row]
+    return last
+
+
+def _read(run_dir: Path, run: PlannedRun, metric: str, *, allow_changes: bool) -> _Finished:
+    """A finished run.
+
+    Raises `UserError` if its data differ from the ablation's, if it lacks the metric, or was resumed with changes.
+    """
+    info = json.loads((run_dir / "run.json").read_text())
+    changed = [visit for visit in info.get("resumed", ()) if visit.get("changes") or visit.get("code")]
+    if changed and not allow_changes:
+        raise UserError(
+            f"{str(run_dir)!r} was resumed with another config or other files at step {changed[0]['step']}: it is "
+            "compared only with --allow-mixed."
+        )
+    if json.loads((run_dir / "config.json").read_text())["task"] != json.loads(json.dumps(to_dict(run.config.task))):
+        raise UserError(f"{str(run_dir)!r} was trained on other data than its ablation's file now describes.")
+    last = _last_row(run_dir, metric)
+    tokens = [row["num_sampled_tokens"] for row in read_rows(run_dir / "metrics.jsonl") if "num_sampled_tokens" in row]
     return _Finished(
-        value=float(values[-1]),
+        score=Score(float(last[metric]), (last.get(f"{metric}_high", 0.0) - last.get(f"{metric}_low", 0.0)) / 2),
         tokens=float(tokens[-1]) if tokens else math.nan,  # runs of earlier versions did not count their tokens
-        commit=_commit(info["git"]),
-        device=info["device"]["kind"],
+        code=_code(info),
+        machine=_machine(info),
     )
 
 
-def _commit(git: Mapping[str, Any] | None) -> str:
+def _code(info: Mapping[str, Any]) -> str:
+    """The code of this package that a run was made with: its digest, or for the first versions their commit."""
+    if info.get("package"):
+        return info["package"]["digest"]
+    git = info["git"]
     if git is None:
         return "none (outside of a git repository)"
     return git["commit"] + (" with uncommitted changes" if git["dirty"] else "")
+
+
+def _machine(info: Mapping[str, Any]) -> str:
+    processor = info.get("processor")
+    if info["device"]["kind"] != "cpu" or not processor:
+        return info["device"]["kind"]
+    return f"{processor['name']} ({', '.join(processor['instructions'])}), {processor['cores']} cores"
 
 
 def _require_one(found: Sequence[tuple[PlannedRun, str]], what: str) -> None:
@@ -178,34 +241,31 @@ def _require_one(found: Sequence[tuple[PlannedRun, str]], what: str) -> None:
 
 # Layouts -------------------------------------------------------------------------------------------------------------
 
-EXPLANATION = (
-    "mean: Student's 95 % interval over seeds; IQM: interquartile mean, bootstrap interval; difference: paired by seed "
-    "with the baseline, Student's interval; P(better): over all pairs of runs; p: exact sign-flip test, which n seeds "
-    "cannot bring below 2 / 2^n. Intervals are of one comparison each, not of all together."
-)
-
 
 def _cells(row: Row, table: Table) -> list[str]:
     if row.mean is None or row.iqm is None:
-        return [row.arm, "0", "–", "–", "–", "–", "–", "–", "no finished run"]
-    cells = [row.arm, str(row.seeds), _interval(row.mean), _interval(row.iqm)]
+        return [row.arm, "0", "–", "–", "–", "–", "–", "–", verdict_of(row, table)]
+    cells = [row.arm, str(row.seeds), _interval(row.mean), f"{row.iqm:.3f}"]
     if row.difference is None or row.better is None:
         cells += ["–", "–", "–"]
     else:
-        p = row.difference.p_value
+        p = row.difference.adjusted_p
         cells += [_interval(row.difference, "+"), f"{row.better:.2f}", "< .001" if p < 0.001 else f"{p:.3f}"]
     tokens = "–" if row.tokens is None or math.isnan(row.tokens) else f"{row.tokens:,.0f}"
-    return [*cells, tokens, _verdict(row, table)]
+    return [*cells, tokens, verdict_of(row, table)]
 
 
-def _verdict(row: Row, table: Table) -> str:
+def verdict_of(row: Row, table: Table) -> str:
+    """The last column: what an arm's difference to the baseline shows."""
+    if row.mean is None:
+        return "no finished run"
     if row.arm == table.baseline:
         return "baseline"
-    return "no pair with the baseline" if row.difference is None else statistics.verdict(row.difference)
+    return "no pair with the baseline" if row.difference is None else statistics.verdict(row.difference, table.margin)
 
 
 def _header(table: Table) -> list[str]:
-    return ["arm", "seeds", f"{table.metric} [95 %]", "IQM [95 %]", "difference [95 %]", "P(better)", "p",
+    return ["arm", "seeds", f"{table.metric} [95 %]", "IQM", "difference [95 %]", "P(better)", "p (Holm)",
             "sampled tokens", "verdict"]  # fmt: skip
 
 
@@ -213,6 +273,10 @@ def _interval(estimate: Estimate, sign: str = "") -> str:
     if math.isinf(estimate.low):
         return f"{estimate.value:{sign}.3f} [–]"
     return f"{estimate.value:{sign}.3f} [{estimate.low:{sign}.3f}, {estimate.high:{sign}.3f}]"
+
+
+def _numbers(estimate: Estimate | None) -> list[float | None]:
+    return [None] * 3 if estimate is None else [estimate.value, estimate.low, estimate.high]
 
 
 def _markdown(table: Table) -> str:
@@ -223,29 +287,31 @@ def _markdown(table: Table) -> str:
     lines = [line(header), "|" + "---|" * len(header), *(line(_cells(row, table)) for row in table.rows), ""]
     lines += [f"- missing: {text}" for text in table.missing]
     lines += [f"- {name}: `{text}`" for name, text in table.notes]
-    return "\n".join([*lines, "", EXPLANATION, ""])
+    bounds = statistics.bounds_of(table.metric)
+    said = statistics.explanation(bounds, has_noise=table.has_noise, margin=table.margin)
+    return "\n".join([*lines, "", f"{said} IQM: interquartile mean. P(better): over all pairs of runs.", ""])
 
 
 def _csv(table: Table) -> str:
     out = io.StringIO()
     out.writelines(f"# {name}: {text}\n" for name, text in (*table.notes, *(("missing", m) for m in table.missing)))
     writer = csv.writer(out, lineterminator="\n")
-    numbers = ["mean", "mean_low", "mean_high", "iqm", "iqm_low", "iqm_high", "difference", "difference_low"]
-    numbers += ["difference_high", "p_better", "p_value", "detectable", "sampled_tokens"]
+    numbers = ["mean", "mean_low", "mean_high", "iqm", "difference", "difference_low"]
+    numbers += ["difference_high", "p_better", "p_value", "p_holm", "detectable", "sampled_tokens"]
     writer.writerow(["arm", "metric", "seeds", *numbers, "verdict"])
     for row in table.rows:
         values: list[float | None] = []
-        for estimate in (row.mean, row.iqm, row.difference):
-            values += [None] * 3 if estimate is None else [estimate.value, estimate.low, estimate.high]
-        tests = (None, None) if row.difference is None else (row.difference.p_value, row.difference.detectable)
-        values += [row.better, *tests, row.tokens]
+        values += [*_numbers(row.mean), row.iqm, *_numbers(row.difference), row.better]
+        found = row.difference
+        values += [None] * 3 if found is None else [found.p_value, found.adjusted_p, found.detectable]
+        values.append(row.tokens)
         cells = ["" if value is None or math.isnan(value) else f"{value:.6g}" for value in values]
         verdict = _cells(row, table)[-1]
         writer.writerow([row.arm, table.metric, row.seeds, *cells, verdict])
     return out.getvalue()
 
 
-_LATEX = {"\\": r"\textbackslash{}", "≥": r"$\geq$", "–": "--", "−": "$-$", "~": r"\textasciitilde{}",
+_LATEX = {"\\": r"\textbackslash{}", "≥": r"$\geq$", "±": r"$\pm$", "–": "--", "−": "$-$", "~": r"\textasciitilde{}",
           "^": r"\textasciicircum{}", "<": "$<$", ">": "$>$", **{c: f"\\{c}" for c in "_%&#{}$"}}  # fmt: skip
 
 

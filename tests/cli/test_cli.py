@@ -12,6 +12,7 @@ import pytest
 
 import grpo_jax
 from grpo_jax import cli
+from grpo_jax.confidence import bounded_limits
 from grpo_jax.errors import RunError, UserError
 from grpo_jax.experiment import SamplingConfig
 
@@ -303,8 +304,8 @@ def test_evaluate_prints_one_json_object_when_asked(run, house, capsys):
 def test_evaluate_compares_two_policies_question_by_question(run, experiment, house, monkeypatch, capsys):
     """Of ten questions the run has eight right and the experiment's policy two, both of which the run has right too.
 
-    The six that changed all went one way: McNemar's p is 2 / 2^6 = .031. The differences are six ones and four zeros:
-    .6, and t(9; .975) x .516 / sqrt(10) = 2.262 x .163 = .369 to either side.
+    The six that changed all went one way: McNemar's p is 2 / 2^6 = .031. The differences are six ones and four zeros.
+    The upper limit is Clopper and Pearson's for 6 of 10, .878. The lower one is that of the differences and a -1.
     """
     right = iter([[True] * 8 + [False] * 2, [True] * 2 + [False] * 8])
 
@@ -314,8 +315,32 @@ def test_evaluate_compares_two_policies_question_by_question(run, experiment, ho
 
     monkeypatch.setattr(grpo_jax.evaluation, "evaluate", evaluate)
     assert cli.main(["evaluate", str(run), "--against", str(experiment)]) == 0
-    said = f"difference in success +60.0% [+23.1%, +96.9%], McNemar p = 0.031: better than {experiment}"
-    assert said in capsys.readouterr().out
+    low, _ = bounded_limits([1] * 6 + [0] * 4, (-1, 1))
+    said = f"difference in success +60.0 points [{100 * low:+.1f}, +87.8], McNemar p = 0.031: better than {experiment}"
+    assert low > 0 and f"{said} (over prompts like these)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("right", "prompts", "said"),
+    [
+        # POUND: one prompt, 512 samples.
+        ([510, 0], 1, "McNemar p < .001: better than {} (over samples of this prompt, not over other prompts)"),
+        ([255, 255], 2, "(every pair is equal) (over samples of these 2 prompts, not over other prompts)"),
+    ],
+)
+def test_few_prompts_are_compared_by_their_samples(right, prompts, said, run, experiment, house, monkeypatch, capsys):
+    found = iter(right)
+
+    def evaluate(policy, config, split):
+        won = next(found)
+        records = [{"success": i < won} for i in range(512)]
+        more = dict(num_prompts=prompts, num_samples=512 // prompts, temperature=1.0)
+        return make_evaluation(won / 512, records=records, **more)
+
+    monkeypatch.setattr(grpo_jax.evaluation, "evaluate", evaluate)
+    assert cli.main(["evaluate", str(run), "--against", str(experiment)]) == 0
+    out = capsys.readouterr().out
+    assert said.format(experiment) in out and "inf" not in out and "points [" in out
 
 
 # sample and export ---------------------------------------------------------------------------------------------------

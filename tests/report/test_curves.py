@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from matplotlib.axes import Axes
 
+from grpo_jax.confidence import bounded_limits
 from grpo_jax.errors import UserError
 from grpo_jax.report.curves import metric_curves, seed_band, seed_curves
 from grpo_jax.report.plots import Series
@@ -31,6 +32,16 @@ def test_the_band_is_students_interval_at_the_steps_that_all_seeds_have():
     # Two seeds .2 apart: deviation .2 / sqrt(2), standard error .1, t(1 degree) = 12.706. The second step: no spread.
     np.testing.assert_allclose(found.high, [0.3 + 12.706 * 0.1, 0.5], rtol=1e-4)
     np.testing.assert_allclose(found.low, [0.3 - 12.706 * 0.1, 0.5], rtol=1e-4)
+
+
+def test_the_band_of_a_rate_stays_within_0_and_1_and_includes_the_evaluations_own_interval():
+    one, two, three = line(0.99, 0.9), line(0.98, 0.8), line(0.0, 0.1)
+    found = seed_band([one, two, three], (0, 1))
+    assert (found.low >= 0).all() and (found.high <= 1).all() and (found.low < found.values).all()
+    np.testing.assert_allclose((found.low[0], found.high[0]), bounded_limits([0.99, 0.98, 0.0]))
+    wide = [Series(c.steps, c.values, c.values - 0.1, c.values + 0.1) for c in (one, two, three)]
+    wider = seed_band(wide, (0, 1))
+    np.testing.assert_allclose(wider.values - wider.low, np.hypot(found.values - found.low, 0.1))
 
 
 def test_one_seed_has_no_band_and_none_no_curve():

@@ -129,8 +129,9 @@ def test_an_ablation_compares_its_arms_by_seed_and_names_what_is_missing(tmp_pat
     page = ablation_page(directory, read_sweep(directory))
     (table,) = page["scores"]
     new, old = table["rows"]
-    assert (old["note"], new["note"]) == ("the baseline", "better than the baseline")
-    assert new["cells"][:2] == ["3", "0.660"] and new["cells"][3].startswith("+0.210 [+0.")
+    assert (old["note"], new["note"]) == ("the baseline", "3 seeds cannot show a difference (6 are needed)")
+    assert new["cells"][:2] == ["3", "0.660"] and new["cells"][3].startswith("+0.210 [−0.")
+    assert "Gaffke's" in table["note"] and "added in quadrature" in table["note"]
     assert page["warnings"] == ["old, seed 3 is running.", "new, seed 3 has not begun."]
     assert ["loss.beta", "0.0", "0.1"] in page["difference"]["rows"]
     chart = page["data"]["charts"][0]

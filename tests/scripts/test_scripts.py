@@ -92,7 +92,8 @@ def cells(line: str) -> list[str]:
 def test_methods_are_compared_by_what_they_score_and_cost(experiment):
     options = ["--methods", "grpo", "rlhf", "sft", "--seeds", "1", "--runs", "runs", "--set", *SMALL]
     done = run_script("compare_methods.py", experiment, *options, "--output", "methods.md")
-    head, _, *lines = done.stdout.splitlines()
+    table, explanation = done.stdout.split("\n\n")
+    head, _, *lines = table.splitlines()
     found = {row[0]: dict(zip(cells(head), row, strict=True)) for row in map(cells, lines)}
     assert list(found) == ["grpo", "rlhf", "sft"]
     for method, run in (("grpo", "grpo-0"), ("rlhf", "rlhf-0"), ("sft", "sft-0")):
@@ -101,6 +102,9 @@ def test_methods_are_compared_by_what_they_score_and_cost(experiment):
     # One step of 4 prompts: 4 x 4 completions for GRPO, as many for the reward model and for PPO each, none for SFT.
     assert [found[method]["rollouts"] for method in found] == ["16", "32", "0"]
     assert found["grpo"]["labels"] == "16" and found["sft"]["labels"] == "4"
+    against = found["sft"]["against the first, in points"]
+    assert re.fullmatch(r"[+-][\d.]+ \[-[\d.]+, \+[\d.]+\], p = 1\.000: (1 seed cannot|no difference) .*", against)
+    assert "Gaffke's" in explanation and "Holm" in explanation
     assert done.stderr.splitlines()[:2] == ["grpo, seed 0", "reward_model, seed 0"]
     assert Path("methods.md").read_text().startswith(done.stdout)
 
@@ -213,3 +217,20 @@ def test_every_page_of_results_has_the_runs_of_todays_files():
     assert pages
     for page in pages:
         assert not [reason for reason in results.why_stale(page) if reason.startswith("stale")], page.stem
+
+
+# interval_coverage.py ------------------------------------------------------------------------------------------------
+
+
+def test_the_printed_intervals_cover_and_students_does_not():
+    options = ["--repetitions", "300", "--questions", "1", "10"]
+    assert run_script("interval_coverage.py", *options, "--output", "coverage.md").stdout == ""
+    text = Path("coverage.md").read_text()
+    assert "    python " in text and "from 300 repetitions" in text
+    means = [cells(line) for line in text.splitlines() if line.startswith("| .99, but 0 once in ten | ")]
+    assert [row[1] for row in means[:4]] == ["3", "5", "10", "20"]
+    coverage = [[float(cell.split("%")[0]) for cell in row[2:]] for row in means[:4]]
+    assert min(row[0] for row in coverage) >= 94 and coverage[0][1] < 35
+    lowest = float(re.search(r"Its lowest coverage\non this page is ([\d.]+) %", text)[1])
+    assert lowest > 93  # the standard error is 1.3 points
+    assert text.count("\n## ") == 7

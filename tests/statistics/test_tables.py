@@ -4,14 +4,16 @@ import csv
 import dataclasses
 import io
 import json
+import math
 import shutil
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from scipy import stats
 
 from grpo_jax import cli
+from grpo_jax.confidence import bounded_limits
 from grpo_jax.errors import UserError
 from grpo_jax.experiment import Ablation, Experiment, load_ablation, to_dict
 from grpo_jax.statistics import tables
@@ -25,13 +27,19 @@ SUCCESS = {"base": [0.1, 0.2, 0.3], "a_b & c": [0.3, 0.41, 0.52], "flat": [0.3, 
 COMMAND = "grpo-jax sweep toy.py"
 
 
-def write_runs(directory: Path, ablation: Ablation = ABLATION, *, commits: dict[str, str] | None = None) -> None:
+def limits(values: list[float], bounds: tuple[float, float]) -> tuple[float, float]:
+    low, high = bounded_limits(values, bounds)
+    return float(low), float(high)
+
+
+def write_runs(directory: Path, ablation: Ablation = ABLATION, *, codes: dict[str, str] | None = None) -> None:
     for run in ablation.runs():
         run_dir = directory / run.key
         run_dir.mkdir()
         arm = run.arms[0]
-        git = {"commit": (commits or {}).get(arm, "c0ffee"), "dirty": False}
-        info = {"status": "finished", "git": git, "device": {"kind": "cpu"}}
+        processor = {"name": "Zilog Z80", "instructions": ["avx2"], "cores": 2}
+        info = {"status": "finished", "device": {"kind": "cpu"}, "processor": processor, "git": None}
+        info |= {"package": {"digest": (codes or {}).get(arm, "c0ffee")}, "config_key": run.config_key}
         (run_dir / "run.json").write_text(json.dumps(info))
         (run_dir / "config.json").write_text(json.dumps(to_dict(run.config)))
         group = run.config.group_size
@@ -51,10 +59,12 @@ def collect(directory: Path, ablation: Ablation = ABLATION, **options) -> tables
 def test_arms_are_compared_with_the_baseline_seed_by_seed(tmp_path):
     write_runs(tmp_path)
     base, better, flat = collect(tmp_path).rows
-    assert base.difference is None and (base.mean.value, base.iqm.value) == (pytest.approx(0.2), pytest.approx(0.2))
-    expected = stats.ttest_rel(SUCCESS["a_b & c"], SUCCESS["base"]).confidence_interval(0.95)
-    assert (better.difference.low, better.difference.high) == pytest.approx(tuple(expected))
-    assert (better.difference.value, better.better, better.difference.p_value) == (pytest.approx(0.21), 17 / 18, 2 / 8)
+    assert base.difference is None and (base.mean.value, base.iqm) == (pytest.approx(0.2), pytest.approx(0.2))
+    assert (base.mean.low, base.mean.high) == pytest.approx(limits(SUCCESS["base"], (0, 1)))
+    found = better.difference
+    assert (found.low, found.high) == pytest.approx(limits([0.2, 0.21, 0.22], (-1, 1)))
+    assert (found.value, better.better, found.p_value) == (pytest.approx(0.21), 17 / 18, 2 / 8)
+    assert (found.adjusted_p, found.num_comparisons) == (4 / 8, 2)
     assert not flat.difference.is_shown
     assert (base.tokens, flat.tokens) == (54, 36)  # of a run's last step
 
@@ -70,7 +80,7 @@ def test_pairs_have_the_same_seed_even_if_one_arm_lacks_its_first(tmp_path, arm)
     shutil.rmtree(tmp_path / first.key)
     difference = collect(tmp_path).rows[1].difference
     assert (difference.num_pairs, difference.value) == (2, pytest.approx((0.21 + 0.22) / 2))
-    assert difference.high - difference.low == pytest.approx(2 * 12.7062 * 0.005, rel=1e-4)  # t(1 degree) x std / 2^.5
+    assert (difference.low, difference.high) == pytest.approx(limits([0.21, 0.22], (-1, 1)))
 
 
 @pytest.mark.parametrize("earlier", [0.99, 0.01])
@@ -97,10 +107,16 @@ def test_markdown_says_who_won_and_what_made_it(tmp_path):
     write_runs(tmp_path)
     text = tables.render(collect(tmp_path), "md")
     lines = text.splitlines()
-    assert lines[2].startswith("| base | 3 | 0.200 [-0.048, 0.448] |") and lines[2].endswith("| 54 | baseline |")
-    assert lines[3].endswith("| better than the baseline |")
-    assert "no difference shown (could have seen ≥ " in lines[4]
-    for note in (f"- command: `{COMMAND}`", "- commit: `c0ffee`", "- seeds: `0, 1, 2`", "- budget: `equal steps`"):
+    assert lines[2].startswith("| base | 3 | 0.200 [0.0")
+    assert lines[2].endswith("] | 0.200 | – | – | – | 54 | baseline |")
+    assert lines[3].endswith("| 0.94 | 0.500 | 54 | 3 seeds cannot show a difference (7 are needed) |")
+    assert "Gaffke's" in lines[-1] and "corrected by Holm" in lines[-1]
+    for note in (
+        f"- command: `{COMMAND}`",
+        "- code: `c0ffee`",
+        "- seeds: `0, 1, 2`",
+        "- budget: `equal steps`",
+    ):
         assert note in lines
     assert f"- runs of flat: `{' '.join(run.key for run in ABLATION.runs() if run.arms == ('flat',))}`" in lines
 
@@ -113,15 +129,75 @@ def test_csv_holds_the_numbers(tmp_path):
     rows = list(csv.DictReader(io.StringIO("\n".join(line for line in lines if not line.startswith("#")))))
     assert [row["arm"] for row in rows] == list(ABLATION.arms)
     assert float(rows[1]["difference_low"]) == pytest.approx(table.rows[1].difference.low, rel=1e-5)
-    assert rows[0]["difference"] == "" and rows[1]["verdict"] == "better than the baseline"
+    assert rows[0]["difference"] == "" and rows[1]["verdict"] == "3 seeds cannot show a difference (7 are needed)"
+    assert (rows[1]["p_value"], rows[1]["p_holm"]) == ("0.25", "0.5") and "iqm_low" not in rows[1]
 
 
 def test_latex_uses_booktabs_and_escapes_names(tmp_path):
     write_runs(tmp_path)
     text = tables.render(collect(tmp_path), "latex")
     assert r"\toprule" in text and r"\midrule" in text and r"\bottomrule" in text
-    assert r"a\_b \& c & 3 &" in text and r"$\geq$" in text
-    assert "% commit: c0ffee" in text
+    assert r"a\_b \& c & 3 &" in text
+    assert "% code: c0ffee" in text
+
+
+MANY = dataclasses.replace(ABLATION, seeds=range(8))
+MANY_SUCCESS = {"base": [0.1] * 8, "a_b & c": [0.9] * 8, "flat": [0.1 + 0.01 * seed for seed in range(8)]}
+
+
+def write_many(directory: Path, monkeypatch, **noise: float) -> None:
+    """Eight seeds; with `half`, each evaluation has an interval of that half width."""
+    monkeypatch.setattr(sys.modules[__name__], "SUCCESS", MANY_SUCCESS)
+    write_runs(directory, MANY)
+    for path in directory.glob("*/metrics.jsonl"):
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        if noise:
+            name, value = "evaluation/success", rows[-1]["evaluation/success"]
+            rows[-1] |= {f"{name}_low": value - noise["half"], f"{name}_high": value + noise["half"]}
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def test_a_clear_difference_is_called_and_one_that_a_collapse_could_undo_is_not(tmp_path, monkeypatch):
+    write_many(tmp_path, monkeypatch)
+    lines = tables.render(collect(tmp_path, MANY), "md").splitlines()
+    assert lines[3].endswith("| better than the baseline |")
+    assert lines[4].endswith("| higher at 7 of 8 seeds; the mean is not shown to be |")
+    assert "quadrature" not in lines[-1]
+
+
+def test_the_evaluations_own_intervals_widen_those_of_the_table(tmp_path, monkeypatch):
+    write_many(tmp_path, monkeypatch, half=0.1)
+    table = collect(tmp_path, MANY)
+    base, better, _ = table.rows
+    low, high = bounded_limits([0.1] * 8)
+    assert base.mean.high == pytest.approx(0.1 + math.hypot(high - 0.1, 0.1))
+    assert base.mean.low == pytest.approx(max(0.1 - math.hypot(0.1 - low, 0.1), 0))
+    low, _ = bounded_limits([0.8] * 8, (-1, 1))
+    assert better.difference.low == pytest.approx(0.8 - math.hypot(0.8 - low, math.hypot(0.1, 0.1)))
+    assert "quadrature" in tables.render(table, "md")
+
+
+def test_arms_are_the_same_only_within_a_margin(tmp_path, monkeypatch):
+    write_many(tmp_path, monkeypatch)
+    table = collect(tmp_path, MANY, margin=0.5)
+    assert [tables.render(table, "csv").splitlines()[-1 - i].split(",")[-1] for i in range(3)] == [
+        "the same as the baseline within ±0.5", "better than the baseline", "baseline"]  # fmt: skip
+    assert r"$\pm$0.5" in tables.render(table, "latex") and "within ±0.5" in tables.render(table, "md").splitlines()[-1]
+    assert "the same" not in tables.render(collect(tmp_path, MANY), "md")
+    with pytest.raises(UserError, match="the margin must be above 0, not 0"):
+        collect(tmp_path, MANY, margin=0.0)
+
+
+def test_a_reward_has_students_interval_and_the_table_says_so(tmp_path):
+    write_runs(tmp_path)
+    for number, path in enumerate(sorted(tmp_path.glob("*/metrics.jsonl"))):
+        path.write_text(path.read_text().replace('"reward": 0.5', f'"reward": {number / 3}'))
+    ablation = dataclasses.replace(ABLATION, metric="reward")
+    table = collect(tmp_path, ablation)
+    values = [runs.mean for runs in table.rows]
+    assert all(mean.high > 1 or mean.low < 0 for mean in values)
+    text = tables.render(table, "md")
+    assert "Student's" in text and "Gaffke" not in text
 
 
 def test_the_same_directories_give_the_same_bytes(tmp_path):
@@ -130,11 +206,11 @@ def test_the_same_directories_give_the_same_bytes(tmp_path):
         assert tables.render(collect(tmp_path), layout) == tables.render(collect(tmp_path), layout)
 
 
-def test_runs_of_two_commits_are_mixed_only_if_that_is_allowed(tmp_path):
-    write_runs(tmp_path, commits={"flat": "decade"})
-    with pytest.raises(UserError, match="the commit of flat seed 0 is decade, that of base seed 0 c0ffee"):
+def test_runs_of_two_versions_of_the_code_are_mixed_only_if_that_is_allowed(tmp_path):
+    write_runs(tmp_path, codes={"flat": "decade"})
+    with pytest.raises(UserError, match="the code of flat seed 0 is decade, that of base seed 0 c0ffee"):
         collect(tmp_path)
-    assert ("commit", "c0ffee, decade") in collect(tmp_path, allow_mixed=True).notes
+    assert ("code", "c0ffee, decade") in collect(tmp_path, allow_mixed=True).notes
 
 
 FILE = """
@@ -147,21 +223,50 @@ ablation = Ablation(base, arms={"base": {}, "flat": {"group_size": 2}}, seeds=(0
 """
 
 
-def test_the_command_compares_runs_of_two_commits_only_with_allow_mixed(tmp_path, capsys):
+def test_runs_of_the_same_configs_by_other_code_of_the_user_are_compared_only_with_allow_mixed(tmp_path):
+    """Their directories have other names: they are found by the name of the config alone."""
+    write_runs(tmp_path)
+    for run in ABLATION.runs():
+        (tmp_path / run.key).rename(tmp_path / f"old{run.key}")
+    with pytest.raises(UserError, match=r"none of the 9 runs .* is finished \(other code has made 9 of them"):
+        collect(tmp_path)
+    assert [row.seeds for row in collect(tmp_path, allow_mixed=True).rows] == [3, 3, 3]
+    write_runs(tmp_path)
+    assert [row.seeds for row in collect(tmp_path).rows] == [3, 3, 3]
+    shutil.rmtree(tmp_path / ABLATION.runs()[0].key)
+    assert collect(tmp_path).missing[0].endswith("made by other code")
+
+
+def test_a_run_that_was_resumed_with_changes_is_compared_only_with_allow_mixed(tmp_path):
+    write_runs(tmp_path)
+    path = tmp_path / ABLATION.runs()[0].key / "run.json"
+    same = {"step": 1, "changes": {}, "code": None}
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"resumed": [same]}))
+    assert collect(tmp_path).rows[0].seeds == 3
+    changed = {"step": 2, "changes": {"loss.beta": [0.0, 0.1]}, "code": None}
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"resumed": [same, changed]}))
+    with pytest.raises(UserError, match="resumed with another config or other files at step 2"):
+        collect(tmp_path)
+    assert collect(tmp_path, allow_mixed=True).rows[0].seeds == 3
+
+
+def test_the_command_compares_runs_of_two_versions_of_the_code_only_with_allow_mixed(tmp_path, capsys):
     source, runs = tmp_path / "toy.py", tmp_path / "runs"
     source.write_text(FILE)
     runs.mkdir()
-    write_runs(runs, load_ablation(source), commits={"flat": "decade"})
+    write_runs(runs, load_ablation(source), codes={"flat": "decade"})
     assert cli.main(["table", str(source), "--dir", str(runs)]) == 2
     out, err = capsys.readouterr()
     assert out == ""
     assert err == (
-        "error: the commit of flat seed 0 is decade, that of base seed 0 c0ffee: they are compared only with "
+        "error: the code of flat seed 0 is decade, that of base seed 0 c0ffee: they are compared only with "
         "--allow-mixed.\n"
     )
     assert cli.main(["table", str(source), "--dir", str(runs), "--allow-mixed"]) == 0
     out = capsys.readouterr().out
-    assert "- commit: `c0ffee, decade`" in out and out.startswith("| arm | seeds | evaluation/success [95 %]")
+    assert "- code: `c0ffee, decade`" in out and out.startswith("| arm | seeds | evaluation/success [95 %]")
+    assert cli.main(["table", str(source), "--dir", str(runs), "--allow-mixed", "--margin", "0.9"]) == 0
+    assert "the 90 % interval is within ±0.9" in capsys.readouterr().out
 
 
 def test_arms_with_other_held_out_data_are_mixed_only_if_that_is_allowed(tmp_path):
@@ -191,7 +296,7 @@ def test_missing_and_failed_runs_are_named_and_only_finished_seeds_are_paired(tm
         f"flat seed 2 ({keys['flat', 2]}): not run",
     ]
     assert (table.rows[2].seeds, table.rows[2].difference.num_pairs) == (1, 1)
-    assert "could have seen" not in tables.render(table, "md").splitlines()[4]
+    assert "1 seed cannot show a difference" in tables.render(table, "md").splitlines()[4]
     assert f"- missing: flat seed 2 ({keys['flat', 2]}): not run" in tables.render(table, "md")
     assert "% missing: flat seed 1" in tables.render(table, "latex")
 
