@@ -4,7 +4,7 @@
 partial credit against a secret drawn for each completion. A gain under any of them would mean that the success of the
 true reward is no evidence.
 
-    grpo-jax sweep experiments/ablations/controls.py
+    grpo-jax sweep experiments/ablations/controls.py --jobs 2
     grpo-jax table experiments/ablations/controls.py
 """
 
@@ -37,5 +37,5 @@ rewards = {
 }
 
 ablation = Ablation(
-    base=pound, arms={name: {"rewards": {"reward": reward}} for name, reward in rewards.items()}, seeds=range(5)
+    base=pound, arms={name: {"rewards": {"reward": reward}} for name, reward in rewards.items()}, seeds=range(10)
 )
