@@ -275,6 +275,17 @@ def _interval(estimate: Estimate, sign: str = "") -> str:
     return f"{estimate.value:{sign}.3f} [{estimate.low:{sign}.3f}, {estimate.high:{sign}.3f}]"
 
 
+def _explanation(table: Table) -> str:
+    bounds = statistics.bounds_of(table.metric)
+    said = statistics.explanation(bounds, has_noise=table.has_noise, margin=table.margin)
+    return f"{said} IQM: interquartile mean. P(better): over all pairs of runs."
+
+
+def _comments(table: Table) -> list[tuple[str, str]]:
+    """The notes of a layout that has comments, by name."""
+    return [*table.notes, *(("missing", text) for text in table.missing), ("explanation", _explanation(table))]
+
+
 def _numbers(estimate: Estimate | None) -> list[float | None]:
     return [None] * 3 if estimate is None else [estimate.value, estimate.low, estimate.high]
 
@@ -287,14 +298,12 @@ def _markdown(table: Table) -> str:
     lines = [line(header), "|" + "---|" * len(header), *(line(_cells(row, table)) for row in table.rows), ""]
     lines += [f"- missing: {text}" for text in table.missing]
     lines += [f"- {name}: `{text}`" for name, text in table.notes]
-    bounds = statistics.bounds_of(table.metric)
-    said = statistics.explanation(bounds, has_noise=table.has_noise, margin=table.margin)
-    return "\n".join([*lines, "", f"{said} IQM: interquartile mean. P(better): over all pairs of runs.", ""])
+    return "\n".join([*lines, "", _explanation(table), ""])
 
 
 def _csv(table: Table) -> str:
     out = io.StringIO()
-    out.writelines(f"# {name}: {text}\n" for name, text in (*table.notes, *(("missing", m) for m in table.missing)))
+    out.writelines(f"# {name}: {text}\n" for name, text in _comments(table))
     writer = csv.writer(out, lineterminator="\n")
     numbers = ["mean", "mean_low", "mean_high", "iqm", "difference", "difference_low"]
     numbers += ["difference_high", "p_better", "p_value", "p_holm", "detectable", "sampled_tokens"]
@@ -319,7 +328,7 @@ def _latex(table: Table) -> str:
     def line(cells: Sequence[str]) -> str:
         return "  " + " & ".join("".join(_LATEX.get(c, c) for c in cell) for cell in cells) + r" \\"
 
-    comments = [f"% {name}: {text}" for name, text in (*table.notes, *(("missing", m) for m in table.missing))]
+    comments = [f"% {name}: {text}" for name, text in _comments(table)]
     header = _header(table)
     columns = "l" + "r" * (len(header) - 2) + "l"
     return "\n".join([

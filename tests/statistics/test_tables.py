@@ -198,6 +198,8 @@ def test_a_reward_has_students_interval_and_the_table_says_so(tmp_path):
     assert all(mean.high > 1 or mean.low < 0 for mean in values)
     text = tables.render(table, "md")
     assert "Student's" in text and "Gaffke" not in text
+    for layout, mark in (("csv", "#"), ("latex", "%")):
+        assert f"{mark} explanation: Intervals: 95 %, over seeds; Student's" in tables.render(table, layout)
 
 
 def test_the_same_directories_give_the_same_bytes(tmp_path):
