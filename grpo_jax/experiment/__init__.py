@@ -37,7 +37,7 @@ from grpo_jax.experiment.methods import (
     RFTConfig,
     SFTConfig,
 )
-from grpo_jax.experiment.overrides import nearest, override, parse_overrides, variant_of
+from grpo_jax.experiment.overrides import override, parse_overrides, variant_of
 from grpo_jax.experiment.requirements import METHODS, Method, method_of
 
 __all__ = [
@@ -69,7 +69,6 @@ __all__ = [
     "load_ablation",
     "load_run",
     "method_of",
-    "nearest",
     "override",
     "parse_overrides",
     "read_run",

@@ -10,7 +10,7 @@ from typing import Literal
 
 from grpo_jax import statistics
 from grpo_jax.errors import UserError
-from grpo_jax.experiment import nearest
+from grpo_jax.experiment.overrides import nearest
 from grpo_jax.statistics.intervals import Estimate
 from grpo_jax.statistics.tables import Row, Table, verdict_of
 

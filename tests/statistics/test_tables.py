@@ -171,7 +171,7 @@ def test_a_table_shows_the_columns_and_the_metric_that_are_asked_for_and_shares_
     assert lines[0] == "| arm | evaluation/success, % [95 %] | difference, points [95 %] |"
     assert lines[2].startswith("| base | 20.0 [") and lines[3].split(" | ")[2].startswith("+0.0 [")
     assert cli.main([*command, "--metric", "reward", "--columns", "arm", "mean"]) == 0
-    assert capsys.readouterr().out.splitlines()[2] == "| base | 0.500 [0.500, 0.500] |"
+    assert capsys.readouterr().out.splitlines()[2] == "| base | 0.500 [–] |"
     assert cli.main([*command, "--metric", "reward", "--percent"]) == 2
     assert "'reward' is no share, so --percent cannot show it." in capsys.readouterr().err
     assert cli.main([*command, "--columns", "arm", "verdit"]) == 2
