@@ -79,6 +79,7 @@ def make(plan: Plan) -> None:
     from grpo_jax.report.curves import seed_curves
     from grpo_jax.statistics import layouts, tables
     from grpo_jax.sweep import sweep
+    from grpo_jax.sweep.processes import write_plan
 
     found: dict[str, tables.Table] = {}
     measured: dict[str, Any] = {}
@@ -89,6 +90,7 @@ def make(plan: Plan) -> None:
         found[kind] = tables.collect(ablation, plan.directory, command=plan.command())
         measured[kind] = values(ablation, plan.directory)
     ablation = load_ablation(plan.source)
+    write_plan(plan.directory, ablation)  # a report on the directory is about the sweep as it is
     record = {
         "page": plan.name,
         "ablation": relative(plan.source),
