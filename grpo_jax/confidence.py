@@ -2,7 +2,7 @@
 
 The limits are those of Gaffke (2005), described by Learned-Miller & Thomas (2019, https://arxiv.org/abs/1905.06208).
 They assume independent values in a known range, and nothing else. For outcomes of 0 and 1 they are Clopper and
-Pearson's (1934). No proof is known that they cover the mean at every distribution, and no counterexample either;
+Pearson's (1934). That they cover the mean for every distribution is a conjecture of these authors;
 docs/results/interval_coverage.md has what a simulation found.
 """
 

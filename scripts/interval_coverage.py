@@ -327,9 +327,9 @@ interval, from {repetitions:,} repetitions where nothing else is said. The stand
 Tables, reports and comparisons print Gaffke's interval for success rates and other bounded metrics. Its lowest coverage
 on this page is {covered:.1f} %. It is often above 96 %: the interval is conservative. After three seeds that all score
 .65 it must allow that more than half of all runs collapse, because three seeds cannot exclude that. An interval that is
-narrower there misses the mean where runs do collapse, so none covers 95 % for all these distributions at three seeds.
-The other candidates are narrower where the values are roughly normal. With three seeds, and one run in ten that
-collapses, they cover the mean in less than a third of the repetitions.
+narrower there misses the mean where runs do collapse. So no interval covers exactly 95 % for all these distributions at
+three seeds. The other candidates are narrower where the values are roughly normal. With three seeds, and one run in ten
+that collapses, they cover the mean in less than a third of the repetitions.
 
 Unbounded metrics, such as rewards and lengths, have Student's interval. Where they collapse in some runs it is too
 narrow, as the column "Student" shows.

@@ -77,8 +77,9 @@ def main() -> None:
 def make(plan: Plan) -> None:
     """Makes the runs that are not finished, the perturbed ones too, and writes the page."""
     from grpo_jax.report.curves import seed_curves
-    from grpo_jax.statistics import tables
+    from grpo_jax.statistics import layouts, tables
     from grpo_jax.sweep import sweep
+    from grpo_jax.sweep.processes import write_plan
 
     found: dict[str, tables.Table] = {}
     measured: dict[str, Any] = {}
@@ -89,6 +90,7 @@ def make(plan: Plan) -> None:
         found[kind] = tables.collect(ablation, plan.directory, command=plan.command())
         measured[kind] = values(ablation, plan.directory)
     ablation = load_ablation(plan.source)
+    write_plan(plan.directory, ablation)  # a report on the directory is about the sweep as it is
     record = {
         "page": plan.name,
         "ablation": relative(plan.source),
@@ -102,7 +104,7 @@ def make(plan: Plan) -> None:
     }
     plan.output.mkdir(parents=True, exist_ok=True)
     write(plan.output / f"{plan.name}.json", json.dumps(record, indent=1, ensure_ascii=False) + "\n")
-    write(plan.output / f"{plan.name}.csv", tables.render(found["as it is"], "csv"))
+    write(plan.output / f"{plan.name}.csv", layouts.render(found["as it is"], "csv"))
     runs = {arm: [plan.directory / run.key for run in ablation.runs() if arm in run.arms] for arm in ablation.arms}
     seed_curves(runs, ablation.metric, plan.output / f"{plan.name}.png")
     page = plan.output / f"{plan.name}.md"
@@ -136,11 +138,11 @@ def machines(ablation: Ablation, directory: Path) -> list[dict[str, Any]]:
 
 def below(record: Mapping[str, Any], found: Mapping[str, Any]) -> str:
     """The part of a page that is measured, as Markdown."""
-    from grpo_jax.statistics import tables
+    from grpo_jax.statistics import layouts
 
     seeds = list(dict.fromkeys(seed for arm in record["runs"]["as it is"].values() for seed in arm))
     lines = [f"    {record['command']}", "", f"![{record['metric']}]({record['page']}.png)", ""]
-    lines += [tables.render(found["as it is"], "md").rstrip(), "", "## Do the verdicts hang on rounding?", ""]
+    lines += [layouts.render(found["as it is"], "md").rstrip(), "", "## Do the verdicts hang on rounding?", ""]
     lines += [
         f"The same runs from weights that are perturbed by {PERTURBATION:g} of their size:",
         "",

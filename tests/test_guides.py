@@ -216,7 +216,7 @@ def test_a_generator_around_the_policy(tmp_path, monkeypatch, capsys):
 def test_ablation(tmp_path):
     path = write(
         "my_ablation.py", tmp_path,
-        ("range(5)", "range(2)"), ("steps=200", "steps=2"), ("group_size=64", "group_size=4"),
+        ("range(10)", "range(2)"), ("steps=200", "steps=2"), ("group_size=64", "group_size=4"),
         ('    warm_start={"method": "sft", "steps": 100},\n', ""),
         ('QRSTUVWXYZ")', 'QRSTUVWXYZ", hidden_size=16, num_layers=1, num_heads=2)'),
     )  # fmt: skip

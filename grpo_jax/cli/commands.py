@@ -4,12 +4,16 @@ JAX is imported inside the commands, so that `--help` and mistakes in a config t
 """
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from importlib.metadata import version
 
 import tyro
 
 from grpo_jax.cli.evaluate import evaluate
 from grpo_jax.cli.export import export
+from grpo_jax.cli.fields import fields
+from grpo_jax.cli.init import init
+from grpo_jax.cli.list_runs import list_runs
 from grpo_jax.cli.report import report
 from grpo_jax.cli.rewards import rewards
 from grpo_jax.cli.sample import sample
@@ -17,14 +21,28 @@ from grpo_jax.cli.sweep import sweep
 from grpo_jax.cli.table import table
 from grpo_jax.cli.train import train
 from grpo_jax.cli.which_method import advise
-from grpo_jax.errors import exit_status
+from grpo_jax.errors import UserError, exit_status
+from grpo_jax.experiment.overrides import nearest
 
-COMMANDS = (train, evaluate, sample, export, rewards, sweep, table, report, advise)
-"""In the order in which `--help` lists them. The name of a function is the name of the command."""
+COMMANDS: dict[str, Callable[..., None]] = {
+    "init": init,
+    "train": train,
+    "evaluate": evaluate,
+    "sample": sample,
+    "export": export,
+    "rewards": rewards,
+    "sweep": sweep,
+    "table": table,
+    "report": report,
+    "list": list_runs,
+    "fields": fields,
+    "advise": advise,
+}
+"""In the order in which `--help` lists them."""
 
 app = tyro.extras.SubcommandApp()
-for command in COMMANDS:
-    app.command(command)
+for name, command in COMMANDS.items():
+    app.command(name=name)(command)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -36,11 +54,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")  # a terminal without some character must not end a run
-    return exit_status(
-        lambda: app.cli(
-            prog="grpo-jax",
-            description="Fine-tune language models with GRPO in pure JAX.",
-            args=arguments,
-            config=(tyro.conf.FlagCreatePairsOff,),
-        )
+    return exit_status(lambda: _run(sys.argv[1:] if arguments is None else list(arguments)))
+
+
+def _run(arguments: list[str]) -> None:
+    first = arguments[0] if arguments else ""
+    if first == "--version":
+        print(f"grpo_jax {version('grpo_jax')}")
+        return
+    if first and not first.startswith("-") and first not in COMMANDS:
+        raise UserError(f"grpo-jax has no command {first!r}{nearest(first, list(COMMANDS))}")
+    app.cli(
+        prog="grpo-jax",
+        description="Fine-tune language models with GRPO in pure JAX. --version says which version this is.",
+        args=arguments,
+        config=(tyro.conf.FlagCreatePairsOff,),
     )

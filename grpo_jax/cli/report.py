@@ -21,7 +21,7 @@ def report(
     """Write one self-contained HTML page about a run or an ablation.
 
     Args:
-        output: Where the page goes. Default: report.html in the directory or, for a file, in runs/ABLATION.
+        output: Where the page goes: a file or a directory. Default: report.html in that of the run or the sweep.
         pictures: Also draw the plots as PNG files in the directory.
     """
     from grpo_jax.report import page

@@ -49,6 +49,7 @@ class Sweep:
 def report(directory: Path, output: Path | None = None) -> Path:
     """Writes the page about the run or the sweep in `directory` and returns the path of the page.
 
+    `output` is a file, or a directory for a file report.html.
     Raises `UserError` if the directory holds neither.
     """
     if (directory / "run.json").is_file():
@@ -56,6 +57,8 @@ def report(directory: Path, output: Path | None = None) -> Path:
     else:
         page = ablation_page(directory, read_sweep(directory))
     output = output or directory / "report.html"
+    if output.is_dir():
+        output /= "report.html"
     write_text(output, render(page))
     return output
 

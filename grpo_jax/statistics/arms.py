@@ -46,7 +46,7 @@ def explanation(bounds: Bounds | None, *, has_noise: bool, margin: float | None 
     if bounds is None:
         kind = "Student's, which needs roughly normal values: where runs collapse it is too narrow"
     else:
-        kind = "Gaffke's, valid for any values in the metric's range and therefore wide with few seeds"
+        kind = "Gaffke's, which assume nothing but the metric's range and are therefore wide with few seeds"
     spread = "over seeds"
     if has_noise:
         spread += ", with the evaluation's own 95 % interval added in quadrature because all runs have the same prompts"

@@ -1,18 +1,16 @@
-"""The table of an ablation, as Markdown, CSV or LaTeX, from the files in its run directories.
+"""The table of an ablation, from the files in its run directories; layouts.py makes text of it.
 
 The same directories give the same table, byte for byte. Below it stand the command that makes it again, and the runs
 that are missing or failed. Arms are comparable only if the same code trained them and they were evaluated on the same
 questions, so other runs are refused unless the caller allows them.
 """
 
-import csv
-import io
 import json
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from grpo_jax import statistics
 from grpo_jax.errors import UserError
@@ -20,8 +18,6 @@ from grpo_jax.experiment import Ablation, PlannedRun, to_dict
 from grpo_jax.experiment.fingerprint import fingerprint
 from grpo_jax.runs.files import read_rows
 from grpo_jax.statistics import Arm, Difference, Estimate, Score
-
-Layout = Literal["md", "csv", "latex"]
 
 
 @dataclass(frozen=True)
@@ -136,11 +132,6 @@ def collect(
     return Table(ablation.metric, ablation.baseline_arm, rows, notes, missing, margin, has_noise)
 
 
-def render(table: Table, layout: Layout) -> str:
-    """The table as text that ends with a newline."""
-    return _RENDER[layout](table)
-
-
 def _row(arm: str, runs: Sequence[_Finished], compared: Arm, baseline: Sequence[float]) -> Row:
     """The row of an arm, from its finished runs, its comparison with the baseline, and the values of the baseline."""
     if not runs:
@@ -239,22 +230,6 @@ def _require_one(found: Sequence[tuple[PlannedRun, str]], what: str) -> None:
             )
 
 
-# Layouts -------------------------------------------------------------------------------------------------------------
-
-
-def _cells(row: Row, table: Table) -> list[str]:
-    if row.mean is None or row.iqm is None:
-        return [row.arm, "0", "–", "–", "–", "–", "–", "–", verdict_of(row, table)]
-    cells = [row.arm, str(row.seeds), _interval(row.mean), f"{row.iqm:.3f}"]
-    if row.difference is None or row.better is None:
-        cells += ["–", "–", "–"]
-    else:
-        p = row.difference.adjusted_p
-        cells += [_interval(row.difference, "+"), f"{row.better:.2f}", "< .001" if p < 0.001 else f"{p:.3f}"]
-    tokens = "–" if row.tokens is None or math.isnan(row.tokens) else f"{row.tokens:,.0f}"
-    return [*cells, tokens, verdict_of(row, table)]
-
-
 def verdict_of(row: Row, table: Table) -> str:
     """The last column: what an arm's difference to the baseline shows."""
     if row.mean is None:
@@ -262,77 +237,3 @@ def verdict_of(row: Row, table: Table) -> str:
     if row.arm == table.baseline:
         return "baseline"
     return "no pair with the baseline" if row.difference is None else statistics.verdict(row.difference, table.margin)
-
-
-def _header(table: Table) -> list[str]:
-    return ["arm", "seeds", f"{table.metric} [95 %]", "IQM", "difference [95 %]", "P(better)", "p (Holm)",
-            "sampled tokens", "verdict"]  # fmt: skip
-
-
-def _interval(estimate: Estimate, sign: str = "") -> str:
-    if math.isinf(estimate.low):
-        return f"{estimate.value:{sign}.3f} [–]"
-    return f"{estimate.value:{sign}.3f} [{estimate.low:{sign}.3f}, {estimate.high:{sign}.3f}]"
-
-
-def _numbers(estimate: Estimate | None) -> list[float | None]:
-    return [None] * 3 if estimate is None else [estimate.value, estimate.low, estimate.high]
-
-
-def _markdown(table: Table) -> str:
-    def line(cells: Sequence[str]) -> str:
-        return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
-
-    header = _header(table)
-    lines = [line(header), "|" + "---|" * len(header), *(line(_cells(row, table)) for row in table.rows), ""]
-    lines += [f"- missing: {text}" for text in table.missing]
-    lines += [f"- {name}: `{text}`" for name, text in table.notes]
-    bounds = statistics.bounds_of(table.metric)
-    said = statistics.explanation(bounds, has_noise=table.has_noise, margin=table.margin)
-    return "\n".join([*lines, "", f"{said} IQM: interquartile mean. P(better): over all pairs of runs.", ""])
-
-
-def _csv(table: Table) -> str:
-    out = io.StringIO()
-    out.writelines(f"# {name}: {text}\n" for name, text in (*table.notes, *(("missing", m) for m in table.missing)))
-    writer = csv.writer(out, lineterminator="\n")
-    numbers = ["mean", "mean_low", "mean_high", "iqm", "difference", "difference_low"]
-    numbers += ["difference_high", "p_better", "p_value", "p_holm", "detectable", "sampled_tokens"]
-    writer.writerow(["arm", "metric", "seeds", *numbers, "verdict"])
-    for row in table.rows:
-        values: list[float | None] = []
-        values += [*_numbers(row.mean), row.iqm, *_numbers(row.difference), row.better]
-        found = row.difference
-        values += [None] * 3 if found is None else [found.p_value, found.adjusted_p, found.detectable]
-        values.append(row.tokens)
-        cells = ["" if value is None or math.isnan(value) else f"{value:.6g}" for value in values]
-        verdict = _cells(row, table)[-1]
-        writer.writerow([row.arm, table.metric, row.seeds, *cells, verdict])
-    return out.getvalue()
-
-
-_LATEX = {"\\": r"\textbackslash{}", "≥": r"$\geq$", "±": r"$\pm$", "–": "--", "−": "$-$", "~": r"\textasciitilde{}",
-          "^": r"\textasciicircum{}", "<": "$<$", ">": "$>$", **{c: f"\\{c}" for c in "_%&#{}$"}}  # fmt: skip
-
-
-def _latex(table: Table) -> str:
-    def line(cells: Sequence[str]) -> str:
-        return "  " + " & ".join("".join(_LATEX.get(c, c) for c in cell) for cell in cells) + r" \\"
-
-    comments = [f"% {name}: {text}" for name, text in (*table.notes, *(("missing", m) for m in table.missing))]
-    header = _header(table)
-    columns = "l" + "r" * (len(header) - 2) + "l"
-    return "\n".join([
-        *comments,
-        rf"\begin{{tabular}}{{{columns}}}",
-        r"  \toprule",
-        line(header),
-        r"  \midrule",
-        *(line(_cells(row, table)) for row in table.rows),
-        r"  \bottomrule",
-        r"\end{tabular}",
-        "",
-    ])  # fmt: skip
-
-
-_RENDER: dict[Layout, Callable[[Table], str]] = {"md": _markdown, "csv": _csv, "latex": _latex}

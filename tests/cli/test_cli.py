@@ -3,8 +3,10 @@
 import importlib
 import json
 import os
+import re
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
@@ -14,7 +16,7 @@ import grpo_jax
 from grpo_jax import cli
 from grpo_jax.confidence import bounded_limits
 from grpo_jax.errors import RunError, UserError
-from grpo_jax.experiment import SamplingConfig
+from grpo_jax.experiment import SamplingConfig, load, load_ablation
 
 FILE = """
 from types import SimpleNamespace
@@ -175,7 +177,7 @@ def test_an_error_that_nobody_foresaw_is_not_hidden(experiment, house):
         cli.main(["train", str(experiment)])
 
 
-@pytest.mark.parametrize("arguments", [[], ["trian"], ["train"], ["train", "a.py", "--stesp", "3"]])
+@pytest.mark.parametrize("arguments", [[], ["train"], ["train", "a.py", "--stesp", "3"]])
 def test_a_wrong_usage_ends_with_2(arguments, capsys):
     with pytest.raises(SystemExit) as caught:
         cli.main(arguments)
@@ -211,6 +213,77 @@ print(f"status {{status}}, imported {{heavy}}")
     assert f"status {status}, imported []" in done.stdout
     assert says in done.stdout + done.stderr
     assert "Traceback" not in done.stderr
+
+
+# init, list and fields -----------------------------------------------------------------------------------------------
+
+
+def test_an_unknown_command_suggests_the_nearest(capsys):
+    assert cli.main(["trian", "x.py"]) == 2
+    assert capsys.readouterr().err == "error: grpo-jax has no command 'trian'; did you mean 'train'?\n"
+
+
+def test_the_version_is_that_of_the_package(capsys):
+    assert cli.main(["--version"]) == 0
+    assert capsys.readouterr().out == f"grpo_jax {version('grpo_jax')}\n"
+
+
+def test_init_writes_an_experiment_and_an_ablation_that_load_and_overwrites_nothing(tmp_path, capsys):
+    assert cli.main(["init", str(tmp_path / "mine")]) == 0
+    out = capsys.readouterr().out
+    assert f"train {tmp_path / 'mine' / 'experiment.py'}" in out and "--format latex" in out
+    config = load(tmp_path / "mine" / "experiment.py")
+    right = {"completions": ["abc", "acb", "ab"], "answer": ["abc"] * 3}
+    assert config.rewards["letters_in_place"](**right) == [1.0, 1 / 3, 0.0]
+    ablation = load_ablation(tmp_path / "mine" / "ablation.py")
+    assert [run.arms for run in ablation.runs()[:2]] == [("letters in place",), ("exact",)]
+    assert ablation.experiment("exact", 0).rewards["exact"](**right) == [1.0, 0.0, 0.0]
+    words = {split: {example["prompt"] for example in getattr(config.task, split)} for split in ("train", "held_out")}
+    assert len(words["train"]) == 162 and len(words["held_out"]) == 54 and not words["train"] & words["held_out"]
+    before = (tmp_path / "mine" / "rewards.py").read_text()
+    assert cli.main(["init", str(tmp_path / "mine")]) == 2
+    assert "is there already, and is not overwritten" in capsys.readouterr().err
+    assert (tmp_path / "mine" / "rewards.py").read_text() == before
+
+
+def test_list_shows_the_runs_of_a_directory_and_of_its_sweeps(tmp_path, capsys, monkeypatch):
+    def write(name: str, overrides: list[str], status: str, success: float | None) -> None:
+        run = tmp_path / "runs" / name
+        run.mkdir(parents=True)
+        info = {"status": status, "overrides": overrides, "seed": 3, "started": "2026-01-02T03:04:05+00:00"}
+        (run / "run.json").write_text(json.dumps(info))
+        (run / "config.json").write_text(json.dumps({"method": "grpo", "steps": 4}))
+        rows = [{"step": 0, "step_time": 1.0}] + ([{"step": 1, "evaluation/success": success}] if success else [])
+        (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    write("one", [], "running", None)
+    write("sweep/abc", ["arm=hot", "seed=3"], "finished", 0.625)
+    write("sweep/abc/warm_start", [], "finished", 0.1)  # a part of the run, which is not listed
+    assert cli.main(["list", str(tmp_path / "runs"), "--json"]) == 0
+    runs = {run["run"]: run for run in map(json.loads, capsys.readouterr().out.splitlines())}
+    assert len(runs) == 2
+    swept = runs[str(tmp_path / "runs" / "sweep" / "abc")]
+    assert (swept["arm"], swept["seed"], swept["steps"], swept["success"]) == ("hot", 3, 1, 0.625)
+    monkeypatch.setenv("COLUMNS", "100")
+    assert cli.main(["list", str(tmp_path / "runs")]) == 0
+    shown = capsys.readouterr().out
+    assert re.search(r"sweep/abc +hot +3 +grpo +1/4 +62.5% +finished +2026-01-02 03:04", shown)
+    assert re.search(r"one +– +3 +grpo +1/4 +– +running", shown)
+    assert cli.main(["list", str(tmp_path / "nowhere")]) == 2
+    assert "there is no directory" in capsys.readouterr().err
+
+
+def test_fields_lists_every_field_that_set_takes(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    assert cli.main(["fields"]) == 0
+    shown = capsys.readouterr().out
+    for field in ("steps", "loss.beta", "policy.lora.rank", "policy.scratch.alphabet", "optimizer.learning_rate"):
+        assert re.search(rf"^ {re.escape(field)} ", shown, re.MULTILINE), field
+    assert re.search(r"sampling.temperature +float +1.0", shown)
+    assert cli.main(["fields", "sampling"]) == 0
+    assert "Temperature 0 is greedy" in (shown := capsys.readouterr().out) and "loss.beta" not in shown
+    assert cli.main(["fields", "smapling"]) == 2
+    assert "did you mean 'sampling'?" in capsys.readouterr().err
 
 
 # train ---------------------------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ import io
 import json
 import math
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,7 +17,7 @@ from grpo_jax import cli
 from grpo_jax.confidence import bounded_limits
 from grpo_jax.errors import UserError
 from grpo_jax.experiment import Ablation, Experiment, load_ablation, to_dict
-from grpo_jax.statistics import tables
+from grpo_jax.statistics import layouts, tables
 
 TASK = SimpleNamespace(name="toy", train=[{"prompt": "a"}], held_out=[{"prompt": "b"}])
 BASE = Experiment(task=TASK, rewards={"length": len}, prompts_per_step=2, group_size=3)
@@ -86,26 +87,26 @@ def test_pairs_have_the_same_seed_even_if_one_arm_lacks_its_first(tmp_path, arm)
 @pytest.mark.parametrize("earlier", [0.99, 0.01])
 def test_the_value_of_a_run_is_its_last_evaluation_and_not_its_best_or_worst(tmp_path, earlier):
     write_runs(tmp_path)
-    before = tables.render(collect(tmp_path), "csv")
+    before = layouts.render(collect(tmp_path), "csv")
     for path in tmp_path.glob("*/metrics.jsonl"):
         first, *others = path.read_text().splitlines(keepends=True)
         evaluation = json.dumps({"step": 1, "evaluation/success": earlier}) + "\n"
         path.write_text("".join([first, others[0], evaluation, *others[1:]]))
     assert [row.mean.value for row in collect(tmp_path).rows] == pytest.approx([0.2, 0.41, 0.2])
-    assert tables.render(collect(tmp_path), "csv") == before
+    assert layouts.render(collect(tmp_path), "csv") == before
 
 
 def test_tokens_that_a_run_did_not_count_are_unknown_and_not_none(tmp_path):
     write_runs(tmp_path)
     for path in tmp_path.glob("*/metrics.jsonl"):
         path.write_text(path.read_text().replace("num_sampled_tokens", "renamed"))
-    assert " | – | baseline |" in tables.render(collect(tmp_path), "md")
-    assert tables.render(collect(tmp_path), "csv").count(",nan") == 0
+    assert " | – | baseline |" in layouts.render(collect(tmp_path), "md")
+    assert layouts.render(collect(tmp_path), "csv").count(",nan") == 0
 
 
 def test_markdown_says_who_won_and_what_made_it(tmp_path):
     write_runs(tmp_path)
-    text = tables.render(collect(tmp_path), "md")
+    text = layouts.render(collect(tmp_path), "md")
     lines = text.splitlines()
     assert lines[2].startswith("| base | 3 | 0.200 [0.0")
     assert lines[2].endswith("] | 0.200 | – | – | – | 54 | baseline |")
@@ -124,7 +125,7 @@ def test_markdown_says_who_won_and_what_made_it(tmp_path):
 def test_csv_holds_the_numbers(tmp_path):
     write_runs(tmp_path)
     table = collect(tmp_path)
-    lines = tables.render(table, "csv").splitlines()
+    lines = layouts.render(table, "csv").splitlines()
     assert f"# command: {COMMAND}" in lines
     rows = list(csv.DictReader(io.StringIO("\n".join(line for line in lines if not line.startswith("#")))))
     assert [row["arm"] for row in rows] == list(ABLATION.arms)
@@ -135,10 +136,48 @@ def test_csv_holds_the_numbers(tmp_path):
 
 def test_latex_uses_booktabs_and_escapes_names(tmp_path):
     write_runs(tmp_path)
-    text = tables.render(collect(tmp_path), "latex")
+    text = layouts.render(collect(tmp_path), "latex")
     assert r"\toprule" in text and r"\midrule" in text and r"\bottomrule" in text
-    assert r"a\_b \& c & 3 &" in text
+    assert r"  {}a\_b \& c & 3 &" in text
     assert "% code: c0ffee" in text
+
+
+def test_latex_compiles_whatever_the_arms_are_called(tmp_path, monkeypatch):
+    """Brackets at a row's start, Greek letters, special characters. pdflatex makes the document, if it is there."""
+    names = ["[a] 50 % & $x$ #1", "λ = 0.95, ε ~ Δ^2", "16 × 8 {b} \\c_d <e>"]
+    arms = dict(zip(names, ABLATION.arms.values(), strict=True))
+    monkeypatch.setattr(sys.modules[__name__], "SUCCESS", dict(zip(names, SUCCESS.values(), strict=True)))
+    ablation = dataclasses.replace(ABLATION, arms=arms)
+    write_runs(tmp_path, ablation)
+    text = layouts.render(collect(tmp_path, ablation), "latex")
+    assert r"{}[a] 50 \% \& \$x\$ \#1 &" in text
+    assert r"{}$\lambda$ = 0.95, $\epsilon$ \textasciitilde{} $\Delta$\textasciicircum{}2 &" in text
+    if shutil.which("pdflatex"):
+        document = "\\documentclass{article}\n\\usepackage{booktabs}\n\\begin{document}\n" + text + "\\end{document}\n"
+        (tmp_path / "page.tex").write_text(document)
+        command = ["pdflatex", "-halt-on-error", "-interaction=batchmode", "page.tex"]
+        subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
+        assert (tmp_path / "page.pdf").stat().st_size
+
+
+def test_a_table_shows_the_columns_and_the_metric_that_are_asked_for_and_shares_as_percent(tmp_path, capsys):
+    source, runs = tmp_path / "toy.py", tmp_path / "runs"
+    source.write_text(FILE)
+    runs.mkdir()
+    write_runs(runs, load_ablation(source))
+    command = ["table", str(source), "--dir", str(runs)]
+    assert cli.main([*command, "--columns", "arm", "mean", "difference", "--percent"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "| arm | evaluation/success, % [95 %] | difference, points [95 %] |"
+    assert lines[2].startswith("| base | 20.0 [") and lines[3].split(" | ")[2].startswith("+0.0 [")
+    assert cli.main([*command, "--metric", "reward", "--columns", "arm", "mean"]) == 0
+    assert capsys.readouterr().out.splitlines()[2] == "| base | 0.500 [–] |"
+    assert cli.main([*command, "--metric", "reward", "--percent"]) == 2
+    assert "'reward' is no share, so --percent cannot show it." in capsys.readouterr().err
+    assert cli.main([*command, "--columns", "arm", "verdit"]) == 2
+    assert "a table has no column 'verdit'; did you mean 'verdict'?" in capsys.readouterr().err
+    assert cli.main([*command, "--metric", "rewrad"]) == 2
+    assert "has no metric 'rewrad'; it has evaluation/success," in capsys.readouterr().err
 
 
 MANY = dataclasses.replace(ABLATION, seeds=range(8))
@@ -159,7 +198,7 @@ def write_many(directory: Path, monkeypatch, **noise: float) -> None:
 
 def test_a_clear_difference_is_called_and_one_that_a_collapse_could_undo_is_not(tmp_path, monkeypatch):
     write_many(tmp_path, monkeypatch)
-    lines = tables.render(collect(tmp_path, MANY), "md").splitlines()
+    lines = layouts.render(collect(tmp_path, MANY), "md").splitlines()
     assert lines[3].endswith("| better than the baseline |")
     assert lines[4].endswith("| higher at 7 of 8 seeds; the mean is not shown to be |")
     assert "quadrature" not in lines[-1]
@@ -174,16 +213,18 @@ def test_the_evaluations_own_intervals_widen_those_of_the_table(tmp_path, monkey
     assert base.mean.low == pytest.approx(max(0.1 - math.hypot(0.1 - low, 0.1), 0))
     low, _ = bounded_limits([0.8] * 8, (-1, 1))
     assert better.difference.low == pytest.approx(0.8 - math.hypot(0.8 - low, math.hypot(0.1, 0.1)))
-    assert "quadrature" in tables.render(table, "md")
+    assert "quadrature" in layouts.render(table, "md")
 
 
 def test_arms_are_the_same_only_within_a_margin(tmp_path, monkeypatch):
     write_many(tmp_path, monkeypatch)
     table = collect(tmp_path, MANY, margin=0.5)
-    assert [tables.render(table, "csv").splitlines()[-1 - i].split(",")[-1] for i in range(3)] == [
+    assert [layouts.render(table, "csv").splitlines()[-1 - i].split(",")[-1] for i in range(3)] == [
         "the same as the baseline within ±0.5", "better than the baseline", "baseline"]  # fmt: skip
-    assert r"$\pm$0.5" in tables.render(table, "latex") and "within ±0.5" in tables.render(table, "md").splitlines()[-1]
-    assert "the same" not in tables.render(collect(tmp_path, MANY), "md")
+    assert (
+        r"$\pm$0.5" in layouts.render(table, "latex") and "within ±0.5" in layouts.render(table, "md").splitlines()[-1]
+    )
+    assert "the same" not in layouts.render(collect(tmp_path, MANY), "md")
     with pytest.raises(UserError, match="the margin must be above 0, not 0"):
         collect(tmp_path, MANY, margin=0.0)
 
@@ -196,14 +237,16 @@ def test_a_reward_has_students_interval_and_the_table_says_so(tmp_path):
     table = collect(tmp_path, ablation)
     values = [runs.mean for runs in table.rows]
     assert all(mean.high > 1 or mean.low < 0 for mean in values)
-    text = tables.render(table, "md")
+    text = layouts.render(table, "md")
     assert "Student's" in text and "Gaffke" not in text
+    for layout, mark in (("csv", "#"), ("latex", "%")):
+        assert f"{mark} explanation: Intervals: 95 %, over seeds; Student's" in layouts.render(table, layout)
 
 
 def test_the_same_directories_give_the_same_bytes(tmp_path):
     write_runs(tmp_path)
     for layout in ("md", "csv", "latex"):
-        assert tables.render(collect(tmp_path), layout) == tables.render(collect(tmp_path), layout)
+        assert layouts.render(collect(tmp_path), layout) == layouts.render(collect(tmp_path), layout)
 
 
 def test_runs_of_two_versions_of_the_code_are_mixed_only_if_that_is_allowed(tmp_path):
@@ -296,9 +339,9 @@ def test_missing_and_failed_runs_are_named_and_only_finished_seeds_are_paired(tm
         f"flat seed 2 ({keys['flat', 2]}): not run",
     ]
     assert (table.rows[2].seeds, table.rows[2].difference.num_pairs) == (1, 1)
-    assert "1 seed cannot show a difference" in tables.render(table, "md").splitlines()[4]
-    assert f"- missing: flat seed 2 ({keys['flat', 2]}): not run" in tables.render(table, "md")
-    assert "% missing: flat seed 1" in tables.render(table, "latex")
+    assert "1 seed cannot show a difference" in layouts.render(table, "md").splitlines()[4]
+    assert f"- missing: flat seed 2 ({keys['flat', 2]}): not run" in layouts.render(table, "md")
+    assert "% missing: flat seed 1" in layouts.render(table, "latex")
 
 
 def test_an_arm_without_a_finished_run_stays_in_the_table(tmp_path):
@@ -306,7 +349,7 @@ def test_an_arm_without_a_finished_run_stays_in_the_table(tmp_path):
     for run in ABLATION.runs():
         if run.arms == ("base",):
             (tmp_path / run.key / "run.json").unlink()
-    text = tables.render(collect(tmp_path), "md")
+    text = layouts.render(collect(tmp_path), "md")
     assert "| base | 0 | – | – | – | – | – | – | no finished run |" in text
     assert "no pair with the baseline" in text
 

@@ -1,0 +1,92 @@
+"""`grpo-jax list`: the runs in a directory."""
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+from tyro.conf import Positional, arg
+
+from grpo_jax.cli.common import Flag
+from grpo_jax.errors import UserError
+
+DEPTH = 2  # runs/RUN and, of a sweep, runs/SWEEP/RUN
+
+
+def list_runs(
+    directory: Annotated[Positional[Path], arg(metavar="DIR", help="Where the runs are.")] = Path("runs"),
+    /,
+    *,
+    as_json: Annotated[Flag, arg(name="json")] = False,
+) -> None:
+    """List the runs in a directory, and in its sweeps: arm, seed, steps, last held-out success, status.
+
+    Args:
+        as_json: Print one JSON object for each run and nothing else.
+    """
+    if not directory.is_dir():
+        raise UserError(f"there is no directory {str(directory)!r} with runs.")
+    found = [describe(path.parent) for path in sorted(run_files(directory), key=lambda path: path.stat().st_mtime)]
+    if as_json:
+        for run in found:
+            print(json.dumps(run))
+        return
+    if not found:
+        print(f"no runs in {directory}")
+        return
+
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=None, header_style="dim")
+    for column in ("run", "arm", "seed", "method", "steps", "success", "status", "started"):
+        numeric = column in ("seed", "steps", "success")
+        table.add_column(column, justify="right" if numeric else "left", overflow="fold", no_wrap=column == "started")
+    for run in found:
+        success = "–" if run["success"] is None else f"{run['success']:.1%}"
+        steps = f"{run['steps']}/{run['planned_steps']}"
+        name = os.path.relpath(run["run"], directory)
+        cells = [name, run["arm"] or "–", str(run["seed"]), run["method"], steps, success, run["status"]]
+        table.add_row(*cells, (run["started"] or "")[:16].replace("T", " "))
+    Console(highlight=False, markup=False).print(table)
+
+
+def run_files(directory: Path) -> Iterator[Path]:
+    """The run.json files of a directory, of its folders, and of the folders of sweeps in it."""
+    for depth in range(DEPTH + 1):
+        yield from (path for path in directory.glob("/".join(["*"] * depth + ["run.json"])) if not _is_part(path))
+
+
+def _is_part(path: Path) -> bool:
+    """Whether this is the warm start or the control of a run."""
+    return path.parent.name in ("warm_start", "control") and (path.parents[1] / "run.json").is_file()
+
+
+def describe(run_dir: Path) -> dict[str, Any]:
+    """What is known of a run from its files."""
+    from grpo_jax.runs.files import read_rows
+
+    info, config = _json(run_dir / "run.json"), _json(run_dir / "config.json")
+    rows = list(read_rows(run_dir / "metrics.jsonl"))
+    given = dict(each.split("=", 1) for each in info.get("overrides", ()) if "=" in each)
+    method = config.get("method", "?")
+    return {
+        "run": str(run_dir),
+        "arm": given.get("arm"),
+        "seed": info.get("seed"),
+        "method": method["name"] if isinstance(method, dict) else method,
+        "steps": sum("step_time" in row for row in rows),
+        "planned_steps": config.get("steps"),
+        "success": next((r["evaluation/success"] for r in reversed(rows) if "evaluation/success" in r), None),
+        "status": info.get("status", "?"),
+        "started": info.get("started"),
+    }
+
+
+def _json(path: Path) -> dict[str, Any]:
+    """A JSON file of a run; empty if it is missing or damaged, so that one bad run does not hide the others."""
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
