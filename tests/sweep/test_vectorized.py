@@ -40,7 +40,7 @@ CONFIG = Experiment(
     prompts_per_step=1,
     group_size=8,
     devices=1,
-    sampling=SamplingConfig(max_tokens=6),
+    sampling=SamplingConfig(temperature=0.9, top_k=20, top_p=0.9, max_tokens=6),
     reward=RewardConfig(weights={"binary": 0.5}),
     evaluation=EvaluationConfig(num_samples=8, temperature=1.0, every=2),
     warm_start={"method": "sft", "steps": 3},
