@@ -164,8 +164,7 @@ def _importing_from(folders: Sequence[str]) -> Iterator[None]:
     """
     outermost = not sources.is_loading()
     if outermost:
-        for folder in _appended:
-            sys.path.remove(folder)
+        sys.path[:] = [folder for folder in sys.path if folder not in _appended]
         _appended.clear()
     sys.path[:0] = folders
     if outermost and sources.are_stale(_imported):

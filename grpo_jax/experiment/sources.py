@@ -27,7 +27,13 @@ from typing import Any
 
 LARGEST_COPY = 64 * 2**20  # bytes: a larger data file counts by its content, but a run holds no copy of it
 PACKAGE = Path(__file__).resolve().parents[1]
-WITHOUT_NUMBERS = {"cli", "report", "statistics", "reward_lab", "research", "errors"}
+# What no number of a run comes from.
+WITHOUT_NUMBERS = (
+    *("cli/", "report/", "statistics/", "reward_lab/", "research/", "errors.py"),
+    *("experiment/sources.py", "experiment/fingerprint.py", "experiment/files.py"),
+    *("runs/log.py", "runs/record.py", "runs/display.py", "runs/files.py"),
+    *("sweep/processes.py", "sweep/progress.py", "sweep/worker.py"),
+)
 LIBRARIES = tuple(
     {os.path.realpath(sysconfig.get_path(name)) + os.sep for name in ("stdlib", "platstdlib", "purelib", "platlib")}
     | {str(PACKAGE) + os.sep}
@@ -137,7 +143,7 @@ def _record(path: Path, name: str, declares: frozenset[str], seen: set[Path]) ->
     home = path.parents[max(len(parts) - (path.name != "__init__.py"), 0)]
     found = _files[path] = _File(hashlib.sha256(source).hexdigest(), source, home, read, declares)
     package = name if path.name == "__init__.py" else name.rpartition(".")[0]
-    for imported, other in _imports(ast.parse(source), package):
+    for imported, other in _imports(_parse(source) or ast.Module([]), package):
         found.uses.add(other)
         _record(other, imported, frozenset(), seen)
 
@@ -166,6 +172,14 @@ def _data(path: Path) -> list[Path]:
 def _digest_of(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _parse(source: bytes) -> ast.Module | None:
+    """The tree of a Python file; None for one with a syntax error, which only an import that is never made can have."""
+    try:
+        return ast.parse(source)
+    except SyntaxError:
+        return None
 
 
 def _imports(tree: ast.AST, package: str) -> Iterator[tuple[str, Path]]:
@@ -238,7 +252,8 @@ def _normalized(path: Path) -> str:
 
 def _code_of(source: bytes, without: Collection[str] = ()) -> str:
     """A digest of Python source without its layout, comments and docstrings, and without the variables `without`."""
-    tree = ast.parse(source)
+    if (tree := _parse(source)) is None:
+        return hashlib.sha256(source).hexdigest()
     tree.body = [node for node in tree.body if not _assigned(node) & set(without)]
     for node in ast.walk(tree):
         body = getattr(node, "body", None)
@@ -307,14 +322,14 @@ def _is_copied(path: Path) -> bool:
 
 @cache
 def package_digest() -> str:
-    """A name for what the rooms of this package that a run's numbers come from say, without comments and docstrings.
+    """A name for the code of this package that a run's numbers come from, without comments and docstrings.
 
-    Two runs with the same digest were trained and evaluated by the same code. The command, reports, statistics and
-    tests may differ.
+    Two runs with the same digest were trained and evaluated by the same code. The command, reports and statistics may
+    differ.
     """
     digest = hashlib.sha256()
     for path in sorted(PACKAGE.rglob("*.py")):
-        name = os.path.relpath(path, PACKAGE)
-        if name.split(os.sep)[0].removesuffix(".py") not in WITHOUT_NUMBERS:
+        name = path.relative_to(PACKAGE).as_posix()
+        if not name.startswith(WITHOUT_NUMBERS):
             digest.update(f"{name} {_code_of(path.read_bytes())}\n".encode())
     return digest.hexdigest()[:12]

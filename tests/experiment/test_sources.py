@@ -212,6 +212,28 @@ def test_data_that_are_too_large_are_named_and_not_copied(project, tmp_path, mon
     assert not (tmp_path / "code" / "words.txt").exists()
 
 
+def test_a_module_with_a_syntax_error_that_is_not_imported_yet_stops_nothing(project):
+    (project / "my_late.py").write_text("def shift(:\n")
+    config = load(project / "toy.py")
+    assert "my_late.py" in sources.describe(project / "toy.py")["files"] and len(fingerprint(config)) == 12
+    with pytest.raises(SyntaxError):
+        call(config)
+
+
+def test_the_code_that_numbers_come_from_is_named_without_what_shows_them(monkeypatch, tmp_path):
+    (tmp_path / "cli").mkdir()
+    (tmp_path / "cli" / "show.py").write_text("x = 1")
+    (tmp_path / "update.py").write_text("def update():\n    return 1\n")
+    monkeypatch.setattr(sources, "PACKAGE", tmp_path)
+    digest = sources.package_digest.__wrapped__
+    before = digest()
+    (tmp_path / "cli" / "show.py").write_text("x = 2")
+    (tmp_path / "update.py").write_text("# A comment.\ndef update():\n    return 1\n")
+    assert digest() == before
+    (tmp_path / "update.py").write_text("def update():\n    return 2\n")
+    assert digest() != before
+
+
 def test_libraries_are_not_the_users():
     import numpy
 
