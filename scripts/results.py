@@ -96,8 +96,7 @@ def make(plan: Plan) -> None:
         "ablation": relative(plan.source),
         "command": plan.command(),
         "made": date.today().isoformat(),
-        "package": sources.package_digest(),
-        "machines": machines(ablation, plan.directory),
+        **made_by(ablation, plan.directory),
         "metric": ablation.metric,
         "runs": measured,
         "verdicts": {kind: {row.arm: tables.verdict_of(row, t) for row in t.rows} for kind, t in found.items()},
@@ -125,15 +124,15 @@ def values(ablation: Ablation, directory: Path) -> dict[str, dict[str, Any]]:
     return named
 
 
-def machines(ablation: Ablation, directory: Path) -> list[dict[str, Any]]:
-    """The different machines and versions that the runs had."""
-    found = []
-    for run in ablation.runs():
-        info = json.loads((directory / run.key / "run.json").read_text())
+def made_by(ablation: Ablation, directory: Path) -> dict[str, Any]:
+    """The training code of the runs, which `tables.collect` requires to be one, and their machines and versions."""
+    infos = [json.loads((directory / run.key / "run.json").read_text()) for run in ablation.runs()]
+    machines = []
+    for info in infos:
         one = {"processor": info["processor"], "device": info["device"]["kind"], "versions": info["versions"]}
-        if one not in found:
-            found.append(one)
-    return found
+        if one not in machines:
+            machines.append(one)
+    return {"package": infos[0]["package"]["digest"], "machines": machines}
 
 
 def below(record: Mapping[str, Any], found: Mapping[str, Any]) -> str:

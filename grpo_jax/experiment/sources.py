@@ -143,7 +143,7 @@ def _record(path: Path, name: str, declares: frozenset[str], seen: set[Path]) ->
     home = path.parents[max(len(parts) - (path.name != "__init__.py"), 0)]
     found = _files[path] = _File(hashlib.sha256(source).hexdigest(), source, home, read, declares)
     package = name if path.name == "__init__.py" else name.rpartition(".")[0]
-    for imported, other in _imports(_parse(source) or ast.Module([]), package):
+    for imported, other in _imports(_parse(source) or ast.Module([], []), package):
         found.uses.add(other)
         _record(other, imported, frozenset(), seen)
 
