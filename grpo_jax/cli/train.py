@@ -90,6 +90,7 @@ def _show_result(config: Experiment, result: Any, picture: Path) -> None:
     """Prints the results of a training run, and the commands to continue with."""
     from rich.console import Console
 
+    from grpo_jax.report.diagnosis import diagnose
     from grpo_jax.runs.display import group_table, summary_table
 
     console = Console(highlight=False)
@@ -102,6 +103,9 @@ def _show_result(config: Experiment, result: Any, picture: Path) -> None:
             summary_table({"before": result.before[split], "after": after, control: result.control.get(split)})
         )
     run = shlex.quote(str(result.run_dir))
+    tokenizer = result.policy.tokenizer
+    for sign in diagnose(result.run_dir, has_chat_template=tokenizer is not None and tokenizer.has_chat_template):
+        console.print(f"! {sign}", style="yellow", markup=False)
     print(f"trained in      {result.seconds:.0f} s")
     print(f"run directory   {run}")
     print(f"learning curve  {shlex.quote(str(picture))}")

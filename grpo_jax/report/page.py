@@ -22,6 +22,7 @@ from grpo_jax.experiment import load_ablation
 from grpo_jax.report.completion_plots import advantage_map, group_picture, reward_histograms
 from grpo_jax.report.curves import metric_curves, seed_curves
 from grpo_jax.report.data import arm_charts, completions, defaults, differences, flat, heat_maps, run_charts
+from grpo_jax.report.diagnosis import diagnose
 from grpo_jax.report.plots import learning_curve, series
 from grpo_jax.runs.files import jsonable, read_rows, write_text
 
@@ -99,7 +100,7 @@ def run_page(run: Path) -> dict[str, Any]:
     return {
         "title": run.resolve().name,
         "facts": _facts(info, config),
-        "warnings": [*_unfinished(info), *_changes(info)],
+        "warnings": [*_unfinished(info), *_changes(info), *diagnose(run)],
         "command": info.get("command"),
         "scores": [table for split in ("held_out", "train") if (table := _score_table(run, split))],
         "data": {"charts": charts, "metrics": metrics, "heat": heat_maps(rows), "completions": shown},

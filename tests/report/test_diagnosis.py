@@ -1,0 +1,74 @@
+"""Signs that a run has learned nothing: each is said of the run that has it, and none of a healthy one."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from grpo_jax.report.diagnosis import diagnose
+
+HEALTHY = {
+    "reward": (0.2, 0.9),
+    "frac_reward_zero_std": (0.1, 0.6),
+    "success": (0.1, 0.8),
+    "completions/clipped_ratio": (0.1, 0.0),
+    "completions/mean_length": (4.0, 5.0),
+    "entropy": (1.5, 0.3),
+}
+
+
+def write(run: Path, success: tuple[float, float] = (0.1, 0.7), prompt: object = "a", **changes: object) -> Path:
+    """A run of eight steps whose metrics go evenly from one value to another."""
+    metrics = HEALTHY | {name.replace("__", "/"): values for name, values in changes.items()}
+    rows: list[dict] = [{"step": 0, "evaluation/success": success[0]}]
+    for step in range(8):
+        moved = {name: a + (b - a) * step / 7 for name, (a, b) in metrics.items()}
+        rows.append({"step": step, "step_time": 1.0, **moved})
+    rows.append({"step": 8, "evaluation/success": success[1]})
+    run.mkdir(exist_ok=True)
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (run / "completions.jsonl").write_text(json.dumps({"prompt": prompt}) + "\n")
+    return run
+
+
+def test_a_healthy_run_has_no_sign(tmp_path):
+    assert diagnose(write(tmp_path / "run")) == []
+    assert diagnose(tmp_path / "nothing") == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        # No reward at all, and rewards that differ between prompts alone.
+        ({"reward": (0, 0), "frac_reward_zero_std": (1, 1), "success": (0, 0)}, "every completion earned 0)"),
+        ({"reward": (0.1, 0.2), "frac_reward_zero_std": (1, 1), "success": (0, 0)}, "never within a group"),
+        # The last two of eight steps are at 6/7 and 7/7 of the way: .9 + .1 * 6.5/7 = .993.
+        ({"frac_reward_zero_std": (0.9, 1.0), "success": (0.1, 0.5)}, "In 99% of the last groups all rewards were equal"),
+        ({"completions/clipped_ratio": (0.9, 1.0)}, "99% of the last completions were cut off by sampling.max_tokens"),
+        ({"completions/mean_length": (4.0, 1.0)}, "have 1.2 tokens on average"),  # 4 - 3 * 6.5/7 = 1.21
+        ({"entropy": (1.0, 4.0)}, "The entropy rose from 1.21 to 3.79 nats"),
+    ],
+)  # fmt: skip
+def test_a_sign_is_said_with_its_number(tmp_path, changes, says):
+    changes = {name.replace("/", "__"): values for name, values in changes.items()}
+    [sign] = diagnose(write(tmp_path / "run", **changes))
+    assert says in sign
+
+
+def test_a_policy_that_is_always_right_has_not_collapsed(tmp_path):
+    assert diagnose(write(tmp_path / "run", frac_reward_zero_std=(0.9, 1.0), success=(0.9, 1.0))) == []
+
+
+def test_a_reward_that_grows_without_held_out_success_is_said(tmp_path):
+    [sign] = diagnose(write(tmp_path / "run", (0.3, 0.25)))
+    assert (
+        "The training reward rose from 0.25 to 0.85, but held-out success did not (30.0% before, 25.0% after)" in sign
+    )
+    assert diagnose(write(tmp_path / "run", (0.3, 0.25), reward=(0.5, 0.5))) == []
+
+
+def test_plain_prompts_for_a_chat_model_are_said(tmp_path):
+    assert "prompts are plain text" in diagnose(write(tmp_path / "run"), has_chat_template=True)[0]
+    assert diagnose(write(tmp_path / "run"), has_chat_template=False) == []
+    chat = [{"role": "user", "content": "a"}]
+    assert diagnose(write(tmp_path / "run", prompt=chat), has_chat_template=True) == []
