@@ -165,3 +165,14 @@ def test_an_evaluation_samples_at_its_own_temperature_with_noise_of_its_own():
     # Sample 0 repeats the prompt, sample 1 adds an a: "a", "aa", "bb", "bba", "c", "ca".
     assert [record["completion"] for record in result.records] == ["a", "aa", "bb", "bba", "c", "ca"]
     assert result.success == 4 / 6 and result.pass_at_k == {1: pytest.approx(4 / 6), 2: 1.0}
+
+
+def test_no_more_completions_are_sampled_at_once_than_asked_for():
+    held_out = [{"prompt": prompt} for prompt in ("a", "bb", "c", "dab", "ca")]
+    task = Task("letters", [{"prompt": "d"}], held_out, success=has_an_a)
+    settings = EvaluationConfig(num_samples=3, batch_size=8)
+    experiment = Experiment(task, {"length": length}, sampling=SamplingConfig(max_tokens=4), evaluation=settings)
+    generator = Scripted(lambda prompt, sample: prompt)
+    evaluate_generator(generator, encode_prompts(task, generator.tokenizer, 64, 4), experiment)
+    # 2 prompts of 3 samples are 6 of the 8; the third batch has one prompt and is filled up.
+    assert [noise.samples.shape for _, noise, _ in generator.calls] == [(2, 3)] * 3

@@ -65,6 +65,23 @@ def test_refilling_rounds_take_the_prompts_after_the_last_step() -> None:
         assert [e["prompt"] for e in prompts.examples] == [config.task.train[i]["prompt"] for i in indices]
 
 
+def test_tokens_of_groups_that_were_replaced_count_as_sampled() -> None:
+    train_batch, _ = made({"dynamic_sampling_rounds": 2}, answers=lambda prompt, sample: "b")
+    # 3 rounds of 4 prompts with 4 samples each, of the two tokens "b" and its end; one round is trained on.
+    assert train_batch.new_tokens == 3 * 4 * 4 * 2 == 3 * train_batch.batch.mask.sum()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"method": "rft", "rft.samples_from": "start"}, {"method": "dpo"}, {"method": "reward_model"}],
+)
+def test_what_learns_from_the_start_does_not_ask_the_policy_of_now(options: dict[str, Any]) -> None:
+    config = override(letters.config, options)
+    now, start = Scripted(lambda prompt, sample: "b"), Scripted(lambda prompt, sample: ANSWERS[sample])
+    algorithm_of(config).make_batch(replace(context_of(config, now), start=start), 0)
+    assert (len(now.calls), len(start.calls)) == (0, 1)
+
+
 @pytest.mark.parametrize(
     ("answers", "imitated"),
     [(ANSWERS, [True, False, False, False]), (["ab"] * 4, [False] * 4), (["ab", "b", "ab", "c"], [True] + [False] * 3)],

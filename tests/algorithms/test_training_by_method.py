@@ -12,10 +12,13 @@ import pytest
 from grpo_jax.errors import UserError
 from grpo_jax.experiment import (
     Experiment,
+    LoRAConfig,
     override,
     variant_of,
 )
+from grpo_jax.policy import load
 from grpo_jax.reward_model import learned_reward
+from grpo_jax.runs import restore
 from grpo_jax.training import train
 
 TASK = replace(letters.task, demonstrate=lambda example, rng: [rng.choice(["aab", "aba", "cdd", "dcb"])])
@@ -106,6 +109,19 @@ def test_a_run_starts_from_another_runs_policy(tmp_path):
     second = train(config, tmp_path / "second", quiet=True)
     assert second.before["held_out"].success == first.after["held_out"].success
     assert second.before["held_out"].records == first.after["held_out"].records
+
+
+def test_a_run_starts_from_another_runs_policy_with_its_adapters_merged(tmp_path, monkeypatch):
+    adapters = LoRAConfig(rank=1, alpha=3.0, targets=("q",))
+    other = load("scratch", lora=adapters, scratch=BASE.policy.scratch)
+    other.params["layers.q.lora_b"] = np.full((1, 1, 16), 0.5, np.float32)  # as if trained: a new one is 0
+    (tmp_path / "run.json").touch()
+    monkeypatch.setattr(restore, "restore", lambda run_dir: (BASE, other))
+    params = restore.source_policy(experiment(policy__source=str(tmp_path))).params
+    # kernel [1, 16, 16] + alpha / rank * A [1, 16, 1] @ B
+    expected = other.params["layers.q.kernel"] + 3.0 * 0.5 * other.params["layers.q.lora_a"]
+    np.testing.assert_allclose(params["layers.q.kernel"], expected, rtol=1e-6)
+    assert not any("lora" in path for path in params)
 
 
 def _file(tmp_path: Path, fields: str) -> Path:

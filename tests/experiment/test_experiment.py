@@ -274,6 +274,12 @@ def test_a_budget_of_tokens_ends_every_arm_where_the_base_has_no_room_left(write
     assert runs["same"].steps * 8 * 8 == runs["small"].steps * 8 * 2 == room
 
 
+def test_a_budget_of_tokens_has_room_for_every_turn_of_a_game():
+    task = SimpleNamespace(name="game", train=[{"prompt": "a"}], held_out=[], max_turns=6)
+    (run,) = experiment.Ablation(base=toy(task=task, steps=7), arms={"base": {}}, seeds=[0], budget="tokens").runs()
+    assert run.config.token_budget == 7 * 8 * 8 * 6 * 16  # steps x prompts x group x turns x max_tokens
+
+
 def test_a_budget_of_tokens_leaves_a_warm_start_its_steps():
     base = toy(steps=7, warm_start={"group_size": 4})
     (run,) = experiment.Ablation(base=base, arms={"base": {}}, seeds=[0], budget="tokens").runs()

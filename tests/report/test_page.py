@@ -115,6 +115,16 @@ def test_a_run_shows_its_evaluations_curves_completions_and_config(tmp_path):
     assert not any(row[0] == "group_size" for row in page["difference"]["rows"])
 
 
+def test_a_warm_start_ends_at_step_0_where_the_run_begins(tmp_path):
+    run = make_run(tmp_path / "run")
+    make_run(run / "warm_start", after=0.3)
+    charts = {chart["title"]: chart for chart in run_page(run)["data"]["charts"]}
+    curves = {curve["name"]: curve for curve in charts["Success"]["series"]}
+    assert curves["warm start"]["x"] == [-3, 0]  # its evaluations were at 0 and 3
+    assert curves["warm start"]["y"] == [0.1, 0.3]
+    assert curves["held-out success"]["x"] == [0, 3]
+
+
 def test_a_run_that_failed_or_has_just_started_has_a_page_too(tmp_path):
     run = make_run(tmp_path / "run", status="failed")
     for name in ("metrics.jsonl", "completions.jsonl", "summary.json"):

@@ -2,6 +2,7 @@
 
 import io
 import json
+from dataclasses import replace
 
 import matplotlib.image
 import pytest
@@ -58,6 +59,15 @@ def test_a_study_prints_its_groups_signal_agreement_components_and_attacks(tmp_p
     assert {"credit", "exact", "total"} == set(figures["attacks"])
     again = read_groups(paths[1], make_experiment(), TOKENIZER)
     assert (again.group_size, again.arguments["completions"]) == (2, groups.arguments["completions"])
+
+
+def test_attacks_are_chosen_on_training_examples_and_judged_on_held_out_ones():
+    task = replace(single_guess("POUND"), held_out=[{"prompt": "", "secret": "CRANE"}])
+    experiment = replace(make_experiment(), task=task)
+    found = reward_study.study([make_groups("MOUND", "POUND")], experiment, TOKENIZER, {}, budget=50)
+    [blind] = [attack for attack in found.attacks["credit"] if attack.family == "honest, but blind"]
+    # Of what earns for POUND without being it, MOUND is best, .8; for CRANE its N alone is in its place.
+    assert (blind.text, blind.value) == ("MOUND", 0.2)
 
 
 def test_with_no_budget_nothing_is_attacked(tmp_path):

@@ -184,6 +184,7 @@ class TestUsesFeedback:
             (["FOUND", "FOUND"], 0.0),  # the same word again cannot be it
             (["FOUND", "CRANE", "HOUND"], 0.5),  # CRANE contradicts XGGGG, HOUND agrees with it
             (["FOUND", "HOUND", "POUND"], 1.0),
+            (["CRANE", "FOUND", "FOUND"], 0.5),  # both agree with CRANE's XXXGX, the second not with its own XGGGG
             (["QQQQQ", "CRANE"], 1.0),  # a guess that is not accepted gives no information
             (["FOUND", "QOUND"], 0.0),  # agrees with the marks, but is not a word
         ],

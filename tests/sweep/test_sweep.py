@@ -20,7 +20,7 @@ from rich.console import Console
 import grpo_jax
 from grpo_jax import sweep
 from grpo_jax.errors import RunError, UserError
-from grpo_jax.experiment import Ablation, load_ablation
+from grpo_jax.experiment import Ablation, load, load_ablation, to_dict
 from grpo_jax.sweep import processes, worker
 from grpo_jax.sweep.progress import SweepProgress, latest_metrics
 
@@ -170,6 +170,17 @@ def test_a_run_of_a_sweep_can_be_restored(source, tmp_path):
     worker.run(source, "hot", [3], tmp_path, budget="steps")
     config, _ = restore(tmp_path / run.key)
     assert (config.sampling.temperature, config.seed) == (2.0, 3)
+
+
+def test_a_run_records_the_budget_that_it_was_given(source, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        "grpo_jax.training.train", lambda config, run_dir, **options: asked.append(options["overrides"])
+    )
+    worker.run(source, "slow", [1], tmp_path, budget="tokens")
+    [run] = [run for run in load_ablation(source, "tokens").runs() if run.arms == ("slow",) and run.seed == 1]
+    assert run.config.token_budget == 30 * 2 * 2 * 3  # steps x prompts x group x max_tokens; the file's budget is steps
+    assert to_dict(load(source, asked[0])) == to_dict(run.config)
 
 
 def test_arms_share_a_warm_start_that_they_would_have_made_themselves(source, tmp_path):

@@ -102,17 +102,19 @@ def test_a_seed_is_the_run_of_its_seed_to_the_last_digit(seeds, tmp_path, seed):
     assert ours == own
 
 
-def test_a_seed_makes_as_many_updates_of_a_batch_as_its_run(tmp_path):
+def test_a_seed_samples_as_its_run_and_makes_as_many_updates_of_a_batch(tmp_path):
     # Up to rounding: two updates in one program are fused otherwise than one.
-    config = override(
-        CONFIG, {"num_iterations": 2, "loss.entropy_coef": 0.1, "steps": 1, "evaluation.every": 0, "warm_start": None}
-    )
+    sampling = {"sampling.temperature": 0.8, "sampling.top_k": 20, "sampling.top_p": 0.5}
+    updates = {"num_iterations": 2, "loss.entropy_coef": 0.1, "steps": 1, "evaluation.every": 0, "warm_start": None}
+    config = override(CONFIG, {**sampling, **updates})
     training.train(config, tmp_path / "alone", quiet=True)
     vectorized.train_seeds({tmp_path / "seed": (config, [])})
     [one], [other] = (
         [row for row in rows(tmp_path / name / "metrics.jsonl") if "grad_norm" in row] for name in ("alone", "seed")
     )
     assert one == pytest.approx(other, rel=1e-3, abs=1e-5)
+    said = [[row["completion"] for row in rows(tmp_path / name / "completions.jsonl")] for name in ("alone", "seed")]
+    assert said[0] == said[1]
     assert abs(other["importance_ratio"] - 1) > 1e-4  # measured in the second update
     assert other["sampling/logprob_difference/max"] < 1e-4  # measured in the first
 
