@@ -429,6 +429,19 @@ def test_evaluate_compares_with_the_same_noise_and_the_same_prompts(run, experim
     assert asked == [(7, 10, "train")] * 2
 
 
+def test_evaluate_compares_with_the_same_noise_and_the_same_prompts(run, experiment, house, monkeypatch):
+    asked = []
+
+    def evaluate(policy, config, split):
+        asked.append((config.seed, config.evaluation.num_prompts, split))
+        return make_evaluation(0.5, records=[{"success": True}] * 10, num_prompts=10)
+
+    monkeypatch.setattr(grpo_jax.evaluation, "evaluate", evaluate)
+    options = ["--set", "seed=7", "--num-prompts", "10", "--split", "train"]
+    assert cli.main(["evaluate", str(run), "--against", str(experiment), *options]) == 0
+    assert asked == [(7, 10, "train")] * 2
+
+
 # sample and export ---------------------------------------------------------------------------------------------------
 
 
