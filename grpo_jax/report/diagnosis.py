@@ -89,9 +89,9 @@ def _of_success(steps: Metrics, rows: Metrics) -> Iterator[str]:
     rise = _late(rewards) - _early(rewards)
     if rise > RISE * max(np.ptp(rewards), 1e-9) and rise > 0.02 and after[success] <= before[success]:
         yield (
-            f"The training reward rose from {_early(rewards):.3g} to {_late(rewards):.3g}, but held-out success did not "
-            f"({before[success]:.1%} before, {after[success]:.1%} after): the policy learned what the reward pays for, "
-            "which is not what counts as success, or it learned the training prompts by heart."
+            f"The training reward rose from {_early(rewards):.3g} to {_late(rewards):.3g}, but held-out success did "
+            f"not ({before[success]:.1%} before, {after[success]:.1%} after): the policy learned what the reward pays "
+            "for, which is not what counts as success, or it learned the training prompts by heart."
         )
 
 
