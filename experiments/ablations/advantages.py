@@ -16,5 +16,5 @@ ablation = Ablation(
         "leave-one-out": {"advantages.baseline": "leave_one_out", "advantages.scale": "none"},
         "batch std": {"advantages.scale": "batch"},
     },
-    seeds=range(5),
+    seeds=range(10),
 )

@@ -17,5 +17,5 @@ ablation = Ablation(
         "16 x 2, equal prompts": {"group_size": 2},
         "16 x 16, equal prompts": {"group_size": 16},
     },
-    seeds=range(5),
+    seeds=range(10),
 )

@@ -1,6 +1,6 @@
 """Does the best temperature depend on the group size and the learning rate? On POUND, without an entropy bonus.
 
-Twenty arms and a hundred runs, some fifteen minutes of two cores.
+Twenty arms and two hundred runs.
 
     grpo-jax sweep experiments/ablations/hyperparameters.py --jobs 2
     grpo-jax table experiments/ablations/hyperparameters.py
@@ -27,5 +27,5 @@ ablation = Ablation(
         }
         for group_size, learning_rate, temperature in product(GROUP_SIZES, LEARNING_RATES, TEMPERATURES)
     },
-    seeds=range(5),
+    seeds=range(10),
 )

@@ -28,5 +28,5 @@ ablation = Ablation(
         "10 examples": {"task": sums(num_train=10)},
         "20 examples": {"task": sums(num_train=20)},
     },
-    seeds=range(5),
+    seeds=range(10),
 )

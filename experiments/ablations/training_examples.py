@@ -13,5 +13,5 @@ from grpo_jax.experiment import Ablation
 ablation = Ablation(
     base=backwards,
     arms={f"{n} examples": {"task": task_of(num_train=n)} for n in (1000, 10, 20, 100, 500)},
-    seeds=range(5),
+    seeds=range(10),
 )

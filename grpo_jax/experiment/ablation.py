@@ -39,6 +39,9 @@ class Ablation(Checked):
     equal seeds they share their prompts and the names of their sampling noise, so they are compared seed by
     seed, each with `baseline` (None: the first arm).
 
+    Ten seeds are the default because fewer than six can never show a difference: see
+    `grpo_jax.statistics.verdicts.verdict`.
+
     `metric` is a name in `metrics.jsonl`; its last value is what a run came to. `budget` is what the arms have in
     common: `steps` as many updates as the base; `tokens` as many sampled tokens as the base's steps have room for
     (steps × prompts × group size × turns × `max_tokens`). Every arm, the base too, then takes the steps that it needs
@@ -47,7 +50,7 @@ class Ablation(Checked):
 
     base: Experiment
     arms: Mapping[str, Mapping[str, Any]]
-    seeds: Sequence[int] = range(5)
+    seeds: Sequence[int] = range(10)
     metric: str = "evaluation/success"
     baseline: str | None = None
     budget: Budget = "steps"

@@ -30,7 +30,7 @@ PACKAGE = Path(__file__).resolve().parents[1]
 # What no number of a run comes from.
 WITHOUT_NUMBERS = (
     *("cli/", "report/", "statistics/", "reward_lab/", "research/", "errors.py"),
-    *("experiment/sources.py", "experiment/fingerprint.py", "experiment/files.py"),
+    *("experiment/ablation.py", "experiment/sources.py", "experiment/fingerprint.py", "experiment/files.py"),
     *("runs/log.py", "runs/record.py", "runs/display.py", "runs/files.py"),
     *("sweep/processes.py", "sweep/progress.py", "sweep/worker.py"),
 )
