@@ -11,6 +11,7 @@ from tyro.conf import Positional, arg
 from grpo_jax.cli.common import Flag
 from grpo_jax.errors import UserError
 
+WIDE = 110  # columns of a terminal from which the method and the time are shown too
 DEPTH = 2  # runs/RUN and, of a sweep, runs/SWEEP/RUN
 
 
@@ -39,17 +40,23 @@ def list_runs(
     from rich.console import Console
     from rich.table import Table
 
+    console = Console(highlight=False, markup=False)
+    shown = ["run", "arm", "seed", "steps", "success", "status"]
+    shown += ["method", "started"] if console.width >= WIDE else []
     table = Table(box=None, header_style="dim")
-    for column in ("run", "arm", "seed", "method", "steps", "success", "status", "started"):
+    for column in shown:
         numeric = column in ("seed", "steps", "success")
-        table.add_column(column, justify="right" if numeric else "left", overflow="fold", no_wrap=column == "started")
+        table.add_column(column, justify="right" if numeric else "left", overflow="fold")
     for run in found:
-        success = "–" if run["success"] is None else f"{run['success']:.1%}"
-        steps = f"{run['steps']}/{run['planned_steps']}"
-        name = os.path.relpath(run["run"], directory)
-        cells = [name, run["arm"] or "–", str(run["seed"]), run["method"], steps, success, run["status"]]
-        table.add_row(*cells, (run["started"] or "")[:16].replace("T", " "))
-    Console(highlight=False, markup=False).print(table)
+        cells = run | {
+            "run": os.path.relpath(run["run"], directory),
+            "arm": run["arm"] or "–",
+            "steps": f"{run['steps']}/{run['planned_steps']}",
+            "success": "–" if run["success"] is None else f"{run['success']:.1%}",
+            "started": (run["started"] or "")[:16].replace("T", " "),
+        }
+        table.add_row(*(str(cells[column]) for column in shown))
+    console.print(table)
 
 
 def run_files(directory: Path) -> Iterator[Path]:

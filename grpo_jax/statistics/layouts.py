@@ -53,7 +53,7 @@ def _cells(row: Row, table: Table, style: Style) -> list[str]:
         cells["p"] = "< .001" if p < 0.001 else f"{p:.3f}"
     if row.tokens is not None and not math.isnan(row.tokens):
         cells["tokens"] = f"{row.tokens:,.0f}"
-    cells["verdict"] = verdict_of(row, table)
+    cells["verdict"] = verdict_of(row, table, points=style.percent)
     return [cells[column] for column in style.columns]
 
 

@@ -230,10 +230,12 @@ def _require_one(found: Sequence[tuple[PlannedRun, str]], what: str) -> None:
             )
 
 
-def verdict_of(row: Row, table: Table) -> str:
-    """The last column: what an arm's difference to the baseline shows."""
+def verdict_of(row: Row, table: Table, *, points: bool = False) -> str:
+    """The last column: what an arm's difference to the baseline shows, where asked for in points."""
     if row.mean is None:
         return "no finished run"
     if row.arm == table.baseline:
         return "baseline"
-    return "no pair with the baseline" if row.difference is None else statistics.verdict(row.difference, table.margin)
+    if row.difference is None:
+        return "no pair with the baseline"
+    return statistics.verdict(row.difference, table.margin, points=points)

@@ -5,7 +5,7 @@ import math
 from grpo_jax.statistics.differences import ALPHA, Difference, least_pairs
 
 
-def verdict(difference: Difference, margin: float | None = None, unit: str = "seeds") -> str:
+def verdict(difference: Difference, margin: float | None = None, unit: str = "seeds", *, points: bool = False) -> str:
     """A phrase about a value against its baseline. The first rule that holds decides.
 
     1. "better" or "worse than the baseline": the sign-flip test has an adjusted p of at most .05, and the 95 % interval
@@ -23,12 +23,13 @@ def verdict(difference: Difference, margin: float | None = None, unit: str = "se
     Args:
       margin: the largest difference that counts as none, in the unit of the metric.
       unit: what the pairs are.
+      points: whether differences of shares are said in points, 0.12 as 12 points.
     """
     n, is_higher = difference.num_pairs, difference.value > 0
     if difference.is_shown:
         return f"{'better' if is_higher else 'worse'} than the baseline"
     if margin is not None and -margin < difference.inner_low and difference.inner_high < margin:
-        return f"the same as the baseline within ±{margin:g}"
+        return f"the same as the baseline within ±{_said(margin, f'{margin:g}', points)}"
     if not difference.num_higher and not difference.num_lower:
         return "no difference (every pair is equal)"
     if n < (needed := least_pairs(difference.num_comparisons)):
@@ -38,4 +39,9 @@ def verdict(difference: Difference, margin: float | None = None, unit: str = "se
         return f"{word} at {times} of {n} {unit}; the mean is not shown to be"
     if difference.detectable >= difference.limit or math.isinf(difference.detectable):
         return f"no difference shown ({n} {unit} with this spread could not have shown any)"
-    return f"no difference shown (could have seen ≥ {difference.detectable:.2g})"
+    seen = _said(difference.detectable, f"{difference.detectable:.2g}", points)
+    return f"no difference shown (could have seen ≥ {seen})"
+
+
+def _said(value: float, plain: str, points: bool) -> str:
+    return f"{100 * value:.3g} points" if points else plain

@@ -265,11 +265,11 @@ def test_list_shows_the_runs_of_a_directory_and_of_its_sweeps(tmp_path, capsys, 
     assert len(runs) == 2
     swept = runs[str(tmp_path / "runs" / "sweep" / "abc")]
     assert (swept["arm"], swept["seed"], swept["steps"], swept["success"]) == ("hot", 3, 1, 0.625)
-    monkeypatch.setenv("COLUMNS", "100")
+    monkeypatch.setenv("COLUMNS", "120")
     assert cli.main(["list", str(tmp_path / "runs")]) == 0
     shown = capsys.readouterr().out
-    assert re.search(r"sweep/abc +hot +3 +grpo +1/4 +62.5% +finished +2026-01-02 03:04", shown)
-    assert re.search(r"one +– +3 +grpo +1/4 +– +running", shown)
+    assert re.search(r"sweep/abc +hot +3 +1/4 +62.5% +finished +grpo +2026-01-02 03:04", shown)
+    assert re.search(r"one +– +3 +1/4 +– +running", shown)
     assert cli.main(["list", str(tmp_path / "nowhere")]) == 2
     assert "there is no directory" in capsys.readouterr().err
 

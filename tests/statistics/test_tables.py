@@ -170,6 +170,8 @@ def test_a_table_shows_the_columns_and_the_metric_that_are_asked_for_and_shares_
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "| arm | evaluation/success, % [95 %] | difference, points [95 %] |"
     assert lines[2].startswith("| base | 20.0 [") and lines[3].split(" | ")[2].startswith("+0.0 [")
+    assert cli.main([*command, "--percent", "--columns", "verdict", "--margin", "0.9"]) == 0
+    assert capsys.readouterr().out.splitlines()[3] == "| the same as the baseline within ±90 points |"
     assert cli.main([*command, "--metric", "reward", "--columns", "arm", "mean"]) == 0
     assert capsys.readouterr().out.splitlines()[2] == "| base | 0.500 [–] |"
     assert cli.main([*command, "--metric", "reward", "--percent"]) == 2
