@@ -10,6 +10,7 @@ from tyro.conf import Positional, arg
 
 from grpo_jax.cli import common
 from grpo_jax.cli.common import Assignments, Flag, Inline, OptionalFloat, OptionalInt
+from grpo_jax.errors import UserError
 from grpo_jax.experiment import Experiment
 
 
@@ -50,19 +51,33 @@ def evaluate(
     """Score a run's tuned policy, or the policy that an experiment starts from, on the held-out prompts."""
     config, against = common.load_source(source, options.overrides()), options.against
 
-    common.prepare_jax()
-    from grpo_jax import evaluation
-
-    result = evaluation.evaluate(_policy_of(source, config), config, options.split)
-    other = None
+    compared = [(source, config)]
     if against is not None:
         # Its own task and sampling, but evaluated in the same way and with the same noise, so that prompts are pairs.
         own = dataclasses.replace(common.load_source(against), evaluation=config.evaluation, seed=config.seed)
-        other = evaluation.evaluate(_policy_of(against, own), own, options.split)
+        _require_same_prompts(source, config, against, own, options.split)
+        compared.append((against, own))
+
+    common.prepare_jax()
+    from grpo_jax import evaluation
+
+    result, *others = [evaluation.evaluate(_policy_of(at, one), one, options.split) for at, one in compared]
+    other = others[0] if others else None
     if options.as_json:
         _print_json(source, result, against, other)
     else:
         _print_table(source, result, against, other)
+
+
+def _require_same_prompts(source: Path, config: Experiment, against: Path, own: Experiment, split: str) -> None:
+    """Raises `UserError` if two experiments do not ask the same, so that their outcomes are no pairs."""
+    num = config.evaluation.num_prompts
+    asked, others = ([dict(example) for example in getattr(one.task, split)[:num]] for one in (config, own))
+    if asked != others:
+        raise UserError(
+            f"{str(source)!r} and {str(against)!r} are evaluated on different examples (tasks {config.task.name!r} and "
+            f"{own.task.name!r}), so they cannot be compared example by example."
+        )
 
 
 def _policy_of(source: Path, config: Experiment) -> Any:

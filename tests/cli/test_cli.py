@@ -417,6 +417,14 @@ def test_few_prompts_are_compared_by_their_samples(right, prompts, said, run, ex
     assert said.format(experiment) in out and "inf" not in out and "points [" in out
 
 
+def test_evaluate_refuses_to_compare_with_another_task(run, experiment, house, capsys):
+    other = experiment.with_name("other.py")
+    other.write_text(FILE.replace('held_out=[{"prompt": PROMPT}]', 'held_out=[{"prompt": "another"}]'))
+    assert cli.main(["evaluate", str(run), "--against", str(other)]) == 2
+    assert "are evaluated on different examples (tasks 'toy' and 'toy')" in capsys.readouterr().err
+    assert not house.calls
+
+
 def test_evaluate_compares_with_the_same_noise_and_the_same_prompts(run, experiment, house, monkeypatch):
     asked = []
 
