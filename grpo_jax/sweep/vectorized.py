@@ -5,8 +5,8 @@ shared out over the devices (`grpo-jax sweep` makes a device of each core of a C
 process writes files. Noise, prompts and initial parameters are named by the seed as in a run of its own, so on a CPU a
 seed has that run's numbers to the last digit (with `num_iterations` above 1, `top_k` or `top_p`: up to rounding). An
 accelerator trains its seeds at once; there the rounding of batched matrix products can change which token is drawn.
-Everything around the steps (evaluations, metrics, checkpoints, files) is that of `grpo_jax.training`, seed by seed, so `grpo-jax table` and
-`grpo-jax evaluate` find ordinary runs.
+Everything around the steps (evaluations, metrics, checkpoints, files) is that of `grpo_jax.training`, seed by seed, so
+`grpo-jax table` and `grpo-jax evaluate` find ordinary runs.
 
 Runs that are not finished cannot be resumed: they start again.
 """
