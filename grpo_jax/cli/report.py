@@ -1,11 +1,11 @@
 """`grpo-jax report`: writes the HTML page about a run or an ablation."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from tyro.conf import Positional, arg
 
-from grpo_jax.cli.common import Flag, OptionalFile
+from grpo_jax.cli.common import OptionalFile
 
 
 def report(
@@ -16,18 +16,18 @@ def report(
     /,
     *,
     output: OptionalFile = None,
-    pictures: Flag = False,
+    pictures: Annotated[Literal["png", "pdf", "svg"] | None, arg(help_behavior_hint="")] = None,
 ) -> None:
     """Write one self-contained HTML page about a run or an ablation.
 
     Args:
         output: Where the page goes: a file or a directory. Default: report.html in that of the run or the sweep.
-        pictures: Also draw the plots as PNG files in the directory.
+        pictures: Also draw the plots, as files of this kind in the directory.
     """
     from grpo_jax.report import page
 
     directory = Path("runs") / source.stem if source.suffix == ".py" else source
     print(page.report(directory, output))
-    if pictures:
-        for path in page.draw(directory):
+    if pictures is not None:
+        for path in page.draw(directory, pictures):
             print(path)

@@ -29,8 +29,8 @@ def completion_rows(run_dir: Path) -> list[Row]:
     return rows
 
 
-def reward_histograms(run_dir: Path) -> Path:
-    """Draws `RUN/reward_histograms.png`: the share of each step's completions that earned each reward."""
+def reward_histograms(run_dir: Path, kind: str = "png") -> Path:
+    """Draws `RUN/reward_histograms.KIND`: the share of each step's completions that earned each reward."""
     steps, levels, shares, mean = histogram_over_time(completion_rows(run_dir))
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(8, 3.6), layout="constrained")
@@ -44,7 +44,7 @@ def reward_histograms(run_dir: Path) -> Path:
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.legend(frameon=False, loc="lower right")
         figure.colorbar(image, ax=axes, label="share of the step's completions")
-        return _save(figure, run_dir / "reward_histograms.png")
+        return _save(figure, run_dir / f"reward_histograms.{kind}")
 
 
 def histogram_over_time(rows: Sequence[Row]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
@@ -75,8 +75,8 @@ def histogram_over_time(rows: Sequence[Row]) -> tuple[np.ndarray, np.ndarray, np
         return steps, levels, counts / np.maximum(number, 1)[:, None], total / number
 
 
-def advantage_map(run_dir: Path) -> Path:
-    """Draws `RUN/advantage_map.png`: a column for each group, its completions sorted by advantage."""
+def advantage_map(run_dir: Path, kind: str = "png") -> Path:
+    """Draws `RUN/advantage_map.KIND`: a column for each group, its completions sorted by advantage."""
     advantages = advantages_by_group(completion_rows(run_dir))
     largest = float(np.nanpercentile(np.abs(advantages), 99)) or 1.0  # of the maximum, all others could be too pale
     with matplotlib.rc_context(STYLE):
@@ -92,7 +92,7 @@ def advantage_map(run_dir: Path) -> Path:
         axes.set_xlabel("groups, in the order of training")
         axes.set_ylabel("completions, sorted")
         figure.colorbar(image, ax=axes, label="advantage")
-        return _save(figure, run_dir / "advantage_map.png")
+        return _save(figure, run_dir / f"advantage_map.{kind}")
 
 
 def advantages_by_group(rows: Sequence[Row]) -> np.ndarray:
@@ -106,8 +106,8 @@ def advantages_by_group(rows: Sequence[Row]) -> np.ndarray:
     return array
 
 
-def group_picture(run_dir: Path, step: int, prompt_id: int | None = None) -> Path:
-    """Draws `RUN/group_STEP.png`: a group's completions with their rewards, coloured by advantage, the best on top.
+def group_picture(run_dir: Path, step: int, prompt_id: int | None = None, kind: str = "png") -> Path:
+    """Draws `RUN/group_STEP.KIND`: a group's completions with their rewards, coloured by advantage, the best on top.
 
     The group is that of `prompt_id`, or the first of the step. Raises `UserError` if the run has no such group.
     """
@@ -142,7 +142,7 @@ def group_picture(run_dir: Path, step: int, prompt_id: int | None = None) -> Pat
         axes.set_title(f"Step {step}: {len(rows)} completions{more}")
         axes.set_xlabel("reward; beside it the advantage")
         axes.axvline(0, color=BLUE, linewidth=0.8)
-        return _save(figure, run_dir / f"group_{step}.png")
+        return _save(figure, run_dir / f"group_{step}.{kind}")
 
 
 def _save(figure: Figure, path: Path) -> Path:

@@ -64,18 +64,19 @@ def report(directory: Path, output: Path | None = None) -> Path:
     return output
 
 
-def draw(directory: Path) -> list[Path]:
-    """Draws the plots of the run or the sweep in `directory` as PNG files there; returns their paths."""
+def draw(directory: Path, kind: str = "png") -> list[Path]:
+    """Draws the plots of the run or the sweep in `directory` as files (png, pdf or svg) there; returns their paths."""
     if (directory / "run.json").is_file():
-        pictures = [learning_curve(directory)]
+        pictures = [learning_curve(directory, kind)]
         if rows := list(read_rows(directory / "completions.jsonl")):
-            pictures += [reward_histograms(directory), advantage_map(directory)]
-            pictures += [group_picture(directory, step) for step in sorted({rows[0]["step"], rows[-1]["step"]})]
+            pictures += [reward_histograms(directory, kind), advantage_map(directory, kind)]
+            steps = sorted({rows[0]["step"], rows[-1]["step"]})
+            pictures += [group_picture(directory, step, kind=kind) for step in steps]
         return pictures
     sweep = read_sweep(directory)
     metrics = dict.fromkeys([sweep.metric, "reward"])
     return [
-        seed_curves(sweep.arms, metric, directory / f"{metric.replace('/', '_')}.png")
+        seed_curves(sweep.arms, metric, directory / f"{metric.replace('/', '_')}.{kind}")
         for metric in metrics
         if any(metric_curves(runs, metric) for runs in sweep.arms.values())
     ]

@@ -52,8 +52,8 @@ class Series:
         return len(self.steps)
 
 
-def learning_curve(run_dir: str | Path) -> Path:
-    """Draws `RUN/learning_curve.png` from the metrics of a run, its warm start and its control, and returns its path.
+def learning_curve(run_dir: str | Path, kind: str = "png") -> Path:
+    """Draws `RUN/learning_curve.KIND` from the metrics of a run, its warm start and its control, and returns its path.
 
     The upper panel has the training reward of each step with a smoothed line; the held-out success with 95 % intervals,
     and the success on training prompts (hollow points) if it was evaluated; the warm start left of step 0; the control
@@ -96,7 +96,7 @@ def learning_curve(run_dir: str | Path) -> Path:
             label_right(axes["collapse"], _draw_collapse(axes["collapse"], collapse))
         axes[panels[-1]].set_xlabel("updates")
         axes[panels[-1]].xaxis.set_major_locator(MaxNLocator(integer=True))
-        path = run_dir / "learning_curve.png"
+        path = run_dir / f"learning_curve.{kind}"
         try:
             figure.savefig(path, dpi=150)
         except OSError as error:

@@ -179,12 +179,12 @@ def test_differences_of_configs_are_in_the_names_that_set_takes():
 
 def test_the_command_writes_the_page_and_the_pictures(tmp_path, capsys):
     run = make_run(tmp_path / "run")
-    assert cli.main(["report", str(run), "--pictures"]) == 0
+    assert cli.main(["report", str(run), "--pictures", "png"]) == 0
     written = [Path(line).name for line in capsys.readouterr().out.split()]
     assert written[:4] == ["report.html", "learning_curve.png", "reward_histograms.png", "advantage_map.png"]
-    assert cli.main(["report", str(make_sweep(tmp_path / "sweep")), "--pictures"]) == 0
+    assert cli.main(["report", str(make_sweep(tmp_path / "sweep")), "--pictures", "pdf"]) == 0
     assert [Path(line).name for line in capsys.readouterr().out.split()] == [
-        "report.html", "evaluation_success.png", "reward.png",
+        "report.html", "evaluation_success.pdf", "reward.pdf",
     ]  # fmt: skip
 
 
