@@ -182,6 +182,9 @@ def why_stale(path: Path) -> list[str]:
     if not path.is_file():
         raise UserError(f"there is no page {path.stem!r} with a record in {str(path.parent)!r}.")
     record = json.loads(path.read_text())
+    made = {".".join(machine["versions"]["python"].split(".")[:2]) for machine in record["machines"]}
+    if made != {f"{sys.version_info.major}.{sys.version_info.minor}"}:
+        return [f"can be checked with Python {', '.join(made)} only: a run's name counts compiled functions"]
     reasons = []
     for kind, overrides in (("as it is", []), ("perturbed", [f"policy.perturbation={PERTURBATION}"])):
         ablation = load_ablation(ROOT / record["ablation"], None, overrides)
