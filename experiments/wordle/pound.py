@@ -2,10 +2,11 @@
 
 A policy of under 1M parameters with one token per capital letter first learns (SFT) what legal words look like, the
 secret excluded. GRPO then samples a group at temperature 1 and scores it with the article's partial credit.
-Seeds 0 to 4 end at 98.8 to 99.8 % POUND, in some 20 s on two cores (40 s with compilation). A process of one core
-rounds otherwise: there seeds 0 to 2 end at 99.6, 98.4 and 0 %. Without the
-entropy bonus (groups of 64, a warm start of 100 or 300 steps) five of thirteen runs collapsed onto a non-word that the
-partial credit pays 0.8 to 0.9 for its repeated letters, such as PODOD or POUUU.
+A run takes some 20 s on two cores (40 s with compilation). Of twenty seeds, each run twice with starts that differ by
+rounding alone, 39 of 40 runs end at 98 % POUND or more, and one at 0 % (docs/results/reward_variants.md): which one
+collapses turns on the last digit, so it is another one in a process with another number of cores. Without the entropy
+bonus and with groups of 64 half of them collapse onto a non-word that the partial credit pays 0.8 to 0.9 for its
+repeated letters, such as POUUD or POUOU.
 
     grpo-jax train experiments/wordle/pound.py
     grpo-jax train experiments/wordle/pound.py --set sampling.temperature=0.7   # can collapse onto a non-word
