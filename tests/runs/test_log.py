@@ -16,7 +16,7 @@ from rich.console import Console
 from tensorboardX.proto.event_pb2 import Event
 
 from grpo_jax.errors import RunError, UserError
-from grpo_jax.experiment import Experiment
+from grpo_jax.experiment import Experiment, code_folder, sources
 from grpo_jax.runs.log import RunLog, display_of
 
 HOSTILE = "[bold]x[/bold] \x1b[31mred\x1b[0m \x07\r\u202eevil | <b>&#60;</b>\nnext"
@@ -280,6 +280,18 @@ def test_resuming_from_the_copy_in_the_run_directory_keeps_it(tmp_path):
         with open_log(run, **options):
             pass
     assert (run / "code" / "toy.py").read_text() == "config = 1" and not list(run.glob("code-*"))
+
+
+def test_going_back_to_files_that_a_run_had_before_is_a_change_too(tmp_path):
+    source, run = tmp_path / "toy.py", tmp_path / "run"
+    for visit, number in enumerate((1, 2, 1, 1)):
+        source.write_text(f"config = {number}")
+        sources.record(source)
+        with open_log(run, source=source, resume=visit > 0):
+            pass
+        assert (code_folder(run) / "toy.py").read_text() == f"config = {number}"
+    visits = json.loads((run / "run.json").read_text())["resumed"]
+    assert [visit["code"] and visit["code"]["directory"] for visit in visits] == ["code-2", "code-3", None]
 
 
 # When the disk is full -----------------------------------------------------------------------------------------------
