@@ -177,3 +177,28 @@ def test_no_more_completions_are_sampled_at_once_than_asked_for():
     evaluate_generator(generator, encode_prompts(task, generator.tokenizer, 64, 4), experiment)
     # 2 prompts of 3 samples are 6 of the 8; the third batch has one prompt and is filled up.
     assert [noise.samples.shape for _, noise, _ in generator.calls] == [(2, 3)] * 3
+
+
+class Repeating(Scripted):
+    """Gives its answer once more in every further turn."""
+
+    def generate(self, *arguments: Any) -> Any:
+        generation, _ = super().generate(*arguments)
+        return generation, generation
+
+    def continue_generation(self, state: Any, *_: Any) -> Any:
+        return state, state
+
+
+def test_what_the_environment_says_is_no_part_of_an_evaluations_length():
+    task = Task(
+        "letters", [{"prompt": "d"}], [{"prompt": "a"}, {"prompt": "bb"}], success=lambda **_: [True] * 2,
+        reply=lambda example, turns: "dddd", max_turns=2,
+    )  # fmt: skip
+    rewards = {"one": lambda *, completions, **_: [1.0] * len(completions)}
+    experiment = Experiment(task, rewards, sampling=SamplingConfig(max_tokens=4))
+    generator = Repeating(lambda prompt, sample: prompt)
+    result = evaluate_generator(generator, encode_prompts(task, generator.tokenizer, 64, 4), experiment)
+    # "a" and its end twice, and "bb" and its end twice: 4 and 6 tokens, whatever stands between them.
+    assert [(record["length"], record["turns"]) for record in result.records] == [(4, 2), (6, 2)]
+    assert (result.mean_length, result.mean_turns) == (5, 2)

@@ -72,9 +72,10 @@ def _is_part(path: Path) -> bool:
 
 def describe(run_dir: Path) -> dict[str, Any]:
     """What is known of a run from its files."""
-    from grpo_jax.runs.files import read_rows
+    from grpo_jax.runs.files import current_config, read_rows
 
     info, config = _json(run_dir / "run.json"), _json(run_dir / "config.json")
+    config = current_config(config, info) if config else {}
     rows = list(read_rows(run_dir / "metrics.jsonl"))
     given = dict(each.split("=", 1) for each in info.get("overrides", ()) if "=" in each)
     method = config.get("method", "?")

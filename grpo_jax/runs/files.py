@@ -1,5 +1,6 @@
 """Reading and writing the JSON files of a run directory; a file is written completely or not at all."""
 
+import copy
 import json
 import math
 import os
@@ -24,6 +25,23 @@ def jsonable(value: Any) -> Any:
     if hasattr(value, "tolist"):  # NumPy's and JAX's arrays and scalars
         return jsonable(value.tolist())
     return str(value)
+
+
+def current_config(config: Mapping[str, Any], info: Mapping[str, Any]) -> dict[str, Any]:
+    """The config that a run has now, as JSON: that of its config.json, with the changes that it was resumed with.
+
+    Args:
+      info: the content of its run.json.
+    """
+    now = copy.deepcopy(dict(config))
+    for visit in info.get("resumed", ()):
+        for name, (_, after) in visit.get("changes", {}).items():
+            *owners, key = name.split(".")
+            place = now
+            for owner in owners:
+                place = place[owner]
+            place[key] = after
+    return now
 
 
 def read_rows(path: Path) -> Iterator[dict[str, Any]]:

@@ -24,7 +24,7 @@ from grpo_jax.errors import UserError
 from grpo_jax.experiment import Experiment, code_of, read_run, sources, to_dict
 from grpo_jax.experiment.fingerprint import fingerprint
 from grpo_jax.runs import checkpoints
-from grpo_jax.runs.files import jsonable, write_json, writing
+from grpo_jax.runs.files import current_config, jsonable, write_json, writing
 
 PACKAGES = ("grpo_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "numpy")
 FIXED = ("policy", "seed", "method", "warm_start")  # what a run's checkpoints were made from
@@ -69,7 +69,8 @@ def continue_run(
       UserError: if the run was made with another policy, seed, method or warm start.
     """
     info = read_run(run_dir)
-    changes = changed_fields(current_config(run_dir, info), experiment)
+    begun_with = json.loads((run_dir / "config.json").read_text())
+    changes = changed_fields(current_config(begun_with, info), experiment)
     for name, (before, after) in changes.items():
         if name.split(".")[0] in FIXED:
             raise UserError(
@@ -90,19 +91,6 @@ def continue_run(
         "package": sources.package_digest(),
     }
     return {**info, "resumed": [*visits, visit]}
-
-
-def current_config(run_dir: Path, info: Mapping[str, Any]) -> dict[str, Any]:
-    """The config of a run with the changes that it was resumed with, as JSON."""
-    config = json.loads((run_dir / "config.json").read_text())
-    for visit in info.get("resumed", ()):
-        for name, (_, after) in visit.get("changes", {}).items():
-            *owners, key = name.split(".")
-            place = config
-            for owner in owners:
-                place = place[owner]
-            place[key] = after
-    return config
 
 
 def changed_fields(before: Any, now: Any, path: str = "") -> dict[str, list[Any]]:

@@ -99,6 +99,22 @@ def test_dpo_puts_the_chosen_completion_first_and_does_not_train_on_ties() -> No
     assert batch.sample_mask.tolist() == [[True, True, False, False]] * 4
 
 
+def test_each_completion_of_a_pair_is_logged_with_its_own_reward_and_label() -> None:
+    rows = made({"method": "dpo"}, answers=["b", "aaa", "ab", "cc"])[0].rows  # of each prompt: 0 < 1 and 1/3 > 0
+    logged = [(row["completion"], row["reward"], row["rewards"]["share_of_a"], row["label"]) for row in rows]
+    first = [("aaa", 1, 1, "chosen"), ("b", 0, 0, "rejected")]
+    second = [("ab", 1 / 3, 1 / 3, "chosen"), ("cc", 0, 0, "rejected")]
+    assert logged == [*first, *second] * 4
+
+
+def test_after_epoch_steps_the_same_pairs_come_again() -> None:
+    named = []
+    for step in (0, 1, 2, 3):
+        [(_, noise, _)] = made({"method": "dpo", "preferences.epoch_steps": 2}, step=step)[1].calls
+        named.append((int(noise.step), noise.prompt_ids.tolist()))
+    assert named[2:] == named[:2] and [step for step, _ in named] == [0, 1, 0, 1]
+
+
 def test_label_noise_is_named_by_the_step() -> None:
     config = override(letters.config, {"method": "dpo", "group_size": 64, "preferences.noise_level": 0.5})
     context = context_of(config, Scripted(lambda prompt, sample: "aaa" if sample % 2 else "b"))

@@ -274,6 +274,18 @@ def test_list_shows_the_runs_of_a_directory_and_of_its_sweeps(tmp_path, capsys, 
     assert "there is no directory" in capsys.readouterr().err
 
 
+def test_list_shows_the_steps_that_a_run_was_last_resumed_to(tmp_path, capsys):
+    resumed = [{"changes": {"steps": [1, 3]}}, {"changes": {"loss.beta": [0.0, 0.1], "steps": [3, 8]}}]
+    for name, info in (("long", {"resumed": resumed}), ("plain", {})):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "run.json").write_text(json.dumps({"status": "finished", **info}))
+        (tmp_path / name / "config.json").write_text(json.dumps({"steps": 1, "loss": {"beta": 0.0}}))
+    (tmp_path / "long" / "metrics.jsonl").write_text('{"step": 0, "step_time": 1.0}\n')
+    assert cli.main(["list", str(tmp_path), "--json"]) == 0
+    runs = {Path(run["run"]).name: run for run in map(json.loads, capsys.readouterr().out.splitlines())}
+    assert (runs["long"]["steps"], runs["long"]["planned_steps"], runs["plain"]["planned_steps"]) == (1, 8, 1)
+
+
 def test_fields_lists_every_field_that_set_takes(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
     assert cli.main(["fields"]) == 0

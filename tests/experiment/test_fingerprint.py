@@ -34,6 +34,7 @@ class Loud(Method):
 
 Loud.__qualname__ = Quiet.__qualname__  # so that the code alone tells them apart
 DEFAULT_1, DEFAULT_2 = (lambda x=1: x), (lambda x=2: x)
+KEYWORD_1, KEYWORD_2 = (lambda *, x=1: x), (lambda *, x=2: x)
 ONE, TWO = (lambda x: x + 1), (lambda x: x + 2)
 
 
@@ -55,6 +56,7 @@ ONE, TWO = (lambda x: x + 1), (lambda x: x + 2)
         (np.arange(3), np.array([0, 1, 3])),
         (np.zeros((2, 3)), np.zeros((3, 2))),
         (DEFAULT_1, DEFAULT_2),
+        (KEYWORD_1, KEYWORD_2),
         (Quiet(), Loud()),
         (len, max),
     ],

@@ -158,6 +158,13 @@ def test_the_page_pairs_runs_of_the_same_seed(tmp_path):
     assert new["cells"][0] == "2" and new["cells"][3].startswith("+0.215 [")
 
 
+def test_a_run_that_is_still_going_does_not_count_among_the_seeds_of_its_arm(tmp_path):
+    """Old's finished seeds came to .4, .5 and .45, whose mean is .45; with the .5 of its fourth it would be .4625."""
+    directory = make_sweep(tmp_path / "sweep")
+    _, old = ablation_page(directory, read_sweep(directory))["scores"][0]["rows"]
+    assert old["cells"][:2] == ["3", "0.450"]
+
+
 def test_a_long_run_is_thinned_by_steps_with_the_first_and_the_last():
     rows = [
         {"step": s, "prompt": "p", "completion": "a", "rewards": {}, "reward": 0.0, "advantage": 0.0}

@@ -26,6 +26,13 @@ def test_arrays_and_paths_become_json():
     }
 
 
+def test_a_config_is_that_of_the_beginning_with_the_changes_of_every_visit():
+    begun = {"steps": 1, "loss": {"beta": 0.0, "epsilon": 0.2}}
+    visits = [{"changes": {"steps": [1, 3], "loss.beta": [0.0, 0.1]}}, {"changes": {"steps": [3, 5]}}, {}]
+    assert files.current_config(begun, {"resumed": visits}) == {"steps": 5, "loss": {"beta": 0.1, "epsilon": 0.2}}
+    assert begun["loss"]["beta"] == 0.0 and files.current_config(begun, {}) == begun
+
+
 def test_a_broken_line_in_the_middle_is_named(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 0}\n{"step"\n{"step": 2}\n')
     with pytest.raises(UserError, match=r"metrics.jsonl:2 is not a line of JSON"):

@@ -6,7 +6,7 @@ import os
 import shutil
 import struct
 import subprocess
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,8 +16,9 @@ from rich.console import Console
 from tensorboardX.proto.event_pb2 import Event
 
 from grpo_jax.errors import RunError, UserError
-from grpo_jax.experiment import Experiment
+from grpo_jax.experiment import Experiment, SamplingConfig, code_folder, sources
 from grpo_jax.runs.log import RunLog, display_of
+from grpo_jax.runs.restore import sampling_of
 
 HOSTILE = "[bold]x[/bold] \x1b[31mred\x1b[0m \x07\r\u202eevil | <b>&#60;</b>\nnext"
 
@@ -280,6 +281,26 @@ def test_resuming_from_the_copy_in_the_run_directory_keeps_it(tmp_path):
         with open_log(run, **options):
             pass
     assert (run / "code" / "toy.py").read_text() == "config = 1" and not list(run.glob("code-*"))
+
+
+def test_going_back_to_files_that_a_run_had_before_is_a_change_too(tmp_path):
+    source, run = tmp_path / "toy.py", tmp_path / "run"
+    for visit, number in enumerate((1, 2, 1, 1)):
+        source.write_text(f"config = {number}")
+        sources.record(source)
+        with open_log(run, source=source, resume=visit > 0):
+            pass
+        assert (code_folder(run) / "toy.py").read_text() == f"config = {number}"
+    visits = json.loads((run / "run.json").read_text())["resumed"]
+    assert [visit["code"] and visit["code"]["directory"] for visit in visits] == ["code-2", "code-3", None]
+
+
+def test_a_run_samples_as_it_was_last_resumed_to(tmp_path):
+    for visit, temperature in enumerate((1.0, 0.5, 0.25)):
+        config = replace(experiment(), sampling=SamplingConfig(temperature=temperature))
+        with RunLog(tmp_path, config, resume=visit > 0, display=display_of(config, quiet=True)):
+            pass
+        assert sampling_of(tmp_path).temperature == temperature
 
 
 # When the disk is full -----------------------------------------------------------------------------------------------

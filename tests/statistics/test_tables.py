@@ -356,6 +356,16 @@ def test_an_arm_without_a_finished_run_stays_in_the_table(tmp_path):
     assert "no pair with the baseline" in text
 
 
+def test_arms_that_are_alike_share_their_runs_and_each_has_a_row(tmp_path):
+    alike = dataclasses.replace(ABLATION, arms={"base": {}, "again": {}, "flat": {"group_size": 2}})
+    write_runs(tmp_path, alike)
+    table = collect(tmp_path, alike)
+    base, again, flat = table.rows
+    assert [row.seeds for row in table.rows] == [3, 3, 3] and table.missing == []
+    assert again.mean == base.mean and again.mean.value == pytest.approx((0.1 + 0.2 + 0.3) / 3)
+    assert (again.difference.value, again.tokens, flat.tokens) == (0, 54, 36)
+
+
 def test_no_runs_and_no_such_metric_are_one_sentence(tmp_path):
     with pytest.raises(UserError, match=rf"none of the 9 runs .* is finished: run `{COMMAND}` first"):
         collect(tmp_path)

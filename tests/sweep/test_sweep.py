@@ -20,9 +20,10 @@ from rich.console import Console
 import grpo_jax
 from grpo_jax import sweep
 from grpo_jax.errors import RunError, UserError
-from grpo_jax.experiment import Ablation, load, load_ablation, to_dict
+from grpo_jax.experiment import Ablation, load, load_ablation, override, sources, to_dict
 from grpo_jax.sweep import processes, worker
 from grpo_jax.sweep.progress import SweepProgress, latest_metrics
+from grpo_jax.sweep.warm_starts import adopt_warm_start
 
 FILE = (
     Path(letters.__file__).read_text()
@@ -181,6 +182,17 @@ def test_a_run_records_the_budget_that_it_was_given(source, tmp_path, monkeypatc
     [run] = [run for run in load_ablation(source, "tokens").runs() if run.arms == ("slow",) and run.seed == 1]
     assert run.config.token_budget == 30 * 2 * 2 * 3  # steps x prompts x group x max_tokens; the file's budget is steps
     assert to_dict(load(source, asked[0])) == to_dict(run.config)
+
+
+@pytest.mark.parametrize(("digest", "is_adopted"), [(sources.package_digest(), True), ("c0ffee", False)])
+def test_a_warm_start_that_other_code_has_made_is_left_alone(ablation, tmp_path, digest, is_adopted):
+    config = override(ablation.base, {"warm_start": {"steps": 3}})
+    other = tmp_path / "other"
+    (other / "warm_start").mkdir(parents=True)
+    info = {"status": "finished", "package": {"digest": digest}}
+    (other / "warm_start" / "run.json").write_text(json.dumps(info))
+    adopt_warm_start(tmp_path / "run", config, [(other, config)])
+    assert (tmp_path / "run" / "warm_start" / "run.json").exists() == is_adopted
 
 
 def test_arms_share_a_warm_start_that_they_would_have_made_themselves(source, tmp_path):
