@@ -1,6 +1,7 @@
 """`grpo-jax sample`: prints what a policy answers."""
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -37,11 +38,13 @@ def sample(
         raise UserError("there is no terminal to read prompts from: say --prompt TEXT.")
     common.prepare_jax()
     from grpo_jax import policy, rollout
-    from grpo_jax.experiment import SamplingConfig
+    from grpo_jax.experiment import SamplingConfig, read_run
+    from grpo_jax.runs.files import changed_since
     from grpo_jax.runs.restore import restore_policy, sampling_of
 
     if (Path(source) / "run.json").is_file():
-        tuned, sampling = restore_policy(source), sampling_of(source)
+        tuned, later = restore_policy(source), changed_since(read_run(Path(source)), "sampling")
+        sampling = replace(sampling_of(source), **later)
         example = _first_prompt(Path(source))
         temperature = sampling.temperature if temperature is None else temperature
         max_tokens = max_tokens or sampling.max_tokens

@@ -44,6 +44,12 @@ def current_config(config: Mapping[str, Any], info: Mapping[str, Any]) -> dict[s
     return now
 
 
+def changed_since(info: Mapping[str, Any], section: str) -> dict[str, Any]:
+    """The fields of one section of the config, such as `sampling`, that a run was resumed with in another form."""
+    changes = [change for visit in info.get("resumed", ()) for change in visit.get("changes", {}).items()]
+    return {name.partition(".")[2]: after for name, (_, after) in changes if name.startswith(f"{section}.")}
+
+
 def read_rows(path: Path) -> Iterator[dict[str, Any]]:
     """Yields the rows of a .jsonl file; none if there is no file. A last line that a crash has cut off is left out.
 

@@ -24,7 +24,6 @@ from grpo_jax.policy.lora import split
 from grpo_jax.policy.transformer import Params
 from grpo_jax.rollout import model_of
 from grpo_jax.runs import checkpoints
-from grpo_jax.runs.files import current_config
 from grpo_jax.update import State
 
 OPTIONAL_LEAVES = ("tokens_sampled",)  # not in the checkpoints of the first versions
@@ -62,9 +61,8 @@ def restore_with_head(run_dir: str | Path) -> tuple[Policy, Params]:
 
 
 def sampling_of(run_dir: str | Path) -> SamplingConfig:
-    """How a run samples completions in training, since it was last resumed."""
-    run_dir = Path(run_dir)
-    return SamplingConfig(**current_config(_config(run_dir), read_run(run_dir))["sampling"])
+    """How a run sampled completions when it began; run.json has what has changed since."""
+    return SamplingConfig(**_config(Path(run_dir))["sampling"])
 
 
 def method_of_run(run_dir: str | Path) -> str:

@@ -461,6 +461,14 @@ def test_a_prompt_is_put_where_a_runs_training_prompts_had_their_question(run, h
     assert capsys.readouterr().out == "1: answer 0\\x1b[2J\nnext\n2: answer 1\\x1b[2J\nnext\n"
 
 
+def test_a_run_is_sampled_from_as_it_was_last_resumed(run, house):
+    info = json.loads((run / "run.json").read_text())
+    changes = {"sampling.temperature": [0.7, 0.25], "steps": [1, 3]}
+    (run / "run.json").write_text(json.dumps(info | {"resumed": [{"changes": changes, "overrides": []}]}))
+    assert cli.main(["sample", str(run), "--prompt", "hi", "--num", "1"]) == 0
+    assert (house.calls[-1][2]["temperature"], house.calls[-1][2]["max_tokens"]) == (0.25, 9)
+
+
 def test_a_plain_prompt_stands_alone_and_settings_can_be_given(run, house):
     arguments = ["--plain", "--temperature", "0", "--max-tokens", "3", "--num", "1", "--seed", "4"]
     assert cli.main(["sample", str(run), "--prompt", "hi", *arguments]) == 0

@@ -17,8 +17,8 @@ from tensorboardX.proto.event_pb2 import Event
 
 from grpo_jax.errors import RunError, UserError
 from grpo_jax.experiment import Experiment, SamplingConfig, code_folder, sources
+from grpo_jax.runs.files import changed_since
 from grpo_jax.runs.log import RunLog, display_of
-from grpo_jax.runs.restore import sampling_of
 
 HOSTILE = "[bold]x[/bold] \x1b[31mred\x1b[0m \x07\r\u202eevil | <b>&#60;</b>\nnext"
 
@@ -295,12 +295,14 @@ def test_going_back_to_files_that_a_run_had_before_is_a_change_too(tmp_path):
     assert [visit["code"] and visit["code"]["directory"] for visit in visits] == ["code-2", "code-3", None]
 
 
-def test_a_run_samples_as_it_was_last_resumed_to(tmp_path):
+def test_what_a_section_was_resumed_with_is_its_last_value(tmp_path):
     for visit, temperature in enumerate((1.0, 0.5, 0.25)):
         config = replace(experiment(), sampling=SamplingConfig(temperature=temperature))
         with RunLog(tmp_path, config, resume=visit > 0, display=display_of(config, quiet=True)):
             pass
-        assert sampling_of(tmp_path).temperature == temperature
+        later = changed_since(json.loads((tmp_path / "run.json").read_text()), "sampling")
+        assert later == ({"temperature": temperature} if visit else {})
+    assert changed_since(json.loads((tmp_path / "run.json").read_text()), "optimizer") == {}
 
 
 # When the disk is full -----------------------------------------------------------------------------------------------
