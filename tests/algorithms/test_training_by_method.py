@@ -116,12 +116,16 @@ def test_a_run_starts_from_another_runs_policy_with_its_adapters_merged(tmp_path
     other = load("scratch", lora=adapters, scratch=BASE.policy.scratch)
     other.params["layers.q.lora_b"] = np.full((1, 1, 16), 0.5, np.float32)  # as if trained: a new one is 0
     (tmp_path / "run.json").touch()
-    monkeypatch.setattr(restore, "restore", lambda run_dir: (BASE, other))
+    monkeypatch.setattr(restore, "restore_with_head", lambda run_dir: (other, {}))
     params = restore.source_policy(experiment(policy__source=str(tmp_path))).params
     # kernel [1, 16, 16] + alpha / rank * A [1, 16, 1] @ B
     expected = other.params["layers.q.kernel"] + 3.0 * 0.5 * other.params["layers.q.lora_a"]
     np.testing.assert_allclose(params["layers.q.kernel"], expected, rtol=1e-6)
     assert not any("lora" in path for path in params)
+    narrow = restore.source_policy(experiment(policy__source=str(tmp_path), policy__dtype="bfloat16")).params
+    assert {str(x.dtype) for x in params.values()} == {"float32"} and {str(x.dtype) for x in narrow.values()} == {
+        "bfloat16"
+    }
 
 
 def _file(tmp_path: Path, fields: str) -> Path:
