@@ -20,5 +20,5 @@ status=0
 .venv/bin/ruff check . || status=1
 .venv/bin/ruff format --check . || status=1
 .venv/bin/mypy || status=1
-.venv/bin/python -m pytest -n 2 "${fast[@]}" "$@" || status=1
+.venv/bin/python -m pytest -n 2 --dist loadfile "${fast[@]}" "$@" || status=1
 exit $status
