@@ -26,12 +26,15 @@ from typing import Any
 from grpo_jax.cli import common
 from grpo_jax.errors import UserError, exit_status
 from grpo_jax.experiment import Ablation, load_ablation, sources
+from grpo_jax.runs.files import write_text
 
 ROOT = Path(__file__).resolve().parents[1]
 ABLATIONS = ROOT / "experiments" / "ablations"
 PAGES = ROOT / "docs" / "results"
 MARK = "<!-- made by scripts/results.py -->"
 PERTURBATION = 1e-6
+KINDS: dict[str, list[str]] = {"as it is": [], "perturbed": [f"policy.perturbation={PERTURBATION}"]}
+"""How the sweep of a page is made, and with which overrides of the ablation."""
 
 
 @dataclass(frozen=True)
@@ -83,13 +86,14 @@ def make(plan: Plan) -> None:
 
     found: dict[str, tables.Table] = {}
     measured: dict[str, Any] = {}
-    for kind, overrides in (("as it is", []), ("perturbed", [f"policy.perturbation={PERTURBATION}"])):
-        ablation = load_ablation(plan.source, None, overrides)
+    ablations = {kind: load_ablation(plan.source, None, overrides) for kind, overrides in KINDS.items()}
+    for kind, ablation in ablations.items():
+        overrides = KINDS[kind]
         how = {"jobs": plan.jobs, "vectorize": plan.vectorize, "overrides": overrides}
         sweep(plan.source, ablation, plan.directory, **how)
         found[kind] = tables.collect(ablation, plan.directory, command=plan.command())
         measured[kind] = values(ablation, plan.directory)
-    ablation = load_ablation(plan.source)
+    ablation = ablations["as it is"]
     write_plan(plan.directory, ablation)  # a report on the directory is about the sweep as it is
     record = {
         "page": plan.name,
@@ -102,13 +106,13 @@ def make(plan: Plan) -> None:
         "verdicts": {kind: {row.arm: tables.verdict_of(row, t) for row in t.rows} for kind, t in found.items()},
     }
     plan.output.mkdir(parents=True, exist_ok=True)
-    write(plan.output / f"{plan.name}.json", json.dumps(record, indent=1, ensure_ascii=False) + "\n")
-    write(plan.output / f"{plan.name}.csv", layouts.render(found["as it is"], "csv"))
+    write_text(plan.output / f"{plan.name}.json", json.dumps(record, indent=1, ensure_ascii=False) + "\n")
+    write_text(plan.output / f"{plan.name}.csv", layouts.render(found["as it is"], "csv"))
     runs = {arm: [plan.directory / run.key for run in ablation.runs() if arm in run.arms] for arm in ablation.arms}
     seed_curves(runs, drawn(ablation.metric), plan.output / f"{plan.name}.png")
     page = plan.output / f"{plan.name}.md"
     above = page.read_text().split(MARK)[0].rstrip() if page.is_file() else f"# {plan.name}"
-    write(page, f"{above}\n\n{MARK}\n\n{below(record, found)}")
+    write_text(page, f"{above}\n\n{MARK}\n\n{below(record, found)}")
     print(page)
 
 
@@ -192,7 +196,7 @@ def why_stale(path: Path) -> list[str]:
     if made != {f"{sys.version_info.major}.{sys.version_info.minor}"}:
         return [f"can be checked with Python {', '.join(made)} only: a run's name counts compiled functions"]
     reasons = []
-    for kind, overrides in (("as it is", []), ("perturbed", [f"policy.perturbation={PERTURBATION}"])):
+    for kind, overrides in KINDS.items():
         ablation = load_ablation(ROOT / record["ablation"], None, overrides)
         recorded = record["runs"][kind]
         now = {arm: {str(run.seed): run.key for run in ablation.runs() if arm in run.arms} for arm in ablation.arms}
@@ -209,12 +213,6 @@ def relative(path: Path) -> str:
     """A path as seen from the project, if it is in it."""
     path = path.resolve()
     return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else str(path)
-
-
-def write(path: Path, text: str) -> None:
-    from grpo_jax.runs.files import write_text
-
-    write_text(path, text)
 
 
 if __name__ == "__main__":

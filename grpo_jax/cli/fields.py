@@ -3,7 +3,7 @@
 import dataclasses
 import inspect
 import typing
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Annotated, Any
 
 from tyro.conf import Positional, arg
@@ -33,7 +33,7 @@ def fields(
             table = Table(box=None, header_style="dim")
             for column in ("field", "type", "default"):
                 table.add_column(column, overflow="fold")
-            for row in rows(config, name):
+            for row in rows(config, name, found):
                 table.add_row(*row)
             console.print(table)
             console.print()
@@ -54,9 +54,8 @@ def sections() -> Iterator[tuple[str, Any]]:
                     waiting.append((name, kind))
 
 
-def rows(config: Any, path: str) -> Iterator[tuple[str, str, str]]:
-    """Dotted name, type and default of each field that is no config itself."""
-    nested = {name for name, _ in sections()}
+def rows(config: Any, path: str, nested: Collection[str]) -> Iterator[tuple[str, str, str]]:
+    """Dotted name, type and default of each field that is no config itself; `nested` names those that are."""
     for field in dataclasses.fields(config):
         name = f"{path}.{field.name}" if path else field.name
         if name in nested and field.default is not None:

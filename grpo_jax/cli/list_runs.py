@@ -10,6 +10,7 @@ from tyro.conf import Positional, arg
 
 from grpo_jax.cli.common import Flag
 from grpo_jax.errors import UserError
+from grpo_jax.runs.files import assigned, current_config, read_json, read_rows
 
 WIDE = 110  # columns of a terminal from which the method and the time are shown too
 DEPTH = 2  # runs/RUN and, of a sweep, runs/SWEEP/RUN
@@ -72,16 +73,13 @@ def _is_part(path: Path) -> bool:
 
 def describe(run_dir: Path) -> dict[str, Any]:
     """What is known of a run from its files."""
-    from grpo_jax.runs.files import current_config, read_rows
-
-    info, config = _json(run_dir / "run.json"), _json(run_dir / "config.json")
+    info, config = read_json(run_dir / "run.json"), read_json(run_dir / "config.json")
     config = current_config(config, info) if config else {}
     rows = list(read_rows(run_dir / "metrics.jsonl"))
-    given = dict(each.split("=", 1) for each in info.get("overrides", ()) if "=" in each)
     method = config.get("method", "?")
     return {
         "run": str(run_dir),
-        "arm": given.get("arm"),
+        "arm": assigned(info).get("arm"),
         "seed": info.get("seed"),
         "method": method["name"] if isinstance(method, dict) else method,
         "steps": sum("step_time" in row for row in rows),
@@ -90,11 +88,3 @@ def describe(run_dir: Path) -> dict[str, Any]:
         "status": info.get("status", "?"),
         "started": info.get("started"),
     }
-
-
-def _json(path: Path) -> dict[str, Any]:
-    """A JSON file of a run; empty if it is missing or damaged, so that one bad run does not hide the others."""
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError):
-        return {}

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal
 
 from grpo_jax.errors import UserError
@@ -99,6 +100,11 @@ class Ablation(Checked):
 
     def runs(self) -> list[PlannedRun]:
         """Every run, seed by seed so that what is finished first can be compared; arms that are alike share one."""
+        return list(self._runs)
+
+    @cached_property
+    def _runs(self) -> list[PlannedRun]:
+        # Once, since the hash of a run counts every example of its task.
         planned: dict[str, PlannedRun] = {}
         for seed in self.seeds:
             for arm in self.arms:

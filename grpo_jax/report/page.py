@@ -24,7 +24,8 @@ from grpo_jax.report.curves import metric_curves, seed_curves
 from grpo_jax.report.data import arm_charts, completions, defaults, differences, flat, heat_maps, run_charts
 from grpo_jax.report.diagnosis import diagnose
 from grpo_jax.report.plots import learning_curve, series
-from grpo_jax.runs.files import jsonable, read_rows, write_text
+from grpo_jax.runs.files import assigned, jsonable, read_json, read_rows, write_text
+from grpo_jax.sweep.processes import plan_of
 
 MINUS = "−"
 
@@ -94,7 +95,7 @@ def render(page: Mapping[str, Any]) -> str:
 
 def run_page(run: Path) -> dict[str, Any]:
     """The data of the page about a run, finished or not."""
-    info, config, summary = (_json(run / f"{name}.json") for name in ("run", "config", "summary"))
+    info, config, summary = (read_json(run / f"{name}.json") for name in ("run", "config", "summary"))
     rows = list(read_rows(run / "completions.jsonl"))
     charts, metrics = run_charts(run, summary.get("references", {}))
     shown, note = completions({run.resolve().name: rows})
@@ -121,7 +122,7 @@ def run_page(run: Path) -> dict[str, Any]:
 def ablation_page(directory: Path, sweep: Sweep) -> dict[str, Any]:
     """The data of the page about an ablation: its arms against the baseline."""
     first = {arm: runs[0] for arm, runs in sweep.arms.items()}
-    configs = {arm: _json(run / "config.json") for arm, run in first.items()}
+    configs = {arm: read_json(run / "config.json") for arm, run in first.items()}
     charts, metrics = arm_charts(sweep.arms, sweep.metric)
     runs = {
         f"{arm}, seed {sweep.seeds[run]}": list(read_rows(run / "completions.jsonl"))
@@ -133,7 +134,7 @@ def ablation_page(directory: Path, sweep: Sweep) -> dict[str, Any]:
         f"{arm}, seed {sweep.seeds[run]} is {status}."
         for arm, directories in sweep.arms.items()
         for run in directories
-        if (status := _json(run / "run.json").get("status", "missing")) != "finished"
+        if (status := read_json(run / "run.json").get("status", "missing")) != "finished"
     ]
     baseline = sweep.baseline
     columns = {baseline: flat(configs[baseline])} | {arm: flat(config) for arm, config in configs.items()}
@@ -141,7 +142,7 @@ def ablation_page(directory: Path, sweep: Sweep) -> dict[str, Any]:
         "title": f"Ablation {directory.resolve().name}",
         "facts": [
             f"{len(sweep.arms)} arms, {sum(map(len, sweep.arms.values()))} runs, compared by {sweep.metric}",
-            *_facts(_json(first[baseline] / "run.json"), configs[baseline])[1:],
+            *_facts(read_json(first[baseline] / "run.json"), configs[baseline])[1:],
         ],
         "warnings": [*unfinished, *sweep.missing],
         "command": None,
@@ -163,12 +164,33 @@ def read_sweep(directory: Path) -> Sweep:
     Of a sweep of the first versions, the ablation is read from the copy of its file that each run has.
     Raises `UserError` if the directory holds no run of a sweep.
     """
-    if plan := _json(directory / "sweep.json"):
-        return _planned_sweep(directory, plan)
+    plan = read_json(directory / "sweep.json") or _plan_of_first_versions(directory)
+    arms: dict[str, list[Path]] = {arm: [] for arm in plan["arms"]}
+    seeds, missing = {}, []
+    for run in plan["runs"]:
+        place = directory / run["key"]
+        if not (place / "run.json").is_file():
+            missing.append(f"{' = '.join(run['arms'])}, seed {run['seed']} has not begun.")
+            continue
+        seeds[place] = run["seed"]
+        for arm in run["arms"]:
+            arms[arm].append(place)
+    begun = {arm: runs for arm, runs in arms.items() if runs}
+    if not begun:
+        raise UserError("no run of this sweep has begun.")
+    baseline = plan["baseline"] if plan["baseline"] in begun else next(iter(begun))
+    return Sweep(begun, plan["metric"], baseline, seeds, missing)
+
+
+def _plan_of_first_versions(directory: Path) -> dict[str, Any]:
+    """The plan of a sweep that wrote none, with the names of the directories that its runs have.
+
+    Raises `UserError` if the directory holds no run of a sweep.
+    """
     found: dict[tuple[str, int], Path] = {}
     for path in sorted(directory.glob("*/run.json")):
-        info = _json(path)
-        given = dict(each.split("=", 1) for each in info.get("overrides", ()) if "=" in each)
+        info = read_json(path)
+        given = assigned(info)
         if "arm" in given:
             found[given["arm"], info["seed"]] = path.parent
             example, source, budget = path.parent, info.get("source"), given.get("budget")
@@ -176,42 +198,13 @@ def read_sweep(directory: Path) -> Sweep:
         raise UserError(
             f"{str(directory)!r} is the directory of neither a run nor a sweep: no run.json says that it is."
         )
-    ablation = load_ablation(example / "experiment.py", budget, home=Path(source) if source else None)
-    arms: dict[str, list[Path]] = {arm: [] for arm in ablation.arms}
-    seeds, missing = {}, []
-    for planned in ablation.runs():
-        # Functions defined in the copy have another module name, so a key may differ; the arm and the seed do not.
-        others = [found[arm, planned.seed] for arm in planned.arms if (arm, planned.seed) in found]
-        run = next((run for run in (directory / planned.key, *others) if (run / "run.json").is_file()), None)
-        if run is None:
-            missing.append(f"{' = '.join(planned.arms)}, seed {planned.seed} has not begun.")
-            continue
-        seeds[run] = planned.seed
-        for arm in planned.arms:
-            arms[arm].append(run)
-    return _sweep(arms, ablation.metric, ablation.baseline_arm, seeds, missing)
-
-
-def _planned_sweep(directory: Path, plan: Mapping[str, Any]) -> Sweep:
-    arms: dict[str, list[Path]] = {arm: [] for arm in plan["arms"]}
-    seeds, missing = {}, []
+    plan = plan_of(load_ablation(example / "experiment.py", budget, home=Path(source) if source else None))
     for run in plan["runs"]:
-        if not (directory / run["key"] / "run.json").is_file():
-            missing.append(f"{' = '.join(run['arms'])}, seed {run['seed']} has not begun.")
-            continue
-        seeds[directory / run["key"]] = run["seed"]
-        for arm in run["arms"]:
-            arms[arm].append(directory / run["key"])
-    return _sweep(arms, plan["metric"], plan["baseline"], seeds, missing)
-
-
-def _sweep(
-    arms: Mapping[str, list[Path]], metric: str, baseline: str, seeds: dict[Path, int], missing: list[str]
-) -> Sweep:
-    begun = {arm: runs for arm, runs in arms.items() if runs}
-    if not begun:
-        raise UserError("no run of this sweep has begun.")
-    return Sweep(begun, metric, baseline if baseline in begun else next(iter(begun)), seeds, missing)
+        # Functions defined in the copy have another module name, so a key may differ; the arm and the seed do not.
+        others = [found[arm, run["seed"]].name for arm in run["arms"] if (arm, run["seed"]) in found]
+        if others and not (directory / run["key"] / "run.json").is_file():
+            run["key"] = others[0]
+    return plan
 
 
 def _arm_table(sweep: Sweep) -> dict[str, Any]:
@@ -249,7 +242,7 @@ def _final(runs: Sequence[Path], sweep: Sweep) -> dict[int, statistics.Score]:
     finals = {}
     for run in runs:
         found = series(read_rows(run / "metrics.jsonl"), sweep.metric)
-        if len(found) and _json(run / "run.json").get("status") == "finished":
+        if len(found) and read_json(run / "run.json").get("status") == "finished":
             half = float(found.high[-1] - found.low[-1]) / 2
             finals[sweep.seeds[run]] = statistics.Score(float(found.values[-1]), half)
     return finals
@@ -339,11 +332,3 @@ def _changes(info: Mapping[str, Any]) -> list[str]:
         if visit.get("code"):
             sentences.append(f"{since}, the run uses edited files: they are in {visit['code']['directory']}/.")
     return sentences
-
-
-def _json(path: Path) -> dict[str, Any]:
-    """A JSON file of a run directory; empty if it is missing or cannot be read."""
-    try:
-        return json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError):
-        return {}

@@ -27,6 +27,19 @@ def jsonable(value: Any) -> Any:
     return str(value)
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON file of a run directory; empty if it is missing or damaged, so that one bad run does not hide others."""
+    try:
+        return json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError):
+        return {}
+
+
+def assigned(info: Mapping[str, Any]) -> dict[str, Any]:
+    """The assignments that a run began with, by field, from its run.json; `arm` and `budget` for a run of a sweep."""
+    return dict(each.split("=", 1) for each in info.get("overrides", ()) if "=" in each)
+
+
 def current_config(config: Mapping[str, Any], info: Mapping[str, Any]) -> dict[str, Any]:
     """The config that a run has now, as JSON: that of its config.json, with the changes that it was resumed with.
 

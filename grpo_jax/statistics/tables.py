@@ -93,7 +93,7 @@ def collect(
     missing = []
     for run in planned:
         status, place = _status(directory / run.key), directory / run.key
-        if status == "not run" and run.config_key in others:
+        if status == "not run" and others and run.config_key in others:
             if allow_mixed:
                 status, place = "finished", others[run.config_key]
             else:
@@ -103,7 +103,7 @@ def collect(
         else:
             missing.append(f"{' = '.join(run.arms)} seed {run.seed} ({run.key}): {status}")
     if not finished:
-        by_others = sum(run.config_key in others for run in planned)
+        by_others = sum(run.config_key in others for run in planned) if others else 0
         old = f" (other code has made {by_others} of them, which --allow-mixed compares)" if by_others else ""
         raise UserError(
             f"none of the {len(planned)} runs in {str(directory)!r} is finished{old}: run `{command}` first."
@@ -166,11 +166,11 @@ def _by_config(directory: Path, keys: Collection[str]) -> dict[str, Path]:
 
 def last_value(run_dir: Path, metric: str) -> float:
     """The last value of a metric in a run. Raises `UserError` if the run lacks it."""
-    return float(_last_row(run_dir, metric)[metric])
+    return float(_last_row(run_dir, list(read_rows(run_dir / "metrics.jsonl")), metric)[metric])
 
 
-def _last_row(run_dir: Path, metric: str) -> dict[str, Any]:
-    rows = list(read_rows(run_dir / "metrics.jsonl"))
+def _last_row(run_dir: Path, rows: Sequence[dict[str, Any]], metric: str) -> dict[str, Any]:
+    """The last of a run's rows that has the metric. Raises `UserError` if none has."""
     last = next((row for row in reversed(rows) if row.get(metric) is not None), None)
     if last is None:
         known = sorted({name for row in rows for name in row} - {"step"})
@@ -192,8 +192,9 @@ def _read(run_dir: Path, run: PlannedRun, metric: str, *, allow_changes: bool) -
         )
     if json.loads((run_dir / "config.json").read_text())["task"] != json.loads(json.dumps(to_dict(run.config.task))):
         raise UserError(f"{str(run_dir)!r} was trained on other data than its ablation's file now describes.")
-    last = _last_row(run_dir, metric)
-    tokens = [row["num_sampled_tokens"] for row in read_rows(run_dir / "metrics.jsonl") if "num_sampled_tokens" in row]
+    rows = list(read_rows(run_dir / "metrics.jsonl"))
+    last = _last_row(run_dir, rows, metric)
+    tokens = [row["num_sampled_tokens"] for row in rows if "num_sampled_tokens" in row]
     return _Finished(
         score=Score(float(last[metric]), (last.get(f"{metric}_high", 0.0) - last.get(f"{metric}_low", 0.0)) / 2),
         tokens=float(tokens[-1]) if tokens else math.nan,  # runs of earlier versions did not count their tokens

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
@@ -111,15 +112,19 @@ def sweep(
         )
 
 
+def plan_of(ablation: Ablation) -> dict[str, Any]:
+    """What a report needs to know of an ablation, as JSON: its arms, baseline, metric and runs."""
+    runs = [{"arms": run.arms, "seed": run.seed, "key": run.key} for run in ablation.runs()]
+    return {"arms": list(ablation.arms), "baseline": ablation.baseline_arm, "metric": ablation.metric, "runs": runs}
+
+
 def write_plan(directory: Path, ablation: Ablation) -> None:
-    """Writes sweep.json to a sweep's directory: what a report needs to know of an ablation, so that it needs no file.
+    """Writes sweep.json to a sweep's directory, so that a report on it needs none of the user's files.
 
     The runs of an earlier plan stay in the directory, though another code or config has another plan.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    runs = [{"arms": run.arms, "seed": run.seed, "key": run.key} for run in ablation.runs()]
-    plan = {"arms": list(ablation.arms), "baseline": ablation.baseline_arm, "metric": ablation.metric, "runs": runs}
-    write_json(directory / "sweep.json", plan)
+    write_json(directory / "sweep.json", plan_of(ablation))
 
 
 def is_finished(run_dir: Path) -> bool:
