@@ -10,7 +10,7 @@ choice of baseline and scale:
     mean            none     Dr. GRPO, https://arxiv.org/abs/2503.20783
     mean            batch    Lite PPO, https://arxiv.org/abs/2508.08221 (TRL's scale_rewards="batch")
     leave_one_out   none     RLOO, https://arxiv.org/abs/2402.14740 (TRL's normalize_advantages: with `whiten`)
-    none            whiten   REINFORCE++, https://arxiv.org/abs/2501.03262
+    none            whiten   REINFORCE++, https://arxiv.org/abs/2501.03262 (with the KL in the reward)
     mean            whiten   REINFORCE++-baseline; and, of rewards combined by `normalize_then_sum`, GDPO,
                              https://arxiv.org/abs/2601.05242 (TRL's multi_objective_aggregation)
 
@@ -103,19 +103,19 @@ def compute_advantages(
     sample_mask: chex.Array,
     *,
     token_mask: chex.Array,
-    axis_name: str | None = None,
+    kl: chex.Array | None = None,
 ) -> chex.Array:
-    """Advantages as an experiment's field `advantages` says: by a config, or by a function of the user's own.
+    """Advantages of a step's whole batch, as an experiment's field `advantages` says: by a config, or by a function.
 
-    A function is called as `function(rewards, sample_mask)`, and also with `token_mask` and `axis_name` where it has
-    parameters of these names. Each device calls it with its own groups.
+    A function of the user's own is called as `function(rewards, sample_mask)`, and also with `token_mask` where it has
+    a parameter of this name.
 
     Args:
       how: the config or the function.
       rewards: rewards, shape `[P, G]`; 0 for completions that do not count.
       sample_mask: True for the completions that count, shape `[P, G]`.
       token_mask: True for the tokens that are trained on, shape `[P, G, T]`.
-      axis_name: the mapped axis over which the batch extends.
+      kl: each token's KL to the reference policy in nats, shape `[P, G, T]`; needed for the config's `kl_coef`.
 
     Returns:
       Advantages, float32, shape `[P, G]` or, by token, `[P, G, T]`; 0 where a mask is False.
@@ -124,14 +124,13 @@ def compute_advantages(
       UserError: if the function fails, or returns another shape.
     """
     if isinstance(how, AdvantageConfig):
-        return group_advantages(
-            rewards, scale=how.scale, baseline=how.baseline, ddof=how.ddof, mask=sample_mask, axis_name=axis_name
-        )
+        if how.kl_coef:
+            return advantages_with_kl(how, rewards, sample_mask, token_mask=token_mask, kl=kl)
+        return group_advantages(rewards, scale=how.scale, baseline=how.baseline, ddof=how.ddof, mask=sample_mask)
     name = getattr(how, "__name__", repr(how))
-    optional = {"token_mask": token_mask, "axis_name": axis_name}
-    known = inspect.signature(how).parameters
+    optional = {"token_mask": token_mask} if "token_mask" in inspect.signature(how).parameters else {}
     try:
-        found = how(rewards, sample_mask, **{key: value for key, value in optional.items() if key in known})
+        found = how(rewards, sample_mask, **optional)
         found = jax.lax.stop_gradient(jnp.asarray(found, jnp.float32))
     except UserError:
         raise
@@ -145,6 +144,41 @@ def compute_advantages(
         f"the advantage function {name!r} returned shape {list(found.shape)}: it must be that of the rewards, "
         f"{list(rewards.shape)}, or that of the tokens, {list(token_mask.shape)}."
     )
+
+
+def advantages_with_kl(
+    how: AdvantageConfig,
+    rewards: chex.Array,
+    sample_mask: chex.Array,
+    *,
+    token_mask: chex.Array,
+    kl: chex.Array | None,
+) -> chex.Array:
+    """Advantages of rewards that are reduced by the KL to the reference policy.
+
+    With `kl_level="sequence"`, r - kl_coef * sum_t KL_t takes the place of the reward r (RLOO,
+    https://arxiv.org/abs/2402.14740). With `token`, a token's advantage is r - baseline - kl_coef * sum over
+    itself and the tokens after it of KL_t, and `whiten` scales all tokens of the batch to mean 0 and standard deviation
+    1 (REINFORCE++, https://arxiv.org/abs/2501.03262).
+
+    Args: those of `compute_advantages`.
+
+    Returns:
+      Shape `[P, G]`, or `[P, G, T]` with `token`; 0 where a mask is False.
+    """
+    assert kl is not None, "kl_coef needs the tokens' KL"
+    chex.assert_equal_shape([kl, token_mask])
+    mask = token_mask & sample_mask[..., None]
+    kl = jnp.where(mask, kl, 0.0)
+    if how.kl_level == "sequence":
+        reduced = rewards - how.kl_coef * kl.sum(-1)
+        return group_advantages(reduced, scale=how.scale, baseline=how.baseline, ddof=how.ddof, mask=sample_mask)
+    of_sequence = group_advantages(rewards, scale="none", baseline=how.baseline, mask=sample_mask)
+    to_come = jnp.cumsum(kl[..., ::-1], axis=-1)[..., ::-1]
+    advantages = of_sequence[..., None] - how.kl_coef * to_come
+    if how.scale == "whiten":
+        advantages = whiten(advantages, mask, ddof=how.ddof)
+    return jnp.where(mask, advantages, 0.0)
 
 
 def whiten(x: chex.Array, mask: chex.Array, *, ddof: int = 0, axis_name: str | None = None) -> chex.Array:

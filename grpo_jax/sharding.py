@@ -2,8 +2,8 @@
 
 The rest of the package asks a `Replicas`: put parameters on every device, split a batch over the devices, compile a
 function for all of them, and bring results back. Today there is one layout: data-parallel replicas under `jax.pmap`.
-Every device holds all parameters and owns whole groups; gradients are summed over the axis `axis_name`. One device is
-the case of one replica. A layout on a mesh has to offer the same methods and can be added here.
+Every device holds all parameters and a share of the batch; gradients are summed over the axis `axis_name`. One device
+is the case of one replica. A layout on a mesh has to offer the same methods and can be added here.
 
 A tree that one of these methods has put on the devices is called *placed*. Its layout (a leading axis of the devices,
 under `pmap`) is known here alone: pass it to a compiled function, or bring it back with `first`, `fetch` or `gather`.
@@ -53,6 +53,14 @@ class Replicas:
         """Host arrays [P, ...]: each device gets P / count neighbouring prompts."""
         return jax.tree.map(lambda x: x.reshape(self.count, x.shape[0] // self.count, *x.shape[1:]), tree)
 
+    def interleave(self, pieces: np.ndarray) -> np.ndarray:
+        """Indices of rows [M, R / M] in the order [R] of which `split` gives each device an equal share of every piece.
+
+        A device's share holds its rows of the first piece, then those of the second, and so on.
+        """
+        m, size = pieces.shape
+        return pieces.reshape(m, self.count, size // self.count).swapaxes(0, 1).reshape(-1)
+
     def first(self, placed: Any) -> Any:
         """One device's copy of what is equal on all of them, as `jax.Array`s."""
         return jax.tree.map(lambda x: x[0], placed)
@@ -74,22 +82,13 @@ def _replicating(replicas: Replicas) -> Callable[..., Any]:
     return jax.pmap(lambda _, x: x, axis_name=replicas.axis_name, in_axes=(0, None), devices=devices)
 
 
-def replicas_for(num_prompts: int, wanted: int | None = None, micro_batches: int = 1) -> Replicas:
-    """Replicas on `wanted` local devices, or on all of them.
-
-    Raises:
-      UserError: if there are fewer devices than wanted, or they cannot share the prompts in whole micro-batches.
-    """
+def replicas_for(wanted: int | None = None) -> Replicas:
+    """Replicas on `wanted` local devices, or on all of them. Raises `UserError` if there are fewer."""
     available = len(jax.local_devices())
     n = available if wanted is None else wanted
     if n > available:
         raise UserError(
             f"devices={n} was asked for, but this machine has {available} {jax.default_backend()} device(s)."
-        )
-    if num_prompts % (n * micro_batches):
-        raise UserError(
-            f"{num_prompts} prompts per step in {micro_batches} micro-batch(es) cannot be shared by {n} devices: "
-            f"prompts_per_step must be a multiple of {n * micro_batches}, or set `devices` to a number that fits."
         )
     return Replicas(n)
 

@@ -20,8 +20,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from grpo_jax.algorithms import Setup, StepContext, TrainBatch, algorithm_of
+from grpo_jax.algorithms import Batch, Setup, StepContext, TrainBatch, algorithm_of
 from grpo_jax.algorithms.forward import HEAD, new_head
+from grpo_jax.algorithms.grpo import make_reference_logprobs
+from grpo_jax.algorithms.minibatches import lay_out, minibatch, shared_out
 from grpo_jax.errors import RunError
 from grpo_jax.evaluation import Evaluation
 from grpo_jax.experiment import Experiment, variant_of
@@ -30,8 +32,8 @@ from grpo_jax.rollout import Actor, Generator, Rollout, encode_prompts, make_act
 from grpo_jax.runs import checkpoints
 from grpo_jax.runs.log import RunLog, display_of
 from grpo_jax.runs.restore import OPTIONAL_LEAVES, checkpoint, source_policy
-from grpo_jax.sharding import Array, replicas_for
-from grpo_jax.update import State, UpdateOutput, make_optimizer, make_update
+from grpo_jax.sharding import Array
+from grpo_jax.update import State, UpdateOutput, make_optimizer, make_update, metrics_of
 
 MakeGenerator = Callable[[Actor], Generator]
 
@@ -133,13 +135,13 @@ class Trainer:
         self.experiment, self.start, self.log, self.make_generator = experiment, start, log, make_generator
         config, tokenizer = experiment, start.require_tokenizer()
         self.algorithm = algorithm_of(config)
-        self.replicas = replicas_for(config.prompts_per_step, config.devices, config.gradient_accumulation_steps)
+        self.replicas = shared_out(config)
         self.prompts = encode_prompts(config.task, tokenizer, start.config.max_positions, config.sampling.max_tokens)
         self._actor = make_actor(start, self.replicas)
         trainable = self._actor.trainable
         if self.algorithm.has_head:
             trainable = {**trainable, **self.replicas.replicate(new_head(start.config.hidden_size))}
-        self.optimizer, self.schedule = make_optimizer(config.optimizer, config.steps * config.num_iterations)
+        self.optimizer, self.schedule = make_optimizer(config.optimizer, config.num_steps * config.updates_per_step)
         self.state = State(
             trainable,
             # Not compiled: every new optimizer would be compiled for a second to make zeros.
@@ -174,6 +176,21 @@ class Trainer:
         return None if function is None else self.replicas.compile(function)
 
     @cached_property
+    def take_minibatch(self) -> Callable[..., Batch]:
+        """(placed batch, index) -> one of its mini-batches, compiled."""
+        count = self.experiment.num_minibatches
+        return self.replicas.compile(lambda batch, index: minibatch(batch, index, count))
+
+    @cached_property
+    def _reference_logprobs(self) -> Callable[..., Any]:
+        return self.replicas.compile(make_reference_logprobs(self.setup))
+
+    def reference_logprobs(self, batch: Batch) -> np.ndarray:
+        """The log-probabilities [P, G, T] of a batch's tokens under the reference policy."""
+        layout = lay_out(self.experiment, batch, 0, self.replicas)
+        return layout.gather(self._reference_logprobs(self.reference, self._actor.frozen, layout.split(batch)))
+
+    @cached_property
     def mix_reference(self) -> Callable[..., Any]:
         """(reference, trainable) -> the reference, moved towards the policy (TR-DPO, 2404.09656)."""
         alpha = self.experiment.loss_config.ref_model_mixup_alpha
@@ -187,7 +204,7 @@ class Trainer:
             done = self.load_checkpoint(directory)
         if not self.is_over(done):
             rows = f"{config.prompts_per_step} prompts × {config.group_size}"
-            end = f"to {config.steps}" if config.token_budget is None else f"until {config.token_budget:,} tokens"
+            end = f"to {config.num_steps}" if config.token_budget is None else f"until {config.token_budget:,} tokens"
             self.log.note(f"training: steps {done + 1} {end}, {rows} completions each; the first compiles")
         with _stop_between_steps() as stop:
             while not self.is_over(done):
@@ -201,38 +218,44 @@ class Trainer:
                     self.save(done)
                 if stopping:
                     raise KeyboardInterrupt
-        if config.steps == 0:
+        if config.num_steps == 0:
             self.save(0)
         return done
 
     def is_over(self, done: int) -> bool:
         """Whether training ends after `done` steps."""
         budget = self.experiment.token_budget
-        return done >= self.experiment.steps or (budget is not None and self.tokens_sampled >= budget)
+        return done >= self.experiment.num_steps or (budget is not None and self.tokens_sampled >= budget)
 
     def step(self, step: int) -> None:
         """Makes a step's batch, updates on it and logs it."""
         began, config, replicas = time.monotonic(), self.experiment, self.replicas
         train_batch = self.algorithm.make_batch(self.context(), step)
-        batch, found = replicas.split(train_batch.batch), {}
+        layout = lay_out(config, train_batch.batch, step, replicas)
+        batch, found = layout.split(train_batch.batch), {}
         frozen, reference = self._actor.frozen, self.reference
         if self.before_updates is not None:
             batch, found = self.before_updates(self.state.trainable, frozen, reference, batch)
-        metrics: dict[str, Any] = {}
-        for iteration in range(config.num_iterations):
-            first = replicas.broadcast(np.bool_(iteration == 0))
-            self.state, output = self.update(self.state, frozen, reference, batch, first)
-            if iteration == 0 and output.logprob_gaps is not None:
-                self.check_logprobs(replicas.gather(output.logprob_gaps), train_batch.rollout, step)
-                train_batch = train_batch.with_advantages(replicas.gather(output.advantages))
-            # The first iteration measures the sampler's gap; the others, how far the policy has moved since.
-            of_first = {k: v for k, v in metrics.items() if k.startswith("sampling/")}
-            metrics = {**replicas.fetch(output.metrics), **of_first}
+            if batch.advantages is not None and train_batch.batch.advantages is None:
+                train_batch = train_batch.with_advantages(layout.gather(batch.advantages))
+        outputs: list[UpdateOutput] = []
+        for index in [*range(config.num_minibatches)] * config.num_iterations:
+            piece = (
+                batch
+                if config.num_minibatches == 1
+                else self.take_minibatch(batch, replicas.broadcast(np.int32(index)))
+            )
+            first = replicas.broadcast(np.bool_(not outputs))
+            self.state, output = self.update(self.state, frozen, reference, piece, first)
+            if not outputs and output.logprob_gaps is not None:
+                gaps = layout.gather_first(output.logprob_gaps)
+                self.check_logprobs(gaps, train_batch.rollout, step)
+            outputs.append(output)
+        metrics = metrics_of([replicas.fetch(output.metrics) for output in outputs], config.num_minibatches)
         # These come after an update's own gap, which is 0 where log-probabilities were recomputed.
-        metrics |= replicas.fetch(found)
+        metrics |= {name: float(value) for name, value in replicas.fetch(found).items()}
         self.sync_reference(step + 1)
-        scalars = {name: float(value) for name, value in metrics.items()}
-        self.record(step, train_batch, scalars, seconds=time.monotonic() - began)
+        self.record(step, train_batch, metrics, seconds=time.monotonic() - began)
 
     def record(self, step: int, train_batch: TrainBatch, metrics: dict[str, float], *, seconds: float) -> None:
         """Logs a step: its batch, with the advantages that the update found, and its update's metrics."""
@@ -241,7 +264,7 @@ class Trainer:
         metrics = {
             **train_batch.metrics,
             **metrics,
-            "learning_rate": float(self.schedule((step + 1) * self.experiment.num_iterations - 1)),
+            "learning_rate": float(self.schedule((step + 1) * self.experiment.updates_per_step - 1)),
             "num_tokens": self.tokens_seen,
             "num_sampled_tokens": self.tokens_sampled,
             "step_time": seconds,
@@ -251,10 +274,11 @@ class Trainer:
 
     def context(self) -> StepContext:
         """What batches are made from now."""
-        start = None
-        if self.reference is not None:
-            start = self.make_generator(self._actor._replace(trainable=self.reference))
-        return StepContext(self.experiment, self.prompts, self.make_generator(self.actor), start)
+        generator = self.make_generator(self.actor)
+        if self.reference is None:
+            return StepContext(self.experiment, self.prompts, generator)
+        start = self.make_generator(self._actor._replace(trainable=self.reference))
+        return StepContext(self.experiment, self.prompts, generator, start, self.reference_logprobs)
 
     def sync_reference(self, done: int) -> None:
         """Moves the reference towards the policy after every `ref_model_sync_steps` steps."""

@@ -1,16 +1,17 @@
 """Loss to gradient to Optax step: one pure function of one device's share of a batch, whatever the method.
 
-Each device computes the loss and gradient of the groups it owns (`grpo_jax.algorithms`); gradients and metrics are
-summed over all of them. Denominators are those of the whole batch, over devices and micro-batches, so neither changes
-anything but rounding. A step is skipped (and counted) when its gradient is not finite or the log-probability contract
-does not hold.
+Each device computes the loss and gradient of its share of a (mini-)batch (`grpo_jax.algorithms`); gradients and metrics
+are summed over all of them. Denominators are those of the whole (mini-)batch, over devices and micro-batches, so
+neither changes anything but rounding. An update is skipped (and counted) when its gradient is not finite or the
+log-probability contract does not hold.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from grpo_jax.algorithms import Batch, Setup, algorithm_of
@@ -29,17 +30,15 @@ class State(NamedTuple):
 
 
 class UpdateOutput(NamedTuple):
-    """What an update says of a batch.
+    """What an update says of the (mini-)batch that it was made on.
 
     Attributes:
-      metrics: scalars of the whole batch, the same on every device.
-      advantages: of this device's completions, [P, G] or by token [P, G, T]; None for a method without any.
+      metrics: its scalars over all devices, the same on every device.
       logprob_gaps: |log-probability - the batch's| of this device's tokens [P, G, T], 0 where the mask is False; None
         for a batch that the policy did not sample itself.
     """
 
     metrics: dict[str, Array]
-    advantages: Array | None = None
     logprob_gaps: Array | None = None
 
 
@@ -123,6 +122,18 @@ def make_update(setup: Setup, optimizer: optax.GradientTransformation) -> Update
             return state, UpdateOutput(metrics)
         mean = total(gaps.sum()) / jnp.maximum(num_tokens, 1)
         metrics |= {"sampling/logprob_difference/mean": mean, "sampling/logprob_difference/max": worst}
-        return state, UpdateOutput(metrics, batch.advantages, gaps)
+        return state, UpdateOutput(metrics, gaps)
 
     return update
+
+
+def metrics_of(outputs: Sequence[Mapping[str, Any]], num_minibatches: int) -> dict[str, float]:
+    """What a step says of its updates, in their order: means over the mini-batches of the last pass over its batch.
+
+    The last pass says how far the policy has moved; the gap to the sampler is that of the first update, which is made
+    on the policy that sampled. Of what counts on (`skipped_updates`) it is the last value.
+    """
+    last_pass = outputs[-num_minibatches:]
+    means = {name: float(np.mean([float(output[name]) for output in last_pass])) for name in last_pass[-1]}
+    of_first = {name: float(value) for name, value in outputs[0].items() if name.startswith("sampling/")}
+    return {**means, **of_first, "skipped_updates": float(last_pass[-1]["skipped_updates"])}

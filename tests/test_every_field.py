@@ -245,7 +245,7 @@ ELSEWHERE = {
     "policy": ("algorithms/test_training_by_method.py", ["source"]),
     "loss": ("losses and test_update.py", [
         "loss_type", "epsilon", "epsilon_high", "delta", "importance_sampling_level", "kl_estimator",
-        "use_bias_correction_kl", "entropy_coef", "top_entropy_quantile", "max_completion_length",
+        "use_bias_correction_kl", "entropy_coef", "top_entropy_quantile", "dr_grpo_length",
         "sapo_temperature_pos", "sapo_temperature_neg", "vespo_k_pos", "vespo_lambda_pos", "vespo_k_neg",
         "vespo_lambda_neg", "importance_sampling_clip_max", "importance_sampling_clip_min"
     ]),

@@ -10,21 +10,20 @@ from grpo_jax.sharding import Replicas, replicas_for, up_to
 
 
 def test_all_local_devices_are_used_unless_fewer_are_wanted():
-    assert replicas_for(16).count == 8
-    assert replicas_for(16, 4).count == 4
-    assert replicas_for(3, 1).count == 1
-    assert replicas_for(24, 4, micro_batches=3).count == 4
+    assert replicas_for().count == 8
+    assert replicas_for(4).count == 4
 
 
 def test_more_devices_than_there_are_is_said_in_one_sentence():
     with pytest.raises(UserError, match=r"devices=9 was asked for, but this machine has 8 cpu device"):
-        replicas_for(18, 9)
+        replicas_for(9)
 
 
-@pytest.mark.parametrize(("num_prompts", "wanted", "micro_batches", "multiple"), [(12, None, 1, 8), (8, 4, 3, 12)])
-def test_prompts_that_do_not_divide_are_refused_and_the_multiple_is_named(num_prompts, wanted, micro_batches, multiple):
-    with pytest.raises(UserError, match=rf"^{num_prompts} prompts per step .* must be a multiple of {multiple}\b"):
-        replicas_for(num_prompts, wanted, micro_batches)
+def test_rows_are_interleaved_so_that_each_device_has_its_share_of_every_piece():
+    # Two pieces of four rows on two devices: the first device has half of the one, then half of the other.
+    order = Replicas(2).interleave(np.array([[7, 0, 3, 1], [2, 6, 5, 4]]))
+    np.testing.assert_array_equal(order, [7, 0, 2, 6, 3, 1, 5, 4])
+    np.testing.assert_array_equal(Replicas(1).interleave(np.array([[2, 0], [1, 3]])), [2, 0, 1, 3])
 
 
 def test_split_gives_each_device_whole_neighbouring_prompts_and_gather_undoes_it():

@@ -174,7 +174,7 @@ CASES = {
     "dapo": dict(loss__loss_type="dapo", loss__entropy_coef=0.05, advantages__scale="batch"),
     "bnpo": dict(loss__loss_type="bnpo", loss__epsilon_high=0.5, loss__beta=0.1, loss__kl_estimator="k1"),
     "dr_grpo": dict(
-        loss=LossConfig("dr_grpo", max_completion_length=4),
+        loss=LossConfig("dr_grpo", dr_grpo_length=4),
         advantages__scale="none",
         advantages__baseline="leave_one_out",
     ),

@@ -4,7 +4,8 @@ A step goes through an `Algorithm` in this order (`grpo_jax.training` is the loo
 
     make_batch       StepContext, step -> TrainBatch          on the host: prompts, completions, rewards as arrays
     before_updates   Batch -> Batch, metrics                  on the devices, once a step: what its updates share
-    prepare          Batch -> Batch, totals                   each update, one device's share: advantages, counts
+                     (the loop cuts the batch into mini-batches here: `grpo_jax.algorithms.minibatches`)
+    prepare          Batch -> Batch, totals                   each update, one device's share: what belongs to all of it
     loss             Batch, totals -> loss, metrics           each micro-batch; summed over micro-batches and devices
 
 A method of your own is a subclass of `Algorithm` in the experiment's file, `Experiment(method=MyMethod())`. A subclass
@@ -44,12 +45,15 @@ class StepContext:
       prompts: its prompts as tokens.
       generator: the policy as it is now.
       start: the policy as it was when training began; None if the method does not keep it.
+      reference_logprobs: of a batch on the host, the log-probabilities [P, G, T] of its tokens under the reference
+        policy; None if the method does not keep it.
     """
 
     experiment: Experiment
     prompts: Prompts
     generator: Generator
     start: Generator | None = None
+    reference_logprobs: Callable[[Batch], np.ndarray] | None = None
 
     def sample(
         self,
@@ -110,18 +114,18 @@ class TrainBatch:
     histograms: Mapping[str, np.ndarray] = field(default_factory=dict)
 
     def with_advantages(self, advantages: Array) -> "TrainBatch":
-        """The batch with the advantages that its update found, in its rows and histograms.
+        """The same with advantages, also in its rows and histograms.
 
         Args:
-          advantages: [P, G] or, by token, [P, G, T], of which a completion's is the mean over its active tokens.
+          advantages: [P, G] or, by token, [P, G, T], of which a row has the mean over its active tokens.
         """
-        batch = self.batch
+        batch = self.batch._replace(advantages=advantages)
         if advantages.ndim == 3:
             mask = batch.mask & batch.sample_mask[..., None]
             advantages = np.where(mask, advantages, 0).sum(-1) / np.maximum(mask.sum(-1), 1)
         rows = [{**row, "advantage": float(a)} for row, a in zip(self.rows, advantages.reshape(-1), strict=True)]
         counted = np.asarray(advantages[batch.sample_mask])
-        return replace(self, rows=rows, histograms={**self.histograms, "advantages": counted})
+        return replace(self, batch=batch, rows=rows, histograms={**self.histograms, "advantages": counted})
 
 
 class Setup(NamedTuple):
@@ -162,8 +166,8 @@ class Objective(NamedTuple):
     """An algorithm's loss, as functions of one device's share of a batch.
 
     Attributes:
-      prepare: (trainable, frozen, batch) -> (batch, totals), on the whole share: what belongs to the whole batch, such
-        as advantages, and `totals`, the counts of the whole batch.
+      prepare: (trainable, frozen, batch) -> (batch, totals), of an update's whole share, before it is cut into
+        micro-batches: `totals` are the counts of the whole update, not of this share.
       loss: (trainable, frozen, reference, batch, totals) -> (loss, (metrics, logprobs [P, G, T])) of a micro-batch. The
         loss and the metrics are summed over devices and micro-batches.
       before_updates: (trainable, frozen, reference, batch) -> (batch, metrics), once for a batch that is updated on

@@ -9,7 +9,9 @@ from grpo_jax.sharding import Array
 
 
 class Batch(NamedTuple):
-    """One step's data: P prompts with G completions each, or one device's or one micro-batch's share of the prompts.
+    """One step's data: P prompts with G completions each, or the share of a device, a mini-batch or a micro-batch.
+
+    In a share P counts its rows: whole groups, or parts of groups where they were split (`minibatches.Layout`).
 
     Attributes:
       prompts, lengths: right-padded ids [P, S] and lengths [P].
@@ -25,7 +27,7 @@ class Batch(NamedTuple):
       sampler_logprobs: [P, G, T] what the sampler reported, where `logprobs` were recomputed by the trainer.
       correction: [P, G, T] weights for a sampler that differs from the trainer.
       high_entropy: [P, G, T] bool, which tokens are in the whole batch's top quantile.
-      advantages: [P, G], or [P, G, T] by token.
+      advantages: [P, G], or [P, G, T] by token. They are those of the step's whole batch.
       values, returns: [P, G, T] the critic's values when the batch was sampled, and what it is to predict (PPO).
       segments: [P, 1, T] int32: rows are whole examples side by side, numbered from 1 (0: padding), and prompts are not
         read (packed SFT).

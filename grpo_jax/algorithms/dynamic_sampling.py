@@ -77,7 +77,7 @@ def sample_rounds(context: StepContext, step: int) -> list[Round]:
     """
     config = context.experiment
     size = config.prompts_per_step
-    further = [step + r * config.steps for r in range(1, config.dynamic_sampling_rounds + 1)]
+    further = [step + r * config.num_steps for r in range(1, config.dynamic_sampling_rounds + 1)]
     indices, prompt_ids = schedule(config.seed, step, size, len(config.task.train), further=further)
     rounds: list[Round] = []
     for start in range(0, len(indices), size):

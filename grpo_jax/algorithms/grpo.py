@@ -3,6 +3,9 @@
 All of `LossConfig`'s losses and `AdvantageConfig`'s advantages are here, and those of the user's own.
 """
 
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from typing import Any, ClassVar
 
 import jax
@@ -23,12 +26,12 @@ from grpo_jax.algorithms.base import (
 )
 from grpo_jax.algorithms.base import Loss as LossFunction
 from grpo_jax.algorithms.batch import Batch, micro_batches, rows
-from grpo_jax.algorithms.batches import completion_rows, reward_arrays
+from grpo_jax.algorithms.batches import batch_of, completion_rows, reward_arrays
 from grpo_jax.algorithms.dynamic_sampling import sample_rounds
 from grpo_jax.algorithms.forward import Forward
 from grpo_jax.algorithms.on_policy import rewarded_batch
 from grpo_jax.evaluation import NOISE_STEP
-from grpo_jax.experiment import Experiment, LossConfig, requirements
+from grpo_jax.experiment import AdvantageConfig, Experiment, LossConfig, requirements
 from grpo_jax.losses.inputs import LossInputs, reads_reference
 from grpo_jax.losses.policy_gradient import apply_loss, highest_entropy_tokens
 from grpo_jax.losses.surrogates import sampler_correction
@@ -43,11 +46,11 @@ class GRPO(requirements.GRPO, Algorithm):
     on_policy: ClassVar[bool] = True
 
     def needs_reference(self, experiment: Experiment) -> bool:
-        loss = experiment.loss
-        return loss.beta > 0 if isinstance(loss, LossConfig) else reads_reference(loss)
+        return loss_reads_reference(experiment.loss) or kl_coef(experiment) > 0
 
     def make_batch(self, context: StepContext, step: int) -> TrainBatch:
-        return rewarded_batch(sample_rounds(context, step), context.experiment)
+        train_batch = rewarded_batch(sample_rounds(context, step), context.experiment)
+        return with_advantages(train_batch, context.experiment, context.reference_logprobs)
 
     def make_objective(self, setup: Setup) -> Objective:
         forward = setup.forward(temperature=setup.experiment.sampling.temperature)
@@ -63,12 +66,48 @@ class GRPO(requirements.GRPO, Algorithm):
         rollout = context.sample(NOISE_STEP, indices, range(len(indices)), split="held_out")
         scores = score_rollout(rollout, config)
         rewards, sample_mask = reward_arrays(scores, rollout.mask.shape[:2])
-        mask = rollout.mask[:1]
-        found = np.asarray(compute_advantages(config.advantages, rewards[:1], sample_mask[:1], token_mask=mask))
-        if found.ndim == 3:
-            found = found.sum(-1) / np.maximum(mask.sum(-1), 1)
-        of_first = completion_rows(rollout, scores)[: config.group_size]
-        return [{**row, "advantage": float(a)} for row, a in zip(of_first, found[0], strict=True)]
+        batch = batch_of(rollout, rewards, sample_mask)
+        shown = TrainBatch(batch, rollout, tokens=0, new_tokens=0, rows=completion_rows(rollout, scores))
+        return with_advantages(shown, config, context.reference_logprobs).rows[: config.group_size]
+
+
+def loss_reads_reference(loss: LossConfig | Callable[..., Any]) -> bool:
+    """Whether the loss itself needs the reference policy."""
+    return loss.beta > 0 if isinstance(loss, LossConfig) else reads_reference(loss)
+
+
+def kl_coef(experiment: Experiment) -> float:
+    """How much the KL to the reference policy counts in the reward."""
+    return experiment.advantages.kl_coef if isinstance(experiment.advantages, AdvantageConfig) else 0.0
+
+
+def with_advantages(
+    train_batch: TrainBatch,
+    experiment: Experiment,
+    reference_logprobs: Callable[[Batch], np.ndarray] | None = None,
+) -> TrainBatch:
+    """A batch with the advantages of all its completions, as `experiment.advantages` says.
+
+    The KL of a token that goes into the reward is the policy's log-probability less the reference's. The metrics are
+    named as PPO's: `kl` is its mean over tokens, and `objective/kl` over completions, of which it is the sum.
+
+    Args:
+      reference_logprobs: see `StepContext`; needed for `kl_coef`.
+    """
+    batch, kl, metrics = train_batch.batch, None, dict(train_batch.metrics)
+    mask = batch.mask & batch.sample_mask[..., None]
+    if kl_coef(experiment):
+        assert reference_logprobs is not None, "`needs_reference` says that it is kept"
+        kl = np.where(mask, batch.logprobs - reference_logprobs(batch), 0.0)
+        metrics["kl"] = float(kl.sum() / max(int(mask.sum()), 1))
+        metrics["objective/kl"] = float(kl.sum() / max(int(mask.any(-1).sum()), 1))
+    found = _compute_advantages(batch.rewards, batch.sample_mask, mask, kl, how=experiment.advantages)
+    return replace(train_batch, metrics=metrics).with_advantages(np.asarray(found))
+
+
+@partial(jax.jit, static_argnames="how")
+def _compute_advantages(rewards: Array, sample_mask: Array, token_mask: Array, kl: Array | None, *, how: Any) -> Array:
+    return compute_advantages(how, rewards, sample_mask, token_mask=token_mask, kl=kl)
 
 
 def count_totals(setup: Setup, mask: Array) -> Totals:
@@ -81,21 +120,18 @@ def count_totals(setup: Setup, mask: Array) -> Totals:
 
 
 def _make_prepare(setup: Setup, forward: Forward) -> Prepare:
-    experiment, axis_name = setup.experiment, setup.axis_name
+    experiment = setup.experiment
     micro, quantile = experiment.gradient_accumulation_steps, experiment.loss_config.top_entropy_quantile
 
     def prepare(trainable: Params, frozen: Params, batch: Batch) -> tuple[Batch, Totals]:
-        advantages = compute_advantages(
-            experiment.advantages, batch.rewards, batch.sample_mask, token_mask=batch.mask, axis_name=axis_name
-        )
-        batch, totals = batch._replace(advantages=advantages), count_totals(setup, batch.mask)
+        totals = count_totals(setup, batch.mask)
         if quantile < 1 and micro > 1:
-            # The quantile is the whole batch's, so its entropies must be known before the first micro-batch is
+            # The quantile is the whole update's, so its entropies must be known before the first micro-batch is
             # differentiated, which costs another forward pass.
             pieces = micro_batches(batch, micro)
             entropy = jax.lax.map(lambda piece: forward.logprobs(trainable, frozen, piece)[1], pieces)
             chosen = highest_entropy_tokens(
-                entropy.reshape(batch.mask.shape), batch.mask, quantile, axis_name=axis_name
+                entropy.reshape(batch.mask.shape), batch.mask, quantile, axis_name=setup.axis_name
             )
             return batch._replace(high_entropy=chosen), {**totals, "num_high_entropy": setup.total(chosen.sum())}
         return batch, totals
@@ -104,11 +140,15 @@ def _make_prepare(setup: Setup, forward: Forward) -> Prepare:
 
 
 def _make_loss(setup: Setup, forward: Forward) -> LossFunction:
+    needs_reference = loss_reads_reference(setup.experiment.loss)
+
     def loss(
         trainable: Params, frozen: Params, reference: Params | None, batch: Batch, totals: Totals
     ) -> tuple[Array, tuple[Metrics, Array]]:
         logprobs, entropy = forward.logprobs(trainable, frozen, batch)
-        ref_logprobs = None if reference is None else forward.logprobs(reference, frozen, batch)[0]
+        ref_logprobs = None
+        if reference is not None and needs_reference:  # it may be kept for the reward alone
+            ref_logprobs = forward.logprobs(reference, frozen, batch)[0]
         inputs = loss_inputs(setup, batch, totals, logprobs=logprobs, entropy=entropy, ref_logprobs=ref_logprobs)
         value, metrics = apply_loss(setup.experiment.loss, inputs)
         return value, (metrics, logprobs)
@@ -137,6 +177,18 @@ def loss_inputs(
         axis_name=setup.axis_name,
         **totals,
     )
+
+
+def make_reference_logprobs(setup: Setup) -> Callable[[Params, Params, Batch], Array]:
+    """Builds `(reference, frozen, batch) -> [P, G, T]`: the reference's log-probabilities of a device's share."""
+    forward = setup.forward(temperature=setup.experiment.sampling.temperature)
+
+    def reference_logprobs(reference: Params, frozen: Params, batch: Batch) -> Array:
+        pieces = micro_batches(batch, setup.experiment.gradient_accumulation_steps)
+        logprobs = jax.lax.map(lambda piece: forward.logprobs(reference, frozen, piece)[0], pieces)
+        return logprobs.reshape(batch.mask.shape)
+
+    return reference_logprobs
 
 
 def make_recompute_logprobs(setup: Setup, forward: Forward) -> BeforeUpdates:

@@ -39,6 +39,7 @@ def _whole_examples(context: StepContext, shown: Rollout) -> Batch:
         # Nothing predicts an example's first token.
         learned = [False] + [not config.completion_only_loss] * (len(prompt) - 1)
         examples += [([*prompt, *e.ids], [*learned, *e.trained]) for e in group]
-    # Each device and micro-batch has the same number of rows.
-    multiple = context.generator.batch_multiple * context.experiment.gradient_accumulation_steps
+    # Each device, mini-batch and micro-batch has the same number of rows.
+    pieces = context.experiment.num_minibatches * context.experiment.gradient_accumulation_steps
+    multiple = context.generator.batch_multiple * pieces
     return pack(examples, config.max_length if config.packing else None, multiple)

@@ -38,7 +38,7 @@ from grpo_jax.experiment.methods import (
     SFTConfig,
 )
 from grpo_jax.experiment.overrides import override, parse_overrides, variant_of
-from grpo_jax.experiment.requirements import METHODS, Method, method_of
+from grpo_jax.experiment.requirements import METHODS, Method, group_parts, method_of
 
 __all__ = [
     "METHODS",
@@ -65,6 +65,7 @@ __all__ = [
     "all_overrides",
     "code_folder",
     "code_of",
+    "group_parts",
     "load",
     "load_ablation",
     "load_run",

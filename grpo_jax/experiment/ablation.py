@@ -88,14 +88,16 @@ class Ablation(Checked):
         config = override(self.base, {**self.arms[arm], "seed": seed})
         if self.budget == "steps":
             return config
-        tokens = self.base.steps * _room(self.base)
+        tokens = self.base.num_steps * _room(self.base)
         # A completion has at least one token, its end: more steps than this no run can need.
+        epochs = {} if config.epochs is None else {"epochs": config.epochs}
         shared: dict[str, Any] = {
+            **dict.fromkeys(epochs),
             "token_budget": tokens,
             "steps": math.ceil(tokens / (config.prompts_per_step * config.group_size)),
         }
         if config.warm_start is not None:
-            shared["warm_start"] = {"steps": config.steps, "token_budget": None, **config.warm_start}
+            shared["warm_start"] = {"steps": config.steps, **epochs, "token_budget": None, **config.warm_start}
         return override(config, shared)
 
     def runs(self) -> list[PlannedRun]:

@@ -7,7 +7,8 @@ import typeguard
 
 from grpo_jax.errors import UserError
 
-Ranges = dict[str, tuple[bool, str]]  # field -> (whether its value is in range, what it must be)
+Range = tuple[bool, str]  # whether a value is in range, and what it must be
+Ranges = dict[str, Range]  # by field
 
 
 class Checked:

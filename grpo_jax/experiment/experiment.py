@@ -1,12 +1,20 @@
 """`Experiment`: one run, declared."""
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from grpo_jax.errors import UserError
-from grpo_jax.experiment.checked import Checked, Ranges
-from grpo_jax.experiment.configs import EvaluationConfig, OptimizerConfig, PolicyConfig, RewardConfig, SamplingConfig
+from grpo_jax.experiment.checked import Checked, Range, Ranges
+from grpo_jax.experiment.configs import (
+    ADDED_LATER,
+    EvaluationConfig,
+    OptimizerConfig,
+    PolicyConfig,
+    RewardConfig,
+    SamplingConfig,
+)
 from grpo_jax.experiment.methods import (
     AdvantageConfig,
     DPOConfig,
@@ -18,7 +26,7 @@ from grpo_jax.experiment.methods import (
     SFTConfig,
 )
 from grpo_jax.experiment.overrides import nearest, unread_fields, variant_of
-from grpo_jax.experiment.requirements import METHODS, Method, method_of
+from grpo_jax.experiment.requirements import METHODS, Method, group_parts, method_of
 
 
 @dataclass(frozen=True)
@@ -28,8 +36,16 @@ class Experiment(Checked):
     A step's groups whose rewards are all equal say nothing. `dynamic_sampling_rounds` is how many further rounds of
     prompts a step may play to replace them by groups that do (DAPO, 2503.14476); 0 for none.
 
-    Training ends after `steps` steps, or before that with the step in which its `token_budget` of sampled tokens is
-    used up (those that dynamic sampling throws away count too).
+    Training ends after `steps` steps; or, with `steps=None`, after `epochs` passes over the training examples, which
+    need not be whole (`num_steps` says how many steps that are); or before that with the step in which its
+    `token_budget` of sampled tokens is used up (those that dynamic sampling throws away count too).
+
+    A step samples one batch and makes `num_iterations * num_minibatches` updates on it: it is cut into
+    `num_minibatches` mini-batches of shuffled whole groups, and passed over `num_iterations` times in the same order.
+    (TRL: `num_iterations`, and `steps_per_generation` over `gradient_accumulation_steps`; TRL shuffles single
+    completions.) Advantages are those of the whole batch. From the second update on the policy is not the one that
+    sampled. Each mini-batch goes through the devices in `gradient_accumulation_steps` micro-batches, which change
+    nothing but memory. Groups are split where whole ones cannot be shared out (`group_parts`).
 
     `method` is one of
 
@@ -56,11 +72,13 @@ class Experiment(Checked):
     rewards: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
     policy: PolicyConfig = PolicyConfig()
     method: str | Method = "grpo"
-    steps: int = 100
+    steps: int | None = 100
+    epochs: float | None = field(default=None, metadata=ADDED_LATER)
     token_budget: int | None = None
     prompts_per_step: int = 8
     group_size: int = 8
     num_iterations: int = 1
+    num_minibatches: int = field(default=1, metadata=ADDED_LATER)
     dynamic_sampling_rounds: int = 0
     gradient_accumulation_steps: int = 1
     gradient_checkpointing: bool = False
@@ -88,26 +106,33 @@ class Experiment(Checked):
                 bool(self.rewards) or not self.is_rewarded,
                 f"at least one reward function for method {self.method_name!r}",
             ),
-            steps=(self.steps >= 0, "0 or above"),
+            steps=(
+                (self.steps is None) == (self.epochs is not None) and (self.steps or 0) >= 0,
+                "0 or above, or None with epochs, which then say when training ends",
+            ),
+            epochs=(self.epochs is None or self.epochs > 0, "positive, or None"),
             token_budget=(
                 self.token_budget is None or (self.token_budget > 0 and self.optimizer.schedule == "constant"),
                 "None, or positive with optimizer.schedule 'constant', since no schedule can know the last step",
             ),
             prompts_per_step=(self.prompts_per_step > 0, "positive"),
             group_size=method_of(self.method).group_size_range(self),
-            num_iterations=(
-                self.num_iterations == 1 or (self.num_iterations > 0 and self.loss_config.loss_type != "reinforce"),
-                "positive, and 1 for loss_type 'reinforce', which has no ratio to make up for a policy that has moved",
-            ),
+            num_iterations=_number_of_updates(self.num_iterations, self.loss_config),
+            num_minibatches=_number_of_updates(self.num_minibatches, self.loss_config),
             dynamic_sampling_rounds=(self.dynamic_sampling_rounds >= 0, "0 (off) or above"),
             gradient_accumulation_steps=(
-                self.gradient_accumulation_steps > 0 and self.prompts_per_step % self.gradient_accumulation_steps == 0,
-                f"a number that divides prompts_per_step = {self.prompts_per_step}",
+                self.gradient_accumulation_steps > 0 and self._can_be_divided(),
+                f"a number that, with num_minibatches = {self.num_minibatches}, divides the {self.prompts_per_step} "
+                f"groups of {self.group_size} completions of a step into equal parts",
             ),
             seed=(0 <= self.seed < 2**31, "between 0 and 2**31 - 1"),
             devices=(self.devices is None or self.devices > 0, "positive, or None for all local devices"),
             checkpoint_every=(self.checkpoint_every > 0, "positive"),
         )
+
+    def _can_be_divided(self) -> bool:
+        counts = (self.prompts_per_step, self.group_size, self.num_minibatches)
+        return min(counts) < 1 or self.group_parts(1) is not None  # other ranges refuse a count below 1
 
     @property
     def is_rewarded(self) -> bool:
@@ -120,9 +145,43 @@ class Experiment(Checked):
         return method_of(self.method).name
 
     @property
+    def num_steps(self) -> int:
+        """After how many steps training ends, if no token budget ends it before."""
+        if self.steps is not None:
+            return self.steps
+        assert self.epochs is not None, "checked when the experiment was made"
+        return math.ceil(round(self.epochs * len(self.task.train) / self.prompts_per_step, 6))
+
+    @property
+    def updates_per_step(self) -> int:
+        """How many updates are made on a step's batch."""
+        return self.num_iterations * self.num_minibatches
+
+    def group_parts(self, num_devices: int) -> int | None:
+        """Into how many parts a group is split to be shared out over this many devices; None if nothing fits."""
+        shares = num_devices * self.num_minibatches * self.gradient_accumulation_steps
+        smallest = method_of(self.method).smallest_part(self)
+        return group_parts(self.prompts_per_step, self.group_size, shares, smallest=smallest)
+
+    @property
     def loss_config(self) -> LossConfig:
         """`loss`, or the defaults where that is a function, which has no options of its own."""
         return self.loss if isinstance(self.loss, LossConfig) else LossConfig()
+
+    def _inert(self) -> Iterator[tuple[str, str]]:
+        """The options that were set though nothing can come of them in this experiment, and why not."""
+        if self.updates_per_step == 1 and self.policy.dtype == "float32":
+            why = (
+                "with one update for each batch (num_iterations * num_minibatches = 1) the policy is still the one "
+                "that sampled, so that ratios are 1"
+            )
+            yield from ((f"loss.{name}", why) for name in self.loss_config.set_for_ratios())
+            if self.ppo.cliprange_value != PPOConfig().cliprange_value:
+                yield "ppo.cliprange_value", why
+        if self.reward.retries != RewardConfig().retries and self.reward.on_failure != "retry":
+            yield "reward.retries", "it is read with reward.on_failure 'retry' alone"
+        if self.reward.max_failure_rate != RewardConfig().max_failure_rate and self.reward.on_failure != "drop":
+            yield "reward.max_failure_rate", "it is read with reward.on_failure 'drop' alone"
 
     def __post_init__(self) -> None:
         if isinstance(self.method, str) and self.method not in METHODS:
@@ -132,6 +191,8 @@ class Experiment(Checked):
             if getattr(self, f.name) != f.default:
                 raise UserError(f"Experiment.{f.name} is set, but method {self.method_name!r} does not read it.")
         method_of(self.method).check(self)
+        for name, why in self._inert():
+            raise UserError(f"{name} is set, but it cannot act here: {why}. Leave it at its default.")
         strangers = sorted(set(self.reward.weights) - set(self.rewards))
         if strangers:
             raise UserError(
@@ -150,3 +211,8 @@ class Experiment(Checked):
                 f"loss.ref_model_mixup_alpha = {loss.ref_model_mixup_alpha} mixes parameters, but a mixture of "
                 "LoRA factors is not the mixture of their products: with policy.lora it must be 1 (a copy)."
             )
+
+
+def _number_of_updates(count: int, loss: LossConfig) -> Range:
+    wanted = "positive, and 1 for loss_type 'reinforce', which has no ratio to make up for a policy that has moved"
+    return count == 1 or (count > 0 and loss.loss_type != "reinforce"), wanted

@@ -2,10 +2,11 @@
 
 import dataclasses
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from grpo_jax.experiment.checked import Checked, Ranges, fields_named
+from grpo_jax.experiment.configs import ADDED_LATER
 
 Scale = Literal["group", "batch", "whiten", "none"]
 Baseline = Literal["mean", "leave_one_out", "none"]
@@ -14,12 +15,29 @@ LossType = Literal["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", 
 
 @dataclass(frozen=True)
 class AdvantageConfig(Checked):
-    """Rewards to advantages: (r - baseline) / scale. See `grpo_jax.advantages.group_advantages`, which says by which
-    choices GRPO, Dr. GRPO, RLOO, REINFORCE++, Lite PPO and GDPO go."""
+    """Rewards to advantages: (r - baseline) / scale. See `grpo_jax.advantages`, which says by which choices GRPO,
+    Dr. GRPO, RLOO, REINFORCE++, Lite PPO and GDPO go.
+
+    `kl_coef` puts the KL to the reference policy into the reward (`loss.beta` puts it into the loss). With `kl_level`
+    `sequence` a completion's reward is r - kl_coef * KL, its tokens' sum (RLOO); with `token` a token's advantage is
+    that of its completion less kl_coef times the KL of this token and of those after it (REINFORCE++).
+    """
 
     scale: Scale = "group"
     baseline: Baseline = "mean"
     ddof: Literal[0, 1] = 0
+    kl_coef: float = field(default=0.0, metadata=ADDED_LATER)
+    kl_level: Literal["sequence", "token"] = field(default="sequence", metadata=ADDED_LATER)
+
+    def _ranges(self) -> Ranges:
+        return dict(
+            ddof=(self.ddof == 0 or self.scale != "none", "0 with scale 'none', which divides by no deviation"),
+            kl_coef=(self.kl_coef >= 0, "0 (no reference) or above"),
+            kl_level=(
+                self.kl_level == "sequence" or (self.kl_coef > 0 and self.scale in ("whiten", "none")),
+                "'sequence' without kl_coef and with the scales 'group' and 'batch', which are those of sequences",
+            ),
+        )
 
 
 @dataclass(frozen=True)
@@ -37,7 +55,8 @@ class LossConfig(Checked):
     - `sync_ref_model`: the reference, else frozen where training began, becomes alpha * policy + (1 - alpha) *
       reference every `ref_model_sync_steps` steps (TR-DPO, 2404.09656), alpha being `ref_model_mixup_alpha`; 1 copies.
     - `entropy_coef` adds an entropy bonus; `top_entropy_quantile` trains on the most uncertain tokens alone.
-    - `max_completion_length` is the constant denominator of `dr_grpo`.
+    - `dr_grpo_length` is the constant by which `dr_grpo` divides where `grpo` divides by a completion's length: the
+      longest completion, usually `sampling.max_tokens` (TRL: `max_completion_length`).
     - `mask_truncated_completions`: a completion that the token limit cut off is not trained on (DAPO), though its
       reward still counts in its group's baseline.
     - `importance_sampling_mode`, `importance_sampling_clip_min` and `_max`: weights for a sampler that differs from the
@@ -57,7 +76,7 @@ class LossConfig(Checked):
     ref_model_sync_steps: int = 512
     entropy_coef: float = 0.0
     top_entropy_quantile: float = 1.0
-    max_completion_length: int | None = None
+    dr_grpo_length: int | None = field(default=None, metadata={"hashed_as": "max_completion_length"})
     mask_truncated_completions: bool = False
     sapo_temperature_pos: float = 1.0
     sapo_temperature_neg: float = 1.05
@@ -81,8 +100,8 @@ class LossConfig(Checked):
             ref_model_mixup_alpha=(0 < self.ref_model_mixup_alpha <= 1, "above 0 and at most 1 (a copy)"),
             ref_model_sync_steps=(self.ref_model_sync_steps > 0, "positive"),
             top_entropy_quantile=(0 <= self.top_entropy_quantile <= 1, "between 0 and 1 (all tokens)"),
-            max_completion_length=(
-                self.loss_type != "dr_grpo" or (self.max_completion_length or 0) > 0,
+            dr_grpo_length=(
+                self.loss_type != "dr_grpo" or (self.dr_grpo_length or 0) > 0,
                 "a positive number for loss_type 'dr_grpo' (usually sampling.max_tokens)",
             ),
             importance_sampling_mode=(
@@ -98,6 +117,16 @@ class LossConfig(Checked):
         )
         return {**ranges, **{name: (False, why) for name, why in self._unread()}}
 
+    def set_for_ratios(self) -> list[str]:
+        """The fields that are set and act on importance ratios alone: where these are all 1, nothing comes of them."""
+        names = ["delta", *(f.name for f in fields_named(self, "sapo_", "vespo_"))]
+        if self.loss_type != "cispo":  # whose bound is a weight of every token where it is below 1
+            names += ["epsilon", "epsilon_high"]
+        if not self.use_bias_correction_kl:
+            names.append("importance_sampling_level")
+        defaults = {f.name: f.default for f in dataclasses.fields(self)}
+        return [name for name in names if getattr(self, name) != defaults[name]]
+
     def _unread(self) -> Iterable[tuple[str, str]]:
         """The fields that were set though nothing reads them, and what they must be instead."""
         clipped = self.loss_type in ("grpo", "bnpo", "dr_grpo", "dapo", "luspo")
@@ -106,7 +135,7 @@ class LossConfig(Checked):
             epsilon_high=clipped or self.loss_type == "cispo",
             delta=clipped,
             importance_sampling_level=self.loss_type not in ("vespo", "reinforce"),
-            max_completion_length=self.loss_type == "dr_grpo",
+            dr_grpo_length=self.loss_type == "dr_grpo",
             **{f.name: f.name.startswith(self.loss_type) for f in fields_named(self, "sapo_", "vespo_")},
         )
         needs_beta = ("kl_estimator", "use_bias_correction_kl", "sync_ref_model")

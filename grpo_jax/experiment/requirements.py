@@ -5,12 +5,12 @@ trains, is `grpo_jax.algorithms`. A method of the user's own is a subclass of `g
 both halves, and is passed as `Experiment(method=MyMethod())`.
 """
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
 from grpo_jax.errors import UserError
-
-Range = tuple[bool, str]  # whether a field's value is in range, and what it must be
+from grpo_jax.experiment.checked import Range
 
 
 class Method:
@@ -35,6 +35,14 @@ class Method:
         """Whether `experiment.group_size` is in range, and what it must be."""
         return experiment.group_size > 0, "positive"
 
+    def smallest_part(self, experiment: Any) -> int:
+        """How many neighbouring completions of a group its loss needs side by side.
+
+        A group may be split into parts of a multiple of this over devices, mini-batches and micro-batches. By default
+        groups stay whole.
+        """
+        return int(experiment.group_size)
+
     def check(self, experiment: Any) -> None:
         """Raises `UserError` if the experiment lacks what the method needs, or sets what it does not read."""
 
@@ -47,10 +55,24 @@ class GRPO(Method):
         return True
 
     def group_size_range(self, experiment: Any) -> Range:
-        wanted = "at least 2 for method 'grpo', since a group of one has no relative advantage"
+        how = experiment.advantages
+        if callable(how) or (how.baseline == "none" and how.scale != "group"):  # what a single completion can have
+            return super().group_size_range(experiment)
+        wanted = (
+            "at least 2 for method 'grpo', since a group of one has no relative advantage (1 needs advantages.baseline "
+            "'none' with scale 'whiten', 'batch' or 'none')"
+        )
         return experiment.group_size > 1, wanted
 
+    def smallest_part(self, experiment: Any) -> int:
+        return _part_of_loss(experiment)
+
     def check(self, experiment: Any) -> None:
+        if experiment.dynamic_sampling_rounds and experiment.group_size == 1:
+            raise UserError(
+                "dynamic_sampling_rounds looks for groups whose rewards differ, and those of a group of one never do: "
+                "it must be 0 with group_size = 1."
+            )
         scale = getattr(experiment.advantages, "scale", None)
         if experiment.reward.combine == "normalize_then_sum" and scale == "group":
             raise UserError(
@@ -73,11 +95,17 @@ class PPO(Method):
             remedy = "its KL is ppo.kl_coef's" if loss.beta else "it knows no correction for another sampler"
             raise UserError(f"loss.{name} is set, but method 'ppo' does not read it: {remedy}.")
 
+    def smallest_part(self, experiment: Any) -> int:
+        return _part_of_loss(experiment)
+
 
 class SFT(Method):
     name = "sft"
     reads = ("sft",)
     is_offline = True
+
+    def smallest_part(self, experiment: Any) -> int:
+        return 1
 
     def check(self, experiment: Any) -> None:
         _require_demonstrations(experiment, "method 'sft'")
@@ -95,6 +123,9 @@ class RFT(Method):
             return experiment.group_size > 1, "at least 2 for method 'rft', which takes the best of a group"
         return super().group_size_range(experiment)
 
+    def smallest_part(self, experiment: Any) -> int:
+        return 1
+
 
 class _Preferences(Method):
     """What DPO and the reward model have in common: they compare completions two and two."""
@@ -109,6 +140,9 @@ class _Preferences(Method):
         if experiment.preferences.completions == "columns":
             return size == 2, "2 with preferences.completions 'columns': a chosen and a rejected completion"
         return size > 0 and size % 2 == 0, f"even for method {self.name!r}, which compares two and two"
+
+    def smallest_part(self, experiment: Any) -> int:
+        return 2
 
     def check(self, experiment: Any) -> None:
         if experiment.preferences.completions == "demonstrations":
@@ -132,6 +166,26 @@ class RewardModel(_Preferences):
     name = "reward_model"
     reads = ("reward_model", "preferences")
     splits = ("train", "held_out")  # it is evaluated on pairs, too
+
+
+def _part_of_loss(experiment: Any) -> int:
+    """The losses of `LossConfig` are of single completions; the user's own function may compare those of a group."""
+    return int(experiment.group_size) if callable(experiment.loss) else 1
+
+
+def group_parts(num_prompts: int, group_size: int, shares: int, *, smallest: int = 1) -> int | None:
+    """Into how many parts to split every group, so that all parts can be dealt out in equal shares: as few as possible.
+
+    Args:
+      num_prompts, group_size: P groups of G completions.
+      shares: into how many equal shares (devices, mini-batches, micro-batches) P * parts must go.
+      smallest: completions that must stay side by side (`Method.smallest_part`).
+
+    Returns:
+      The number of parts, 1 for whole groups; None if nothing fits.
+    """
+    parts = math.lcm(num_prompts, shares) // num_prompts
+    return next((k for k in range(parts, group_size + 1, parts) if group_size % (k * smallest) == 0), None)
 
 
 def _task_name(experiment: Any) -> Any:

@@ -207,7 +207,7 @@ def reduce_tokens(
     Args:
       per_token: loss of each token, shape `[B, T]`.
       mask: True for the tokens that count, shape `[B, T]`.
-      config: `loss_type`, and `max_completion_length` for `dr_grpo`.
+      config: `loss_type`, and `dr_grpo_length` for `dr_grpo`.
       num_tokens: active tokens of the whole batch.
       num_sequences: sequences of the whole batch.
 
@@ -219,7 +219,7 @@ def reduce_tokens(
         case "grpo" | "sapo":
             return (sums / jnp.maximum(mask.sum(axis=1), 1)).sum() / num_sequences
         case "dr_grpo":
-            return sums.sum() / (num_sequences * config.max_completion_length)
+            return sums.sum() / (num_sequences * config.dr_grpo_length)
         case "luspo" | "reinforce":
             return sums.sum() / num_sequences
         case _:  # dapo, bnpo, cispo, vespo

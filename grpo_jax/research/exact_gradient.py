@@ -234,7 +234,7 @@ def family(horizon: int) -> Mapping[str, Estimator]:
         "RLOO": of("none", "leave_one_out", "reinforce"),
         "REINFORCE++": of("whiten", "none", "reinforce"),
         "REINFORCE++-baseline": of("whiten", "mean", "reinforce"),
-        "Dr. GRPO": of("none", "mean", "dr_grpo", max_completion_length=horizon),
+        "Dr. GRPO": of("none", "mean", "dr_grpo", dr_grpo_length=horizon),
         "GRPO": of("group", "mean", "grpo"),
         "GRPO, delta 1.3": of("group", "mean", "grpo", delta=1.3),
         "DAPO": of("group", "mean", "dapo", epsilon_high=0.28),

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from grpo_jax.experiment import SamplingConfig
+from grpo_jax.experiment import SamplingConfig, group_parts
 from grpo_jax.policy import Policy
 from grpo_jax.policy.lora import Model
 from grpo_jax.policy.lora import split as split_params
@@ -38,7 +38,7 @@ class Generator(Protocol):
     Attributes:
       tokenizer: turns text into the token ids of prompts and observations, and generations into text.
       max_positions: how many tokens an episode may have, its prompt included.
-      batch_multiple: batches have a multiple of so many prompts.
+      batch_multiple: evaluations ask for a multiple of so many prompts at once.
     """
 
     @property
@@ -119,11 +119,13 @@ class Actor(NamedTuple):
         """See `Generator.generate`."""
         settings = replace(settings_of(sampling, self.tokenizer), shared_prefix_length=prompts.shared_prefix_length)
         program, cached = _generate(self.model, settings, self.replicas), sampling.max_tokens - 1
-        split = self.replicas.split((prompts.ids, prompts.lengths))
-        generation, state = program(self.trainable, self.frozen, *split, *self._noise(noise, sampling))
-        num_prompts, num_samples = noise.samples.shape
-        rows = ActiveRows(np.arange(num_prompts), np.tile(np.arange(num_samples), (num_prompts, 1)))
-        return self.replicas.gather(generation), ActorState(state, rows, cached, cached, (num_prompts, num_samples))
+        num_prompts, num_samples = size = noise.samples.shape[0], noise.samples.shape[1]
+        rows = ActiveRows.of_batch(num_prompts, num_samples, self.replicas.count)
+        split = self.replicas.split((prompts.ids[rows.prompt], prompts.lengths[rows.prompt]))
+        own = Noise(noise.seed, noise.step, noise.prompt_ids[rows.prompt], rows.take(noise.samples))
+        generation, state = program(self.trainable, self.frozen, *split, *self._noise(own, sampling))
+        whole = Generation(*(rows.put(x, size) for x in self.replicas.gather(generation)))
+        return whole, ActorState(state, rows, cached, cached, size)
 
     def continue_generation(
         self, state: ActorState, observation: Observation, noise: Noise, sampling: SamplingConfig, turns_left: int
@@ -183,6 +185,14 @@ class ActiveRows(NamedTuple):
 
     prompt: np.ndarray
     sample: np.ndarray
+
+    @classmethod
+    def of_batch(cls, num_prompts: int, num_samples: int, num_shares: int) -> "ActiveRows":
+        """All rows of a batch, its groups split where they could not be shared out equally."""
+        parts = group_parts(num_prompts, num_samples, num_shares)
+        assert parts is not None, f"{num_prompts} groups of {num_samples} cannot be shared by {num_shares} devices"
+        samples = np.arange(num_samples).reshape(parts, -1)
+        return cls(np.repeat(np.arange(num_prompts), parts), np.tile(samples, (num_prompts, 1)))
 
     def take(self, x: Array) -> Array:
         """[P, G, …] of the whole batch to [P', G', …] of these rows."""

@@ -116,7 +116,7 @@ class RunLog:
                 finite = finite[np.isfinite(finite)]
                 if finite.size:
                     self._add(step, proto.histogram(name, finite, bins=30))
-            if group and step % max(1, self._experiment.steps // SAMPLE_TEXTS) == 0:
+            if group and step % max(1, self._experiment.num_steps // SAMPLE_TEXTS) == 0:
                 self._add(step, proto.text("completions", markdown_table(group)))
             self._writer.flush()
         self.display.update(step, metrics, group)
@@ -187,7 +187,7 @@ def display_of(
     experiment: Experiment, *, title: str = "", quiet: bool = False, console: Console | None = None
 ) -> Display:
     """The progress display of a run, a warm start or a control (its `title`)."""
-    return Display(experiment.steps, experiment.token_budget, title=title, quiet=quiet, console=console)
+    return Display(experiment.num_steps, experiment.token_budget, title=title, quiet=quiet, console=console)
 
 
 def _flat(values: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -59,9 +59,9 @@ class SweepProgress:
             status, latest = self._status(run, under_way, failed), latest_metrics(self.directory / run.key)
             # Step s is the one after s updates; evaluations carry the number of updates itself.
             steps = latest["step"] + ("reward" in latest or "loss" in latest) if latest else 0
-            steps = str(min(steps, run.config.steps))
+            steps = str(min(steps, run.config.num_steps))
             if run.config.token_budget is None:
-                steps += f"/{run.config.steps}"
+                steps += f"/{run.config.num_steps}"
             figures = [_figure(latest.get(name)) for name in ("reward", self.metric)]
             style = STYLES.get(status, "")
             table.add_row(_name(run), str(run.seed), run.key, Text(status, style=style), steps, *figures)

@@ -27,7 +27,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from grpo_jax import sharding
-from grpo_jax.algorithms import GRPO, SFT, Batch, TrainBatch, algorithm_of
+from grpo_jax.advantages import compute_advantages
+from grpo_jax.algorithms import GRPO, SFT, Batch, TrainBatch, algorithm_of, grpo
 from grpo_jax.algorithms.batches import reward_arrays, schedule
 from grpo_jax.algorithms.dynamic_sampling import Round
 from grpo_jax.algorithms.on_policy import rewarded_batch
@@ -76,6 +77,8 @@ def require_vectorizable(config: Experiment) -> None:
         "it has a control": config.control is not None,
         "reward.combine is not 'sum'": config.reward.combine != "sum",
         "token_budget is set": config.token_budget is not None,
+        "num_minibatches is not 1": config.num_minibatches > 1,
+        "advantages.kl_coef is not 0": grpo.kl_coef(config) > 0,
         "dynamic_sampling_rounds is not 0": config.dynamic_sampling_rounds > 0,
         "loss.sync_ref_model is on": config.loss_config.sync_ref_model,
         "loss.mask_truncated_completions is on": config.loss_config.mask_truncated_completions,
@@ -114,7 +117,7 @@ def train_seeds(runs: Mapping[Path, tuple[Experiment, list[str]]], *, source: Pa
         before = [(trainer.evaluate(0), trainer.sample_group()) for trainer in trainers]
         _fit(trainers)
         for trainer, (evaluation, group) in zip(trainers, before, strict=True):
-            after, run_dir = trainer.evaluate(trainer.experiment.steps), trainer.log.run_dir
+            after, run_dir = trainer.evaluate(trainer.experiment.num_steps), trainer.log.run_dir
             seconds = time.monotonic() - began
             result = Result(run_dir, trainer.policy(), evaluation, after, {}, group, trainer.sample_group(), seconds)
             trainer.log.summary(summarize(result, trainer.experiment))
@@ -149,7 +152,7 @@ def _fit(trainers: Sequence[Trainer]) -> None:
     own = [[t.replicas.first((t.state, t.actor.frozen, t.reference)) for t in share] for share in shares]
     states, *constant = zip(*[map(_stack, zip(*trees, strict=True)) for trees in own], strict=True)
     seeds = [np.array([t.experiment.seed for t in share], np.int32) for share in shares]
-    chunks = [range(first, first + size) for first in range(0, config.steps, size)]
+    chunks = [range(first, first + size) for first in range(0, config.num_steps, size)]
     upcoming = [[_inputs(t, chunks[0]) for t in share] for share in shares] if chunks else []
     write_last: Callable[[], None] = _nothing
     # Not one program for all devices: partitioned, it would be fused in another way and round in another.
@@ -175,7 +178,7 @@ def _fit(trainers: Sequence[Trainer]) -> None:
                         if steps is not chunks[-1]:
                             trainer.evaluate(steps.stop)
     for trainer in trainers:
-        trainer.save(config.steps)
+        trainer.save(config.num_steps)
 
 
 def _run_on(program: Callable[..., Any], index: int, *arguments: Any) -> Any:
@@ -188,14 +191,14 @@ def _nothing() -> None:
 
 def _chunk(config: Experiment) -> int:
     """The largest number of steps up to `CHUNK` that divides the steps between two evaluations."""
-    span = math.gcd(config.steps, config.evaluation.every)
+    span = math.gcd(config.num_steps, config.evaluation.every)
     return max((n for n in range(1, min(span, CHUNK) + 1) if span % n == 0), default=1)
 
 
 def _program(trainer: Trainer) -> Any:
     """Builds `program(states, frozen, reference, seeds, inputs) -> (states, outputs)`: N seeds' K steps [N, K, …]."""
     config, actor = trainer.experiment, trainer.actor
-    optimizer, _ = make_optimizer(config.optimizer, config.steps * config.num_iterations)
+    optimizer, _ = make_optimizer(config.optimizer, config.num_steps * config.num_iterations)
     update = make_update(trainer.setup._replace(axis_name=None), optimizer)
     sampling, shared = config.sampling, trainer.prompts.shared_prefix_length
     settings = replace(settings_of(sampling, actor.tokenizer), shared_prefix_length=shared)
@@ -211,8 +214,9 @@ def _program(trainer: Trainer) -> Any:
         mask = generation.mask
         rewards = array_rewards.reward(config, generation.tokens, mask, given.secrets)
         tokens, sample_mask = jnp.where(mask, generation.tokens, 0), jnp.ones(rewards.shape, bool)
+        advantages = compute_advantages(config.advantages, rewards, sample_mask, token_mask=mask)
         arrays = (given.prompts, given.lengths, tokens, mask, mask, generation.logprobs, rewards, sample_mask)
-        return generation, Batch(*arrays)
+        return generation, Batch(*arrays, advantages=advantages)
 
     def step(state: State, frozen: Any, reference: Any, seed: jax.Array, given: Inputs) -> tuple[State, Any]:
         generation, batch = play(state, frozen, seed, given)
@@ -284,9 +288,7 @@ def _write(
 def _record(trainer: Trainer, step: int, train_batch: TrainBatch, output: UpdateOutput, *, seconds: float) -> None:
     """Logs one step of one seed."""
     if output.logprob_gaps is not None:
-        assert output.advantages is not None, "they come with the gaps"
         trainer.check_logprobs(output.logprob_gaps, train_batch.rollout, step)
-        train_batch = train_batch.with_advantages(output.advantages)
     trainer.record(step, train_batch, {k: float(v) for k, v in output.metrics.items()}, seconds=seconds)
 
 
@@ -310,7 +312,7 @@ def _sampled_batch(
             f"step {step}: {rollout.episodes[p][g].turns[0]!r} was trained on with a reward of {rewards[p, g]:g}, but "
             f"the experiment's rewards pay {paid[p, g]:g}: their JAX form is wrong."
         )
-    return rewarded_batch([Round(rollout, scores, paid, sample_mask)], config)
+    return grpo.with_advantages(rewarded_batch([Round(rollout, scores, paid, sample_mask)], config), config)
 
 
 def _stack(trees: Sequence[Any]) -> Any:

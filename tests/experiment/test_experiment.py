@@ -104,8 +104,8 @@ def test_an_unknown_field_suggests_the_nearest_name(write):
         ("prompts_per_step", "field=value"),
         ("steps.more=1", "no fields of its own"),
         ("policy.lora.rank=8", "is None here"),
-        ("gradient_accumulation_steps=3", "divides prompts_per_step = 8"),
-        ("loss.loss_type=dr_grpo", "max_completion_length"),
+        ("gradient_accumulation_steps=3", "divides the 8 groups of 8 completions of a step into equal parts"),
+        ("loss.loss_type=dr_grpo", "dr_grpo_length"),
     ],
 )
 def test_a_wrong_override_is_one_sentence(write, assignment, says):
@@ -203,7 +203,7 @@ def test_loading_an_experiment_imports_no_jax(write):
         (dict(loss_type="cispo", epsilon=0.1, epsilon_high=5.0), "loss_type 'cispo' does not read it"),
         (dict(loss_type="grpo", sapo_temperature_neg=2.0), "loss_type 'grpo' does not read it"),
         (dict(loss_type="reinforce", delta=3.0), "loss_type 'reinforce' does not read it"),
-        (dict(loss_type="dapo", max_completion_length=8), "loss_type 'dapo' does not read it"),
+        (dict(loss_type="dapo", dr_grpo_length=8), "loss_type 'dapo' does not read it"),
         (dict(kl_estimator="k1"), "there is no reference policy without beta"),
         (dict(sync_ref_model=True), "there is no reference policy without beta"),
         (dict(beta=0.1, ref_model_sync_steps=4), "it is read with sync_ref_model alone"),
@@ -220,18 +220,19 @@ def test_what_a_loss_does_not_read_is_an_error(fields, why):
 def test_every_loss_has_a_config_and_dr_grpo_its_length():
     for loss_type in ("grpo", "bnpo", "dapo", "cispo", "sapo", "luspo", "vespo", "reinforce"):
         assert LossConfig(loss_type).loss_type == loss_type
-    with pytest.raises(UserError, match=r"max_completion_length = None .* a positive number for loss_type 'dr_grpo'"):
+    with pytest.raises(UserError, match=r"dr_grpo_length = None .* a positive number for loss_type 'dr_grpo'"):
         LossConfig("dr_grpo")
 
 
 def test_fields_that_depend_on_each_other_are_set_in_any_order():
     base = dict(task=None, rewards={"one": len})
-    changes = {"loss.loss_type": "dr_grpo", "loss.max_completion_length": 8, "steps": 3}
+    changes = {"loss.loss_type": "dr_grpo", "loss.dr_grpo_length": 8, "steps": 3}
     for order in (list(changes), list(changes)[::-1]):
         changed = experiment.override(Experiment(**base), {name: changes[name] for name in order})
-        assert (changed.loss, changed.steps) == (LossConfig("dr_grpo", max_completion_length=8), 3)
+        assert (changed.loss, changed.steps) == (LossConfig("dr_grpo", dr_grpo_length=8), 3)
         assignments = [f"{name}={changes[name]}" for name in order]
         assert experiment.parse_overrides(Experiment(**base), assignments) == changes
+    changed = experiment.override(changed, {"num_iterations": 2})
     back = experiment.override(changed, {"loss": LossConfig("sapo"), "loss.sapo_temperature_pos": 2.0})
     assert back.loss == LossConfig("sapo", sapo_temperature_pos=2.0)
 

@@ -36,7 +36,7 @@ METRICS = (
     "vespo/phi_seq_mean",
 )
 CLIPPED = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo")
-DEFAULTS = dict(  # of LossConfig; all but loss_type, use_bias_correction_kl and max_completion_length are TRL's too
+DEFAULTS = dict(  # of LossConfig; all but loss_type, use_bias_correction_kl and dr_grpo_length are TRL's too
     epsilon=0.2,
     epsilon_high=None,
     delta=None,
@@ -45,7 +45,7 @@ DEFAULTS = dict(  # of LossConfig; all but loss_type, use_bias_correction_kl and
     use_bias_correction_kl=False,
     entropy_coef=0.0,
     top_entropy_quantile=1.0,
-    max_completion_length=None,
+    dr_grpo_length=None,
     sapo_temperature_pos=1.0,
     sapo_temperature_neg=1.05,
     vespo_k_pos=2.0,
@@ -62,7 +62,7 @@ SEQUENCE = dict(importance_sampling_level="sequence")
 
 def options_of(loss_type: str) -> list[dict[str, Any]]:
     """The combinations of options that a loss is tried with; what it does not read is not among them."""
-    sums = dict(max_completion_length=9) if loss_type == "dr_grpo" else {}
+    sums = dict(dr_grpo_length=9) if loss_type == "dr_grpo" else {}
     options: list[dict[str, Any]] = [
         {},
         dict(beta=0.04),
@@ -142,7 +142,7 @@ def trl_loss(
         entropy_coef=config["entropy_coef"],
         _entropy_bonus_enabled=config["entropy_coef"] != 0,
         use_adaptive_entropy=False,
-        max_completion_length=config["max_completion_length"],
+        max_completion_length=config["dr_grpo_length"],
         current_gradient_accumulation_steps=1,
         importance_sampling_level=config["importance_sampling_level"],
         top_entropy_quantile=config["top_entropy_quantile"],

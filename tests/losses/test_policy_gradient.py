@@ -21,7 +21,7 @@ eager_or_jit = pytest.mark.parametrize("loss", [policy_gradient.loss, jitted], i
 
 
 def config_of(loss_type, **fields):
-    return LossConfig(loss_type=loss_type, max_completion_length=9 if loss_type == "dr_grpo" else None, **fields)
+    return LossConfig(loss_type=loss_type, dr_grpo_length=9 if loss_type == "dr_grpo" else None, **fields)
 
 
 def batch(rows=16, tokens=5, seed=0):
