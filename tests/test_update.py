@@ -10,7 +10,9 @@ import optax
 import pytest
 
 from grpo_jax.advantages import group_advantages
-from grpo_jax.algorithms import Batch, Setup, algorithm_of
+from grpo_jax.algorithms import Batch, Setup, TrainBatch, algorithm_of
+from grpo_jax.algorithms.grpo import with_advantages
+from grpo_jax.algorithms.minibatches import lay_out
 from grpo_jax.errors import UserError
 from grpo_jax.experiment import (
     Experiment,
@@ -118,6 +120,12 @@ def compiled(n: int, overrides: tuple, record: bool, dtype: str, lora: LoRAConfi
     return optimizer, Replicas(n).compile(update)
 
 
+def advantaged(batch: Batch, experiment: Experiment) -> TrainBatch:
+    """The batch with its advantages, and a row for each completion."""
+    batch = jax.tree.map(np.asarray, batch)
+    return with_advantages(TrainBatch(batch, None, 0, 0, rows=[{}] * batch.rewards.size), experiment)
+
+
 def run(
     batch: Batch,
     n: int = 1,
@@ -131,7 +139,12 @@ def run(
     **overrides,
 ) -> tuple[State, dict]:
     """One update on n devices; the state afterwards and its metrics, from the first device."""
-    overrides = {key.replace("__", "."): value for key, value in overrides.items()}
+    overrides = {"num_iterations": 2, **{key.replace("__", "."): value for key, value in overrides.items()}}
+    if overrides.get("loss.loss_type") == "reinforce":
+        overrides["num_iterations"] = 1
+    experiment = override(EXPERIMENT, overrides)
+    if experiment.method == "grpo":
+        batch = advantaged(batch, experiment).batch
     optimizer, update = compiled(n, tuple(sorted(overrides.items())), record, dtype, lora)
     _, trainable, frozen = parts(dtype, lora)
     if state is None:
@@ -139,19 +152,21 @@ def run(
     has_reference = reference or overrides.get("loss.beta")
     reference = {k: 1.1 * v for k, v in trainable.items()} if has_reference else None
     replicas = Replicas(n)
+    layout = lay_out(experiment, batch, 0, replicas)
     state, output = update(
         replicas.replicate(state),
         replicas.replicate(frozen),
         None if reference is None else replicas.replicate(reference),
-        replicas.split(jax.tree.map(np.asarray, batch)),
+        layout.split(jax.tree.map(np.asarray, batch)),
         replicas.broadcast(np.bool_(first)),
     )
     for leaf in jax.tree.leaves(state):
         copies = np.asarray(leaf)
         np.testing.assert_array_equal(copies, np.broadcast_to(copies[:1], copies.shape))  # devices never drift apart
-    per_row = {key: getattr(output, key) for key in ("advantages", "logprob_gaps")}
-    per_row = {key: replicas.gather(value) for key, value in per_row.items() if value is not None}
-    return replicas.first(state), {**replicas.fetch(output.metrics), **per_row}
+    found = replicas.fetch(output.metrics)
+    if output.logprob_gaps is not None:
+        found["logprob_gaps"] = layout.gather(output.logprob_gaps)
+    return replicas.first(state), found
 
 
 def assert_close(actual, expected, tolerance=2e-5):
@@ -223,7 +238,6 @@ def test_the_gradient_is_the_one_worked_by_hand():
     state, metrics = run(batch, 8, record=True, first=True)
     assert_close(state.optimizer, expected)
     np.testing.assert_allclose(metrics["grad_norm"], optax.global_norm(expected), rtol=1e-4)
-    np.testing.assert_allclose(metrics["advantages"], advantages, atol=1e-6)
     assert metrics["num_tokens"] == active.sum()
     assert metrics["sampling/logprob_difference/max"] < 1e-4
     np.testing.assert_allclose(metrics["importance_ratio"], 1, atol=1e-5)
@@ -232,11 +246,13 @@ def test_the_gradient_is_the_one_worked_by_hand():
 @pytest.mark.parametrize("ddof", [0, 1])
 def test_the_advantages_have_the_experiments_divisor(ddof):
     batch = make_batch()
-    _, metrics = run(batch, record=True, advantages__ddof=ddof)
+    experiment = override(EXPERIMENT, {"advantages.ddof": ddof})
+    found = advantaged(batch, experiment)
     for p in np.flatnonzero(batch.sample_mask.sum(1) >= 2)[:8]:
         own = batch.rewards[p][batch.sample_mask[p]]
         expected = (own - own.mean()) / own.std(ddof=ddof) if np.ptp(own) else 0 * own
-        np.testing.assert_allclose(metrics["advantages"][p][batch.sample_mask[p]], expected, atol=1e-5)
+        np.testing.assert_allclose(found.batch.advantages[p][batch.sample_mask[p]], expected, atol=1e-5)
+    np.testing.assert_array_equal([row["advantage"] for row in found.rows], found.batch.advantages.reshape(-1))
 
 
 def weigh_by_place(inputs: LossInputs) -> tuple[jax.Array, dict[str, jax.Array]]:
@@ -252,18 +268,30 @@ def pull_to_the_reference(inputs: LossInputs) -> tuple[jax.Array, dict[str, jax.
     return square.sum() / inputs.num_sequences, {"own/groups": inputs.mask.any(-1).sum() / inputs.num_groups}
 
 
-def standardised_by_batch(rewards, mask, axis_name):
-    """Advantages of a batch over all devices, of a function's own."""
-    total, n = (jax.lax.psum(x, axis_name) for x in (jnp.where(mask, rewards, 0.0).sum(), mask.sum()))
-    return rewards - total / n
+def centred_by_batch(rewards, mask):
+    """Advantages of a function's own, relative to the whole batch."""
+    return rewards - jnp.where(mask, rewards, 0.0).sum() / mask.sum()
 
 
 OWN = {
     "a loss per token": dict(loss=weigh_by_place),
     "a scalar loss": dict(loss=pull_to_the_reference),
-    "advantages": dict(advantages=standardised_by_batch),
+    "advantages": dict(advantages=centred_by_batch),
     "advantages by token": dict(advantages=lambda rewards, mask, token_mask: rewards[..., None] * token_mask),
 }
+
+
+@pytest.mark.parametrize("name", ["grpo", "dr_grpo", "gspo", "cispo"])
+def test_a_group_that_is_split_over_devices_gives_the_gradient_of_a_whole_one(name):
+    # Two prompts for six devices: each group goes to three of them, a completion to each.
+    few = jax.tree.map(lambda x: x[-2:], make_batch(drift=0.3))
+    changes = {**CASES[name], "prompts_per_step": 2}
+    whole, expected = run(few, record=True, **changes)
+    parted, metrics = run(few, 6, record=True, **changes)
+    assert max(float(jnp.abs(g).max()) for g in whole.optimizer.values()) > 1e-3
+    assert_close(parted.optimizer, whole.optimizer)
+    for key in expected:
+        np.testing.assert_allclose(metrics[key], expected[key], rtol=2e-5, atol=2e-6, err_msg=key)
 
 
 @pytest.mark.parametrize("name", OWN)

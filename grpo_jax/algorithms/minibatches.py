@@ -2,7 +2,7 @@
 
 An update treats every completion by itself (advantages are found before, of the whole batch), so a group need not stay
 in one place. It is split only where whole groups cannot be shared out equally: one prompt of 128 completions becomes
-eight rows of 16, one on each of eight devices
+eight rows of 16, one for each of eight devices.
 """
 
 from typing import NamedTuple
@@ -62,22 +62,21 @@ class Layout(NamedTuple):
 
 
 def lay_out(experiment: Experiment, batch: Batch, step: int, replicas: Replicas) -> Layout:
-    """The layout of a step's batch [P, G, ...]. Which rows share a mini-batch follows from (seed, step) alone."""
+    """The layout of a step's batch [P, G, ...].
+
+    Which completions share a mini-batch follows from (seed, step) alone, whatever the devices and micro-batches.
+    """
     (num_prompts, group_size, _), num_minibatches = batch.mask.shape, experiment.num_minibatches
     shares = replicas.count * num_minibatches * experiment.gradient_accumulation_steps
     smallest = method_of(experiment.method).smallest_part(experiment)
     parts = group_parts(num_prompts, group_size, shares, smallest=smallest)
-    assert parts is not None, "`shared_out` has found that the batches can be shared out"
-    rows = np.arange(num_prompts * parts)
+    shuffled = group_parts(num_prompts, group_size, num_minibatches, smallest=smallest)
+    assert parts is not None and shuffled is not None, "`shared_out` has found that the batches can be shared out"
+    rows = np.arange(num_prompts * parts).reshape(num_prompts * shuffled, -1)
     if num_minibatches > 1:
         rows = np.random.default_rng([experiment.seed, step, SHUFFLE]).permutation(rows)
-    return Layout(
-        (num_prompts, group_size),
-        parts,
-        replicas.interleave(rows.reshape(num_minibatches, -1)),
-        num_minibatches,
-        replicas,
-    )
+    order = replicas.interleave(rows.reshape(num_minibatches, -1))
+    return Layout((num_prompts, group_size), parts, order, num_minibatches, replicas)
 
 
 def shared_out(experiment: Experiment) -> Replicas:

@@ -185,7 +185,7 @@ def group_parts(num_prompts: int, group_size: int, shares: int, *, smallest: int
       The number of parts, 1 for whole groups; None if nothing fits.
     """
     parts = math.lcm(num_prompts, shares) // num_prompts
-    return next((k for k in range(parts, group_size + 1, parts) if group_size % (k * smallest) == 0), None)
+    return parts if group_size % (parts * smallest) == 0 else None
 
 
 def _task_name(experiment: Any) -> Any:
