@@ -22,7 +22,7 @@ import numpy as np
 
 from grpo_jax.algorithms import Batch, Setup, StepContext, TrainBatch, algorithm_of
 from grpo_jax.algorithms.forward import HEAD, new_head
-from grpo_jax.algorithms.grpo import make_reference_logprobs
+from grpo_jax.algorithms.grpo import make_reference_kl
 from grpo_jax.algorithms.minibatches import lay_out, minibatch, shared_out
 from grpo_jax.errors import RunError
 from grpo_jax.evaluation import Evaluation
@@ -182,13 +182,15 @@ class Trainer:
         return self.replicas.compile(lambda batch, index: minibatch(batch, index, count))
 
     @cached_property
-    def _reference_logprobs(self) -> Callable[..., Any]:
-        return self.replicas.compile(make_reference_logprobs(self.setup))
+    def _reference_kl(self) -> Callable[..., Any]:
+        return self.replicas.compile(make_reference_kl(self.setup))
 
-    def reference_logprobs(self, batch: Batch) -> np.ndarray:
-        """The log-probabilities [P, G, T] of a batch's tokens under the reference policy."""
+    def reference_kl(self, batch: Batch) -> np.ndarray:
+        """log p - log p_reference [P, G, T] of a batch's tokens, p being the policy as it is now."""
         layout = lay_out(self.experiment, batch, 0, self.replicas)
-        return layout.gather(self._reference_logprobs(self.reference, self._actor.frozen, layout.split(batch)))
+        return layout.gather(
+            self._reference_kl(self.state.trainable, self.reference, self._actor.frozen, layout.split(batch))
+        )
 
     @cached_property
     def mix_reference(self) -> Callable[..., Any]:
@@ -278,7 +280,7 @@ class Trainer:
         if self.reference is None:
             return StepContext(self.experiment, self.prompts, generator)
         start = self.make_generator(self._actor._replace(trainable=self.reference))
-        return StepContext(self.experiment, self.prompts, generator, start, self.reference_logprobs)
+        return StepContext(self.experiment, self.prompts, generator, start, self.reference_kl)
 
     def sync_reference(self, done: int) -> None:
         """Moves the reference towards the policy after every `ref_model_sync_steps` steps."""

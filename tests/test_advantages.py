@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from grpo_jax.advantages import group_advantages
+from grpo_jax.advantages import compute_advantages, group_advantages
 from grpo_jax.errors import UserError
-from grpo_jax.experiment import RewardConfig
+from grpo_jax.experiment import AdvantageConfig, RewardConfig
 from grpo_jax.rewards.scoring import score
 
 GOLDEN = np.load(Path(__file__).parent / "golden" / "losses.npz")
@@ -268,3 +268,41 @@ def test_compiles_within_a_larger_program():
     step = jax.jit(jax.vmap(functools.partial(group_advantages, ddof=1)))
     rewards = np.arange(12.0).reshape(2, 2, 3)
     np.testing.assert_allclose(step(rewards), np.tile([-1.0, 0.0, 1.0], (2, 2, 1)), atol=1e-6)
+
+
+# The KL in the reward
+
+
+def with_kl(config, rewards, kl, token_mask, sample_mask=None):
+    rewards, token_mask = np.array(rewards, np.float32), np.array(token_mask, bool)
+    sample_mask = np.ones(rewards.shape, bool) if sample_mask is None else np.array(sample_mask)
+    return np.asarray(
+        compute_advantages(config, rewards, sample_mask, token_mask=token_mask, kl=np.array(kl, np.float32))
+    )
+
+
+def test_the_kl_of_a_completion_is_taken_from_its_reward():
+    # RLOO by hand. Sums of the KL where the mask is True: 0.5 and 2, so rewards are 1 - 0.1 * 0.5 = 0.95 and
+    # 0 - 0.1 * 2 = -0.2; each less the other's.
+    config = AdvantageConfig("none", "leave_one_out", kl_coef=0.1)
+    found = with_kl(config, [[1, 0]], [[[0.2, 0.3, 9], [1, 1, 0]]], [[[1, 1, 0], [1, 1, 1]]])
+    np.testing.assert_allclose(found, [[0.95 + 0.2, -0.2 - 0.95]], atol=1e-6)
+
+
+def test_a_tokens_advantage_is_less_by_the_kl_from_there_on():
+    # REINFORCE++ by hand: 1 - 0.1 * (0.2 + 0.3), 1 - 0.1 * 0.3; and 0 - 0.1 * (1 + 1), 0 - 0.1 * 1. The third token of
+    # the first completion is masked: it counts neither as KL nor as a token.
+    kl, mask = [[[0.2, 0.3, 9]], [[1, 1, 0]]], [[[1, 1, 0]], [[1, 1, 0]]]
+    plain = with_kl(AdvantageConfig("none", "none", kl_coef=0.1, kl_level="token"), [[1], [0]], kl, mask)
+    np.testing.assert_allclose(plain, [[[0.95, 0.97, 0]], [[-0.2, -0.1, 0]]], atol=1e-6)
+    values = np.array([0.95, 0.97, -0.2, -0.1])
+    scaled = (values - values.mean()) / values.std()
+    found = with_kl(AdvantageConfig("whiten", "none", kl_coef=0.1, kl_level="token"), [[1], [0]], kl, mask)
+    np.testing.assert_allclose(found[[0, 0, 1, 1], 0, [0, 1, 0, 1]], scaled, rtol=1e-5)
+    assert (found[..., 2] == 0).all()
+
+
+def test_a_completion_that_was_dropped_counts_in_no_kl_either():
+    config = AdvantageConfig("none", "mean", kl_coef=1.0)
+    found = with_kl(config, [[1, 0, 0]], np.ones((1, 3, 1)) * [[[1], [2], [50]]], np.ones((1, 3, 1)), [[1, 1, 0]])
+    np.testing.assert_allclose(found, [[1, -1, 0]], atol=1e-6)  # rewards 0 and -2, whose mean is -1

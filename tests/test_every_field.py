@@ -179,6 +179,8 @@ CASES = {
     "prompts_per_step": case(2, FROM_START - {"before"}),
     "group_size": case(6, FROM_START - {"before"}),
     "num_iterations": case(2, LATER),
+    "num_minibatches": case(2, LATER),
+    "epochs": case(0.5, {"after"}, num_steps, also={"steps": None}),
     "dynamic_sampling_rounds": case(2, check=has_metric("dynamic_sampling/rounds"), may=LATER | {"samples", "rewards"}),
     "gradient_accumulation_steps": case(2, check=same_up_to_rounding, may=LATER),
     "gradient_checkpointing": case(True, check=same_up_to_rounding, may=LATER),
@@ -249,7 +251,9 @@ ELSEWHERE = {
         "sapo_temperature_pos", "sapo_temperature_neg", "vespo_k_pos", "vespo_lambda_pos", "vespo_k_neg",
         "vespo_lambda_neg", "importance_sampling_clip_max", "importance_sampling_clip_min"
     ]),
-    "advantages": ("test_advantages.py and test_update.py", ["scale", "baseline", "ddof"]),
+    "advantages": ("test_advantages.py, test_update.py and algorithms/test_minibatches.py", [
+        "scale", "baseline", "ddof", "kl_coef", "kl_level",
+    ]),
     "ppo": ("algorithms/test_objectives.py", [
         "gamma", "lam", "cliprange_value", "vf_coef", "kl_coef", "whiten_advantages",
     ]),

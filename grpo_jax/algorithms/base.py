@@ -45,15 +45,15 @@ class StepContext:
       prompts: its prompts as tokens.
       generator: the policy as it is now.
       start: the policy as it was when training began; None if the method does not keep it.
-      reference_logprobs: of a batch on the host, the log-probabilities [P, G, T] of its tokens under the reference
-        policy; None if the method does not keep it.
+      reference_kl: of a batch on the host, log p - log p_reference [P, G, T] of its tokens, p being the policy as it is
+        now; None if the method keeps no reference.
     """
 
     experiment: Experiment
     prompts: Prompts
     generator: Generator
     start: Generator | None = None
-    reference_logprobs: Callable[[Batch], np.ndarray] | None = None
+    reference_kl: Callable[[Batch], np.ndarray] | None = None
 
     def sample(
         self,

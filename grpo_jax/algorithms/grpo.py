@@ -50,7 +50,7 @@ class GRPO(requirements.GRPO, Algorithm):
 
     def make_batch(self, context: StepContext, step: int) -> TrainBatch:
         train_batch = rewarded_batch(sample_rounds(context, step), context.experiment)
-        return with_advantages(train_batch, context.experiment, context.reference_logprobs)
+        return with_advantages(train_batch, context.experiment, context.reference_kl)
 
     def make_objective(self, setup: Setup) -> Objective:
         forward = setup.forward(temperature=setup.experiment.sampling.temperature)
@@ -68,7 +68,7 @@ class GRPO(requirements.GRPO, Algorithm):
         rewards, sample_mask = reward_arrays(scores, rollout.mask.shape[:2])
         batch = batch_of(rollout, rewards, sample_mask)
         shown = TrainBatch(batch, rollout, tokens=0, new_tokens=0, rows=completion_rows(rollout, scores))
-        return with_advantages(shown, config, context.reference_logprobs).rows[: config.group_size]
+        return with_advantages(shown, config, context.reference_kl).rows[: config.group_size]
 
 
 def loss_reads_reference(loss: LossConfig | Callable[..., Any]) -> bool:
@@ -84,21 +84,21 @@ def kl_coef(experiment: Experiment) -> float:
 def with_advantages(
     train_batch: TrainBatch,
     experiment: Experiment,
-    reference_logprobs: Callable[[Batch], np.ndarray] | None = None,
+    reference_kl: Callable[[Batch], np.ndarray] | None = None,
 ) -> TrainBatch:
     """A batch with the advantages of all its completions, as `experiment.advantages` says.
 
-    The KL of a token that goes into the reward is the policy's log-probability less the reference's. The metrics are
-    named as PPO's: `kl` is its mean over tokens, and `objective/kl` over completions, of which it is the sum.
+    The KL that goes into the reward has the metrics that PPO's has: `kl`, its mean over tokens, and `objective/kl`, the
+    mean over completions of its sum.
 
     Args:
-      reference_logprobs: see `StepContext`; needed for `kl_coef`.
+      reference_kl: see `StepContext`; needed for `kl_coef`.
     """
     batch, kl, metrics = train_batch.batch, None, dict(train_batch.metrics)
     mask = batch.mask & batch.sample_mask[..., None]
     if kl_coef(experiment):
-        assert reference_logprobs is not None, "`needs_reference` says that it is kept"
-        kl = np.where(mask, batch.logprobs - reference_logprobs(batch), 0.0)
+        assert reference_kl is not None, "`needs_reference` says that it is kept"
+        kl = np.where(mask, reference_kl(batch), 0.0)
         metrics["kl"] = float(kl.sum() / max(int(mask.sum()), 1))
         metrics["objective/kl"] = float(kl.sum() / max(int(mask.any(-1).sum()), 1))
     found = _compute_advantages(batch.rewards, batch.sample_mask, mask, kl, how=experiment.advantages)
@@ -179,16 +179,23 @@ def loss_inputs(
     )
 
 
-def make_reference_logprobs(setup: Setup) -> Callable[[Params, Params, Batch], Array]:
-    """Builds `(reference, frozen, batch) -> [P, G, T]`: the reference's log-probabilities of a device's share."""
+def make_reference_kl(setup: Setup) -> Callable[[Params, Params, Params, Batch], Array]:
+    """Builds `(trainable, reference, frozen, batch) -> log p - log p_reference [P, G, T]` of a device's share.
+
+    The policy's log-probabilities are computed anew, as the reference's are: the sampler's differ from them by
+    rounding, which is no KL. While the policy still is the reference, it is exactly 0.
+    """
     forward = setup.forward(temperature=setup.experiment.sampling.temperature)
 
-    def reference_logprobs(reference: Params, frozen: Params, batch: Batch) -> Array:
+    def reference_kl(trainable: Params, reference: Params, frozen: Params, batch: Batch) -> Array:
         pieces = micro_batches(batch, setup.experiment.gradient_accumulation_steps)
-        logprobs = jax.lax.map(lambda piece: forward.logprobs(reference, frozen, piece)[0], pieces)
-        return logprobs.reshape(batch.mask.shape)
 
-    return reference_logprobs
+        def logprobs(params: Params) -> Array:
+            return jax.lax.map(lambda piece: forward.logprobs(params, frozen, piece)[0], pieces)
+
+        return (logprobs(trainable) - logprobs(reference)).reshape(batch.mask.shape)
+
+    return reference_kl
 
 
 def make_recompute_logprobs(setup: Setup, forward: Forward) -> BeforeUpdates:

@@ -198,3 +198,30 @@ def test_the_same_options_are_taken_where_they_act() -> None:
     changed(loss__epsilon_high=0.28, policy__dtype="bfloat16")  # whose rounding moves ratios
     changed(loss__loss_type="cispo", loss__epsilon_high=5.0)  # a bound of the weight of every token
     changed(group_size=1, advantages__baseline="none", advantages__scale="whiten")
+
+
+def metrics_rows(run_dir: Path) -> list[dict[str, Any]]:
+    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [row for row in rows if "grad_norm" in row]
+
+
+def test_the_kl_in_the_reward_is_to_the_policy_that_training_began_with(tmp_path: Path) -> None:
+    changes = {
+        "steps": 2, "seed": 1, "prompts_per_step": 8, "group_size": 1, "advantages.scale": "whiten",
+        "advantages.baseline": "none", "advantages.kl_coef": 50.0, "advantages.kl_level": "token",
+    }  # fmt: skip
+    for n in (1, 4):
+        train(override(letters.config, {**changes, "devices": n}), tmp_path / str(n), quiet=True)
+    first, second = metrics_rows(tmp_path / "1")
+    assert (first["kl"], first["objective/kl"]) == (0, 0)  # nothing has been trained yet
+    assert abs(second["kl"]) > 1e-4
+    assert second["objective/kl"] == pytest.approx(second["kl"] * second["completions/mean_length"], rel=1e-4)
+    rows = [json.loads(line) for line in (tmp_path / "1" / "completions.jsonl").read_text().splitlines()]
+    # Without a KL a completion's tokens all have its reward, scaled over all tokens.
+    by_token = np.repeat([row["reward"] for row in rows[:8]], [row["tokens"] for row in rows[:8]])
+    expected = [(row["reward"] - by_token.mean()) / by_token.std() for row in rows]
+    advantages = [row["advantage"] for row in rows]
+    np.testing.assert_allclose(advantages[:8], expected[:8], rtol=1e-5)
+    on_four = completions(tmp_path / "4")
+    assert [row[0] for row in on_four] == [row["completion"] for row in rows]
+    np.testing.assert_allclose([row[2] for row in on_four], advantages, atol=1e-3)
