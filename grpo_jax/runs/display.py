@@ -23,7 +23,6 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
-
 # What the live line shows, from the widest terminal to the narrowest: the width of the bar (0 for none), how many of
 # the figures, and whether the time so far stands beside the time left.
 LAYOUTS = ((20, 4, True), (20, 3, True), (10, 3, True), (10, 2, True), (0, 2, True), (0, 2, False), (0, 1, False))

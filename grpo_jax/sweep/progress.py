@@ -3,8 +3,9 @@
 import json
 import time
 from collections.abc import Sequence, Set
+from datetime import UTC, datetime
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, median
 from types import TracebackType
 from typing import Any, Self
 
@@ -22,6 +23,7 @@ from grpo_jax.sweep.stages import (
     Stage,
     current,
     latest_metrics,
+    overhead_of,
     pace_of,
     seconds_left,
     stages_of,
@@ -90,8 +92,10 @@ class SweepProgress:
     def table(self, under_way: Set[str], failed: Set[str]) -> Table:
         """Returns the table: one row for each run."""
         table = Table(title=self._title(under_way, failed), title_justify="left")
-        for column in ("arm", "seed", "run", "status", "step", "reward", self.metric):
-            table.add_column(column, justify="right" if column in ("seed", "step", "reward", self.metric) else "left")
+        for column in ("arm", "seed", "run", "status"):
+            table.add_column(column, justify="right" if column == "seed" else "left")
+        for column in ("step", "reward", self.metric.removeprefix("evaluation/")):
+            table.add_column(column, justify="right")
         for run in self.runs:
             status, latest = self._status(run, under_way, failed), latest_metrics(self.directory / run.key)
             steps = self._steps(run, status, latest)
@@ -115,11 +119,14 @@ class SweepProgress:
             if status[run.key] == "finished"
             and (seconds := read_json(self.directory / run.key / "summary.json").get("seconds")) is not None
         }
+        now = datetime.now(UTC)
+        begun = (overhead_of(self.directory / key, stages[key], now) for key in under_way)
+        overhead = median([seconds for seconds in begun if seconds is not None] or [0.0])
         pace, left = pace_of(stages.values()), []
         for batch in self.together:
             open_runs = [run for run in batch if status[run.key] not in ("finished", "failed")]
             if open_runs:  # of runs in one program, the slowest one counts
-                each = [seconds_left(stages[run.key], pace, self._duration(run, took)) for run in open_runs]
+                each = [seconds_left(stages[run.key], pace, self._duration(run, took), overhead) for run in open_runs]
                 known = [seconds for seconds in each if seconds is not None]
                 left.append(max(known) if len(known) == len(each) else None)
         return sweep_seconds_left(left, self.jobs)

@@ -7,6 +7,7 @@ as most of the run. What no run of the sweep has done yet, nobody can say, and t
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -91,13 +92,17 @@ def latest_metrics(run_dir: Path) -> dict[str, Any]:
     return latest
 
 
-def seconds_left(stages: Sequence[Stage], pace: Mapping[str, float], duration: float | None) -> float | None:
+def seconds_left(
+    stages: Sequence[Stage], pace: Mapping[str, float], duration: float | None, overhead: float = 0.0
+) -> float | None:
     """How long a run still takes; None if that cannot be said yet.
 
     Args:
       stages: its parts.
       pace: for each part the seconds that one of its steps takes in this sweep, for parts that have not begun.
       duration: how long a finished run like this took in all, with compilation and evaluations; None if none is.
+      overhead: what a run that has not begun needs beside its steps, such as for compilation; it counts while no run is
+        finished.
     """
     each = [stage.seconds_each or pace.get(stage.name) for stage in stages]
     ahead = [stage.total - stage.done for stage in stages]
@@ -106,7 +111,18 @@ def seconds_left(stages: Sequence[Stage], pace: Mapping[str, float], duration: f
         return duration if not any(stage.done for stage in stages) else None
     work = sum(left * (seconds or 0.0) for left, seconds in zip(ahead, each, strict=True))
     whole = sum(stage.total * (seconds or 0.0) for stage, seconds in zip(stages, each, strict=True))
-    return work if duration is None or not whole else duration * work / whole
+    if duration is None or not whole:
+        return work + (overhead if not any(stage.done for stage in stages) else 0.0)
+    return duration * work / whole
+
+
+def overhead_of(run_dir: Path, stages: Sequence[Stage], now: datetime) -> float | None:
+    """The seconds since a run began that were not spent in its steps; None if it is not known, as of a resumed run."""
+    info = read_json(run_dir / "run.json")
+    if "started" not in info or info.get("resumed") or not any(stage.done for stage in stages):
+        return None
+    spent = sum(stage.done * (stage.seconds_each or 0.0) for stage in stages)
+    return max((now - datetime.fromisoformat(info["started"])).total_seconds() - spent, 0.0)
 
 
 def pace_of(runs: Iterable[Sequence[Stage]]) -> dict[str, float]:

@@ -101,7 +101,10 @@ def test_a_run_shows_its_evaluations_curves_completions_and_config(tmp_path):
     (table,) = page["scores"]
     assert [row["name"] for row in table["rows"]] == ["before", "after 3 updates", "control"]
     assert table["rows"][1]["cells"][:2] == ["70.0 %", "60.0 – 80.0 %"]
-    assert table["rows"][1]["place"] == {"low": 60.0, "width": 20.0, "value": 70.0}
+    # The intervals go from 0 to 0.8, so the axis has all of [0, 1], and 5 % of that at either end for whole dots:
+    # 0.6, 0.8 and 0.7 are 0.65, 0.85 and 0.75 of 1.1 away from its left end.
+    assert table["rows"][1]["place"] == {"low": 59.09, "width": 18.18, "value": 68.18}
+    assert table["ends"] == ["0 %", "100 %"]
     charts = {chart["title"]: chart for chart in page["data"]["charts"]}
     assert [s["name"] for s in charts["Success"]["series"]] == [
         "held-out success",

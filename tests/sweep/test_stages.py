@@ -2,6 +2,7 @@
 
 import io
 import json
+from datetime import datetime
 from pathlib import Path
 
 import letters
@@ -16,6 +17,7 @@ from grpo_jax.sweep.stages import (
     WARM_START,
     Stage,
     current,
+    overhead_of,
     pace_of,
     seconds_left,
     stages_of,
@@ -75,6 +77,21 @@ def test_the_time_left_of_a_run_counts_each_part_at_its_own_pace():
     assert seconds_left([Stage(TRAINING, 0, 30)], {}, 220.0) == 220
 
 
+def test_before_any_run_is_finished_a_run_that_has_not_begun_needs_what_others_needed_beside_their_steps(tmp_path):
+    """A run began 50 s ago and has made 10 steps of 2 s: 30 s went elsewhere. It has 20 steps of 2 s left."""
+    config = override(letters.config, {"steps": 30})
+    write_steps(tmp_path, 10, 2.0)
+    info = {"status": "running", "started": "2026-01-02T03:04:00+00:00"}
+    (tmp_path / "run.json").write_text(json.dumps(info))
+    stages, now = stages_of(tmp_path, config), datetime.fromisoformat("2026-01-02T03:04:50+00:00")
+    overhead = overhead_of(tmp_path, stages, now)
+    assert overhead == 30
+    assert seconds_left(stages, {}, None, overhead) == 40
+    assert seconds_left([Stage(TRAINING, 0, 30)], pace_of([stages]), None, overhead) == 30 * 2 + 30
+    (tmp_path / "run.json").write_text(json.dumps(info | {"resumed": [{}]}))
+    assert overhead_of(tmp_path, stages, now) is None  # nobody knows how long it lay still
+
+
 def test_a_sweep_takes_at_least_its_longest_run_and_at_least_its_sum_over_the_jobs():
     assert sweep_seconds_left([30.0, 30.0, 60.0], 1) == 120
     assert sweep_seconds_left([30.0, 30.0, 60.0], 2) == 60
@@ -90,7 +107,7 @@ def test_a_time_has_two_units_at_most(seconds, text):
 
 
 def test_the_board_shows_the_warm_start_and_the_time_left(config, tmp_path):
-    """Of four runs one is finished after 300 s, one is in its training (10 of 30 steps of 2 s) and one in its warm start.
+    """Of four runs one is finished after 300 s, one is in its training (10 of 30 steps of 2 s), one in its warm start.
 
     The steps of a run are 100 * 0.5 s + 30 * 2 s = 110 s. Left are 40 s, 60 * 0.5 + 60 = 90 s and 110 s, that is 240 of
     330 s for three runs of 300 s: 240 / 110 * 300 = 655 s, with two jobs 327 s, which is 5 min.
