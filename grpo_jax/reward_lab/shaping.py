@@ -1,7 +1,7 @@
 """Groups whose spread is shaping alone: nobody is right in them, and still their rewards differ.
 
-A length penalty or a format reward is meant to shape answers that are right. In a group that is all wrong it is the only
-thing that differs. GRPO compares the members of a group alone, and by default it divides by the group's standard
+A length penalty or a format reward is meant to shape answers that are right. In a group that is all wrong it is all
+that differs. GRPO compares the members of a group alone, and by default it divides by the group's standard
 deviation, so there the penalty moves the policy as much as the outcome does elsewhere.
 """
 
@@ -95,8 +95,8 @@ def sentence(found: Shaping, label: str) -> str | None:
             "earned with, the attacks show."
         )
     return (
-        f"{seen} Pay {' and '.join(others)} only where the answer is right, for example as a factor of {found.outcome}; "
-        "a smaller weight does not help while advantages are divided by the group's standard deviation "
+        f"{seen} Pay {' and '.join(others)} only where the answer is right, such as by a factor of {found.outcome}. "
+        "A smaller weight does not help while advantages are divided by the group's standard deviation "
         '(advantages.scale="none" or "batch" keeps it small).'
     )
 

@@ -57,10 +57,10 @@ def test_the_sentence_counts_names_the_cause_and_says_what_to_do():
     found = Shaping(8, no_success=2, no_outcome=1, flagged=2, outcome="exact", causes={"brevity": 2})
     said = sentence(found, "temperature 1")
     assert said is not None and said.startswith(
-        "temperature 1: the spread of 2 of 8 groups (25%) is shaping alone (no completion succeeds in 2, none earns more "
-        "of exact than the least in 1). It comes from brevity in 2: "
+        "temperature 1: the spread of 2 of 8 groups (25%) is shaping alone (no completion succeeds in 2, none earns "
+        "more of exact than the least in 1). It comes from brevity in 2: "
     )
-    assert "Pay brevity only where the answer is right, for example as a factor of exact" in said
+    assert "Pay brevity only where the answer is right, such as by a factor of exact" in said
     own = sentence(Shaping(8, 2, 0, 2, "credit", {"credit": 2}), "temperature 1")
     assert own is not None and "Look whether more of credit leads to success" in own and "none earns" not in own
 
