@@ -138,6 +138,14 @@ def test_several_turns(tmp_path):
     games = [episode for episode in episodes if not isinstance(episode, str)]  # of more than one turn
     assert max(len(episode) for episode in games) == 5  # three turns and two answers
     assert all(message["content"] in "<>?" for episode in games for message in episode[1::2])
+    [run_dir] = tmp_path.glob("run-*")
+    shown = grpo_jax("sample", run_dir, cwd=tmp_path)
+    assert re.findall(r"^(\d): assistant: ", shown, re.MULTILINE) == ["1", "2", "3", "4"]
+    lines = grpo_jax("sample", run_dir, "--example", "3", "--num", "1", cwd=tmp_path).splitlines()
+    said = [line.partition(": ")[2] for line in lines]
+    assert [line.partition(": ")[0] for line in lines] == ["assistant", "user"] * (len(lines) // 2) + ["assistant"]
+    secret = load(path).config.task.held_out[3]
+    assert said[1::2] == [module.reply(secret, said[: n + 1 : 2]) for n in range(0, len(said) - 1, 2)]
 
 
 @pytest.mark.parametrize("name", ["my_loss.py", "my_scalar_loss.py"])

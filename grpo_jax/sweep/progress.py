@@ -82,7 +82,7 @@ class SweepProgress:
                 status = self._status(run, under_way, failed)
                 if status != self._shown.get(run.key, "waiting"):
                     self._shown[run.key] = status
-                    far = f"  ({self._title(under_way, failed)})" if status == "finished" else ""
+                    far = f"  ({self._far(under_way, failed)})" if status == "finished" else ""
                     line = f"{_name(run)}  seed {run.seed}  {run.key}  {status}{far}"
                     self.console.print(Text(line), soft_wrap=True)
         elif time.monotonic() - self._drawn > 1:  # reading every file of a large sweep takes a while
@@ -91,7 +91,7 @@ class SweepProgress:
 
     def table(self, under_way: Set[str], failed: Set[str]) -> Table:
         """Returns the table: one row for each run."""
-        table = Table(title=self._title(under_way, failed), title_justify="left")
+        table = Table(title=self._far(under_way, failed, "runs finished"), title_justify="left")
         for column in ("arm", "seed", "run", "status"):
             table.add_column(column, justify="right" if column == "seed" else "left")
         for column in ("step", "reward", self.metric.removeprefix("evaluation/")):
@@ -136,10 +136,11 @@ class SweepProgress:
         same = [took[other.key] for other in self.runs if other.key in took and other.arms == run.arms]
         return fmean(same or took.values()) if took else None
 
-    def _title(self, under_way: Set[str], failed: Set[str]) -> str:
+    def _far(self, under_way: Set[str], failed: Set[str], what: str = "runs") -> str:
+        """How many runs are finished, and about how long the others still take."""
         done = sum(self._status(run, under_way, failed) == "finished" for run in self.runs)
         left = self.time_left(under_way, failed)
-        return f"{done} of {len(self.runs)} runs finished" + (f", about {time_text(left)} left" if left else "")
+        return f"{done} of {len(self.runs)} {what}" + (f", about {time_text(left)} left" if left else "")
 
     def _steps(self, run: PlannedRun, status: str, latest: dict[str, Any]) -> str:
         """How many steps of how many: of the warm start or the control while they are under way."""
