@@ -1,12 +1,14 @@
 """The files that the guides print: each of them is complete, and what its guide says of it runs, in a small form."""
 
 import contextlib
+import dataclasses
 import importlib.util
 import io
 import json
 import math
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +17,8 @@ from typing import Any
 import pytest
 
 from grpo_jax.cli import main
-from grpo_jax.experiment import override
+from grpo_jax.experiment import Experiment, LoRAConfig, override
+from grpo_jax.experiment.overrides import parse_overrides
 
 ROOT = Path(__file__).parents[1]
 GUIDES = ROOT / "docs" / "guides"
@@ -84,6 +87,7 @@ def completions(path: Path) -> list[dict[str, Any]]:
         ("generator", ["my_generator.py"]),
         ("ablation", ["my_ablation.py"]),
         ("trl", ["moved_from_trl.py"]),
+        ("install", ["dots.py"]),
     ],
 )
 def test_a_guide_has_its_files(guide, names):
@@ -134,6 +138,14 @@ def test_several_turns(tmp_path):
     games = [episode for episode in episodes if not isinstance(episode, str)]  # of more than one turn
     assert max(len(episode) for episode in games) == 5  # three turns and two answers
     assert all(message["content"] in "<>?" for episode in games for message in episode[1::2])
+    [run_dir] = tmp_path.glob("run-*")
+    shown = grpo_jax("sample", run_dir, cwd=tmp_path)
+    assert re.findall(r"^(\d): assistant: ", shown, re.MULTILINE) == ["1", "2", "3", "4"]
+    lines = grpo_jax("sample", run_dir, "--example", "3", "--num", "1", cwd=tmp_path).splitlines()
+    said = [line.partition(": ")[2] for line in lines]
+    assert [line.partition(": ")[0] for line in lines] == ["assistant", "user"] * (len(lines) // 2) + ["assistant"]
+    secret = load(path).config.task.held_out[3]
+    assert said[1::2] == [module.reply(secret, said[: n + 1 : 2]) for n in range(0, len(said) - 1, 2)]
 
 
 @pytest.mark.parametrize("name", ["my_loss.py", "my_scalar_loss.py"])
@@ -232,3 +244,129 @@ def test_trl(tmp_path):
     assert len(train(path, "policy.source=scratch", "policy.lora=None", "policy.dtype=float32", letters)) == 2
     for row in completions(path):
         assert row["reward"] == len(set(row["completion"]))
+
+
+TRL = json.loads((ROOT / "tests" / "golden" / "trl_grpo_config.json").read_text())["fields"]
+
+
+def table_of_trl() -> list[tuple[str, str, str, str]]:
+    """The rows of the table of all fields: TRL's name and default, what is here, and its default."""
+    section = (GUIDES / "trl.md").read_text().split("## Every field of `GRPOConfig`")[1].split("\n## ")[0]
+    rows = [line.strip("|").split(" | ") for line in section.splitlines() if line.startswith("| `")]
+    return [tuple(cell.strip() for cell in row) for row in rows if row[0] != " `GRPOConfig`"]  # type: ignore[misc]
+
+
+def test_every_field_of_trls_config_is_in_the_table_once_with_its_default():
+    assert [(name.strip("`"), default.strip("`")) for name, default, *_ in table_of_trl()] == list(TRL.items())
+
+
+def test_every_field_that_the_table_names_exists_and_has_the_default_that_it_says():
+    """A default in bold differs from TRL's; the others are the same, or the row says how they differ."""
+    defaults = {}
+    for field in dataclasses.fields(Experiment):
+        if field.name not in ("task", "rewards"):
+            section = field.default if field.default is not dataclasses.MISSING else {}
+            defaults[field.name] = section
+            if dataclasses.is_dataclass(section):
+                names = [each.name for each in dataclasses.fields(section)]
+                defaults |= {f"{field.name}.{name}": getattr(section, name) for name in names}
+    for name, theirs, here, ours in table_of_trl():
+        if here.startswith(("missing", "not needed")):
+            assert not ours, name
+            continue
+        field, said = here.split("`")[1], ours.split("`")[1]
+        assert repr(defaults[field]) == said, (name, field)
+        if field.split(".")[-1] == name:  # the same field under the same name
+            assert ours.startswith("**") == (said != theirs.strip("`")), name
+
+
+def test_install(tmp_path):
+    """The experiment and a module beside it are in one folder, and the command is called in another."""
+    guide = (GUIDES / "install.md").read_text()
+    [rewards] = re.findall(r"^```python\n# rewards.py\n(.*?)^```$", guide, re.DOTALL | re.MULTILINE)
+    [script] = re.findall(r"^```python\n(from pathlib import Path\n.*?)^```$", guide, re.DOTALL | re.MULTILINE)
+    project, elsewhere = tmp_path / "my_project", tmp_path / "elsewhere"
+    project.mkdir()
+    elsewhere.mkdir()
+    (project / "rewards.py").write_text(rewards)
+    path = write("dots.py", project)
+    grpo_jax("train", path, "--run-dir", "dots", "--quiet", "--set", "steps=2", cwd=elsewhere)
+    assert {file.name for file in (elsewhere / "dots" / "code").rglob("*.py")} == {"rewards.py", "dots.py"}
+    printed = io.StringIO()
+    with contextlib.chdir(project), contextlib.redirect_stdout(printed):
+        exec(script, {})
+    summary = json.loads((project / "runs" / "dots" / "summary.json").read_text())
+    assert printed.getvalue().splitlines()[-1] == str(summary["after"]["held_out"]["success"])
+
+
+HARDWARE = (GUIDES / "hardware.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("changes", "frozen_bytes"),
+    [
+        ({}, None),
+        ({"policy.dtype": "bfloat16"}, None),
+        ({"policy.lora": LoRAConfig(rank=4)}, 4),
+        ({"policy.lora": LoRAConfig(rank=4), "policy.dtype": "bfloat16"}, 2),
+    ],
+)
+def test_a_run_holds_as_many_bytes_for_a_parameter_as_the_guide_says(changes, frozen_bytes, tmp_path):
+    """12 for one that is trained (4, and 8 for Adam's two moments), 4 or 2 for a frozen one."""
+    import jax
+    import letters
+
+    from grpo_jax.runs.log import RunLog, display_of
+    from grpo_jax.runs.restore import source_policy
+    from grpo_jax.training import Trainer
+
+    config = override(letters.config, changes)
+    with RunLog(tmp_path / "run", config, display=display_of(config, quiet=True)) as log:
+        trainer = Trainer(config, source_policy(config), log)
+
+    def count(tree: Any) -> tuple[int, int]:
+        leaves = [x for x in jax.tree.leaves(tree) if x.ndim > 1]  # not the counters of the optimizer
+        return sum(x.size for x in leaves), sum(x.nbytes for x in leaves)
+
+    num_trained, trained_bytes = count(trainer.state.trainable)
+    assert trained_bytes == 4 * num_trained
+    assert count(trainer.state.optimizer)[1] == 8 * num_trained
+    num_frozen, held = count(trainer.actor.frozen)
+    assert held == num_frozen * (frozen_bytes or 0) and (num_frozen > 0) == (frozen_bytes is not None)
+
+
+def test_the_memory_of_seven_billion_parameters_is_worked_out_as_the_guide_says():
+    """Rank r adds r * (inputs + outputs) parameters to a matrix: q and o, k and v, gate and up, and down."""
+    billion, layers, hidden, inner, kv = 7.6, 28, 3584, 18944, 4 * 128
+    pairs = [(hidden, hidden)] * 2 + [(hidden, kv)] * 2 + [(hidden, inner)] * 2 + [(inner, hidden)]
+    adapters = layers * sum(16 * (a + b) for a, b in pairs) / 1e9
+    assert round(1000 * adapters) == 40
+    whole, lora = (12 * billion, 8 * billion, 2 * billion), (2 * billion + 12 * adapters, 8 * adapters, 2 * billion)
+    cache = 64 * 1024 * 2 * layers * kv * 2 / 1e9
+    rows = re.findall(r"^\| (?:\*\*)?([a-z][^|*]*?)(?:\*\*)? \| ([^|]*) \| ([^|]*) \|$", HARDWARE, re.MULTILINE)
+    said = {name: (a.strip("*"), b.strip("*")) for name, a, b in rows}
+    assert said["between steps"] == (f"{whole[0]:.1f}", f"{2 * billion:.1f} + {12 * adapters:.1f}")
+    assert said["gradients"] == (f"{whole[1]:.1f}", f"{lora[1]:.1f}")
+    assert said["the policy as it was loaded"] == (f"{whole[2]:.1f}", f"{lora[2]:.1f}")
+    assert said["sum"] == (f"{sum(whole):.1f}", f"{sum(lora):.1f}")
+    assert said["cache of 64 completions of 1,024 tokens"] == (f"{cache:.1f}", f"{cache:.1f}")
+
+
+def test_what_the_guides_set_on_the_command_line_is_taken():
+    import letters
+
+    code = re.sub(r"\\\n +", "", HARDWARE)
+    commands = [line for line in code.splitlines() if "grpo-jax train" in line and "--set" in line]
+    assert len(commands) == 3
+    for command in commands:
+        given = shlex.split(command.replace("&", "").replace("$seed", "1").split("--set ")[1])
+        config = override(letters.config, parse_overrides(letters.config, given))
+        assert config != letters.config
+
+
+def test_prompts_that_devices_cannot_share_are_refused_before_anything_compiles():
+    from grpo_jax.errors import UserError
+    from grpo_jax.sharding import replicas_for
+
+    with pytest.raises(UserError, match="prompts_per_step must be a multiple of 16"):
+        replicas_for(24, wanted=8, micro_batches=2)

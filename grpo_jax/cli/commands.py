@@ -3,6 +3,7 @@
 JAX is imported inside the commands, so that `--help` and mistakes in a config take no time.
 """
 
+import dataclasses
 import sys
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
@@ -16,6 +17,7 @@ from grpo_jax.cli.init import init
 from grpo_jax.cli.list_runs import list_runs
 from grpo_jax.cli.report import report
 from grpo_jax.cli.rewards import rewards
+from grpo_jax.cli.sample import Options as SampleOptions
 from grpo_jax.cli.sample import sample
 from grpo_jax.cli.sweep import sweep
 from grpo_jax.cli.table import table
@@ -57,6 +59,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return exit_status(lambda: _run(sys.argv[1:] if arguments is None else list(arguments)))
 
 
+def _joined_prompt(arguments: Sequence[str]) -> list[str]:
+    """The arguments with `--prompt TEXT` as `--prompt=TEXT`, so that a prompt such as "-3 + 5?" is no option.
+
+    What is an option of `sample` stays one: then the prompt is missing, and the usage error says so.
+    """
+    options = {"-h", "--help", *(f"--{field.name.replace('_', '-')}" for field in dataclasses.fields(SampleOptions))}
+    joined: list[str] = []
+    for argument in arguments:
+        if joined and joined[-1] == "--prompt" and argument.startswith("-") and argument not in options:
+            joined[-1] = f"--prompt={argument}"
+        else:
+            joined.append(argument)
+    return joined
+
+
 def _run(arguments: list[str]) -> None:
     first = arguments[0] if arguments else ""
     if first == "--version":
@@ -64,6 +81,8 @@ def _run(arguments: list[str]) -> None:
         return
     if first and not first.startswith("-") and first not in COMMANDS:
         raise UserError(f"grpo-jax has no command {first!r}{nearest(first, list(COMMANDS))}")
+    if first == "sample":
+        arguments = _joined_prompt(arguments)
     app.cli(
         prog="grpo-jax",
         description="Fine-tune language models with GRPO in pure JAX. --version says which version this is.",

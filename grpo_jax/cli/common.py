@@ -5,10 +5,11 @@ import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from tyro.conf import Positional, UseAppendAction, arg
 
+from grpo_jax.errors import UserError
 from grpo_jax.experiment import Budget, Experiment, load, load_run
 
 Assignments = Annotated[
@@ -27,6 +28,15 @@ OptionalFile = Annotated[Path | None, arg(metavar="FILE", help_behavior_hint="")
 OptionalInt = Annotated[int | None, arg(metavar="N", help_behavior_hint="")]
 OptionalFloat = Annotated[float | None, arg(metavar="T", help_behavior_hint="")]
 OptionalText = Annotated[str | None, arg(metavar="TEXT", help_behavior_hint="")]
+OptionalStep = Annotated[
+    int | None,
+    arg(
+        name="step",
+        metavar="N",
+        help="The run's checkpoint of this step. Default: the newest. A run keeps the newest two.",
+        help_behavior_hint="",
+    ),
+]
 Flag = Annotated[bool, arg(help_behavior_hint="")]
 Inline = arg(name="")  # the fields of a dataclass become options of the command itself
 
@@ -44,6 +54,24 @@ def join(assignments: Sequence[Sequence[str]]) -> list[str]:
 def load_source(source: Path, overrides: Sequence[str] = ()) -> Experiment:
     """The experiment of a run's directory or of an experiment file."""
     return load_run(source, overrides) if source.is_dir() else load(source, overrides)
+
+
+def tuned_policy(run_dir: Path, step: int | None) -> Any:
+    """The policy at a checkpoint of a run. Call `prepare_jax` before."""
+    from grpo_jax.runs.restore import restore_policy
+
+    return restore_policy(run_dir, step)
+
+
+def is_run(source: str | Path) -> bool:
+    """Whether a source is the directory of a run."""
+    return (Path(source) / "run.json").is_file()
+
+
+def require_run_for_step(source: str | Path, step: int | None) -> None:
+    """Raises `UserError` if a step is asked for, and the source has no checkpoints."""
+    if step is not None and not is_run(source):
+        raise UserError(f"--step {step} is for a run, and {str(source)!r} is not the directory of one.")
 
 
 def prepare_jax() -> None:

@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -9,7 +11,7 @@ from typing import Annotated, Any, Literal
 from tyro.conf import Positional, arg
 
 from grpo_jax.cli import common
-from grpo_jax.cli.common import Assignments, Flag, Inline, OptionalFloat, OptionalInt
+from grpo_jax.cli.common import Assignments, Flag, Inline, OptionalFloat, OptionalInt, OptionalPath, OptionalStep
 from grpo_jax.errors import UserError
 from grpo_jax.experiment import Experiment
 
@@ -23,6 +25,8 @@ class Options:
         num_samples: Completions of each prompt; with several, pass@k is estimated.
         temperature: Sampling temperature; 0 is greedy.
         split: The prompts of which split.
+        warm_start: Of an experiment, where it takes its warm start from: a run or a sweep that has finished the same
+            one. Default: it is trained in a temporary place.
         against: Another run or experiment to compare with: same prompts, same sampling noise, paired by prompt.
         as_json: Print one JSON object and nothing else.
     """
@@ -32,6 +36,8 @@ class Options:
     num_samples: OptionalInt = None
     temperature: OptionalFloat = None
     split: Literal["held_out", "train"] = "held_out"
+    step: OptionalStep = None
+    warm_start: OptionalPath = None
     against: Annotated[Path | None, arg(metavar="RUN_OR_EXPERIMENT", help_behavior_hint="")] = None
     as_json: Annotated[Flag, arg(name="json")] = False
 
@@ -48,7 +54,11 @@ def evaluate(
     *,
     options: Annotated[Options, Inline],
 ) -> None:
-    """Score a run's tuned policy, or the policy that an experiment starts from, on the held-out prompts."""
+    """Score a run's tuned policy, or the policy that an experiment starts from, on the held-out prompts.
+
+    An experiment with a warm start starts from that: see --warm-start.
+    """
+    common.require_run_for_step(source, options.step)
     config, against = common.load_source(source, options.overrides()), options.against
 
     compared = [(source, config)]
@@ -61,12 +71,21 @@ def evaluate(
     common.prepare_jax()
     from grpo_jax import evaluation
 
-    result, *others = [evaluation.evaluate(_policy_of(at, one), one, options.split) for at, one in compared]
-    other = others[0] if others else None
+    results, starts = [], []
+    for at, one in compared:
+        if common.is_run(at):
+            policy = common.tuned_policy(at, options.step if at is source else None)
+        else:
+            policy, start = _start_of(at, one, options)
+            starts.append(f"{at} starts from {start}.")
+        results.append(evaluation.evaluate(policy, one, options.split))
+    result, other = results[0], results[1] if against is not None else None
     if options.as_json:
-        _print_json(source, result, against, other)
+        _print_json(source, result, against, other, starts)
     else:
         _print_table(source, result, against, other)
+        for sentence in starts:
+            print(sentence)
 
 
 def _require_same_prompts(source: Path, config: Experiment, against: Path, own: Experiment, split: str) -> None:
@@ -80,11 +99,28 @@ def _require_same_prompts(source: Path, config: Experiment, against: Path, own: 
         )
 
 
-def _policy_of(source: Path, config: Experiment) -> Any:
-    """The tuned policy of a run, or the one that an experiment starts from."""
+def _start_of(source: Path, config: Experiment, options: Options) -> tuple[Any, str]:
+    """The policy that an experiment's training begins with, and what that is: the end of a sentence."""
     from grpo_jax.runs.restore import restore_policy, source_policy
 
-    return restore_policy(source) if source.is_dir() else source_policy(config)
+    if config.warm_start is None:
+        name = "a policy from scratch" if config.policy.source == "scratch" else config.policy.source
+        return source_policy(config), name
+    if options.warm_start is not None:
+        from grpo_jax.sweep.warm_starts import find_warm_start
+
+        found = find_warm_start(config, options.warm_start)
+        return restore_policy(found), f"the warm start in {found}"
+
+    from grpo_jax import training
+    from grpo_jax.runs.log import RunLog, display_of
+
+    display = display_of(config, title="start", quiet=options.as_json)
+    with (
+        tempfile.TemporaryDirectory() as place,
+        RunLog(Path(place) / "start", config, source=source, display=display) as log,
+    ):
+        return training.starting_policy(config, log), "its warm start, which was trained for this in a temporary place"
 
 
 def _difference(result: Any, other: Any) -> Any:
@@ -109,10 +145,10 @@ def _population(result: Any) -> tuple[str, str]:
     return "samples", f"over samples of {these}, not over other prompts"
 
 
-def _print_json(source: Path, result: Any, against: Path | None, other: Any) -> None:
+def _print_json(source: Path, result: Any, against: Path | None, other: Any, starts: Sequence[str]) -> None:
     from grpo_jax.runs.files import jsonable
 
-    found = {"source": source, **result.to_dict()}
+    found = {"source": source, **result.to_dict(), **({"starts": starts} if starts else {})}
     if other is not None:
         found["against"] = {"source": against, **other.to_dict()}
         found["difference"] = {**dataclasses.asdict(_difference(result, other)), "about": _population(result)[1]}

@@ -6,6 +6,7 @@ from typing import Annotated
 from tyro.conf import Positional, arg
 
 from grpo_jax.cli import common
+from grpo_jax.cli.common import OptionalStep
 from grpo_jax.errors import UserError
 
 
@@ -13,14 +14,14 @@ def export(
     run: Annotated[Positional[Path], arg(metavar="RUN", help="The directory of a run.")],
     directory: Annotated[Positional[Path], arg(metavar="DIR", help="A new directory.")],
     /,
+    *,
+    step: OptionalStep = None,
 ) -> None:
     """Write a run's tuned policy, adapters merged, as a Hugging Face checkpoint directory."""
-    if not (run / "run.json").is_file():
+    if not common.is_run(run):
         raise UserError(f"{str(run)!r} is not the directory of a run: there is no run.json in it.")
     common.prepare_jax()
     from grpo_jax import policy
-    from grpo_jax.runs.restore import restore_policy
 
-    tuned = restore_policy(run)
-    policy.export(tuned, directory)
+    policy.export(common.tuned_policy(run, step), directory)
     print(directory)

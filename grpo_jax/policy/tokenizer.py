@@ -90,22 +90,19 @@ class HuggingFaceTokenizer:
         """Returns the ids of a prompt.
 
         The chat template renders messages up to the assistant's next turn. If the last message is the assistant's, the
-        policy continues that message. A plain text gets the begin token if the tokenizer puts one before texts.
+        policy continues that message. A plain text gets the begin token if the tokenizer puts one before texts. An
+        empty prompt is the begin token, or the pad token where there is none, as with Qwen: it stands between the
+        documents of pretraining.
 
         Raises:
-          UserError: if the prompt has no tokens, if there are messages and no chat template, or if the template rejects
-            the messages.
+          UserError: if there are messages and no chat template, or if the template rejects the messages.
         """
         if isinstance(prompt, str):
             before = [i for i in self._tokenizer.encode("") if i == self.bos_id]  # without an end-of-sequence token
             ids = before + self.encode(prompt)
         else:
             ids = self.encode(self._chat(prompt, continues=bool(prompt) and prompt[-1]["role"] == "assistant"))
-        if not ids and self.bos_id is not None:
-            return [self.bos_id]
-        if not ids:
-            raise UserError("a prompt is empty: this tokenizer has no begin token, so a prompt must have text.")
-        return ids
+        return ids or [self.pad_id if self.bos_id is None else self.bos_id]
 
     def reply(self, text: str) -> list[int]:
         """Returns the ids between an assistant's stop token and its next turn if the environment replies `text`."""

@@ -11,6 +11,7 @@ from matplotlib.ticker import MaxNLocator
 
 from grpo_jax import statistics
 from grpo_jax.errors import UserError
+from grpo_jax.report.axes import fitted
 from grpo_jax.report.plots import BLUE, GREEN, GREY, ORANGE, PURPLE, STYLE, Series, label_right, series, smooth
 from grpo_jax.runs.files import read_rows, writing
 
@@ -46,11 +47,10 @@ def seed_curves(arms: Mapping[str, Sequence[Path]], metric: str, path: Path) -> 
                 marker="o" if len(found) < 12 else None,
             )
             num = len(arms[name])
-            labels.append((found.values[-1], f"{DASHES[dash]}{name} {found.values[-1]:.2f} (n = {num})", colour))
+            labels.append((found.values[-1], f"{DASHES[dash]}{name} {found.values[-1]:.3g} (n = {num})", colour))
         shown = np.concatenate([found.values for found in bands.values()])
-        edges = np.concatenate([np.r_[found.low, found.high] for found in bands.values()]) if banded else shown
-        room = max(np.ptp(shown), 0.1)  # the interval of two seeds is so wide that it would flatten every curve
-        axes.set_ylim(max(edges.min(), shown.min() - room) - 0.03, min(edges.max(), shown.max() + room) + 0.03)
+        # Of the curves alone: the interval of two seeds is so wide that it would flatten every curve.
+        axes.set_ylim(*fitted(shown, is_share=bounds == (0, 1), room=0.5))
         axes.set_title(f"{metric}: mean over seeds{', 95 % interval' if banded else ''}")
         axes.set_xlabel("updates")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from grpo_jax.experiment import Experiment, to_dict
+from grpo_jax.report.axes import fitted
 from grpo_jax.report.completion_plots import Row, advantages_by_group, histogram_over_time
 from grpo_jax.report.curves import metric_curves, seed_band
 from grpo_jax.report.plots import Series, series, smooth
@@ -33,8 +34,32 @@ def curve(name: str, found: Series, colour: int, style: str = "line", *, smoothe
     return shown
 
 
-def run_charts(run: Path, references: Mapping[str, float]) -> tuple[list[dict[str, Any]], dict[str, list[Any]]]:
-    """The main plots of a run, and a curve for each of its metrics by name."""
+def chart(
+    title: str,
+    series: Sequence[Mapping[str, Any]],
+    *,
+    is_share: bool = False,
+    is_band: bool = False,
+    rules: Sequence[Mapping[str, Any]] = (),
+) -> dict[str, Any]:
+    """A plot of curves as page.js expects it, with the range of its axis.
+
+    Args:
+      is_share: the values are shares, which are written in percent.
+      is_band: the range is that of the curves alone: the intervals of few seeds are so wide that they would flatten
+        every curve, and are cut where the plot ends.
+      rules: horizontal lines, each with a name and a value.
+    """
+    values = [value for each in series for value in each["y"]] + [rule["value"] for rule in rules]
+    if not is_band:
+        values += [value for each in series for value in (*each.get("low", ()), *each.get("high", ()))]
+    shown = fitted(values, is_share=is_share, room=0.3 if is_band else 0.0)
+    found = {"title": title, "percent": is_share, "series": list(series), "range": list(shown)}
+    return found | ({"rules": list(rules)} if rules else {})
+
+
+def run_charts(run: Path, references: Mapping[str, float]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """The main plots of a run, and a plot of each of its metrics by name."""
     rows = list(read_rows(run / "metrics.jsonl"))
     names = sorted({name for row in rows for name in row} - {"step"})
     found = {name: each for name in names if len(each := series(rows, name))}
@@ -57,17 +82,17 @@ def run_charts(run: Path, references: Mapping[str, float]) -> tuple[list[dict[st
         rewards = {"reward": "reward"}  # a single reward is the total
     rules = [{"name": name, "value": value} for name, value in references.items()]
     charts: list[dict[str, Any]] = [
-        {"title": "Success", "percent": True, "series": success, "rules": rules},
-        {"title": "Training reward", "series": _lines(found, rewards)},
-        {
-            "title": "Signs of collapse",
-            "percent": True,
-            "series": _lines(found, {SHARES[0]: "groups without signal", SHARES[1]: "unique completions"}),
-        },
-        {"title": "Entropy (nats)", "series": _lines(found, {"entropy": "entropy"})},
+        chart("Success", success, is_share=True, rules=rules),
+        chart("Training reward", _lines(found, rewards)),
+        chart(
+            "Signs of collapse",
+            _lines(found, {SHARES[0]: "groups without signal", SHARES[1]: "unique completions"}),
+            is_share=True,
+        ),
+        chart("Entropy (nats)", _lines(found, {"entropy": "entropy"})),
     ]
     others = {
-        name: [curve(name, each, 0, smoothed=not name.startswith("evaluation/"))]
+        name: chart(name, [curve(name, each, 0, smoothed=not name.startswith("evaluation/"))], is_band=True)
         for name, each in found.items()
         if not any(part in name for part in HIDDEN)
     }
@@ -76,29 +101,19 @@ def run_charts(run: Path, references: Mapping[str, float]) -> tuple[list[dict[st
 
 def arm_charts(
     arms: Mapping[str, Sequence[Path]], metric: str
-) -> tuple[list[dict[str, Any]], dict[str, list[dict[str, Any]]]]:
+) -> tuple[list[dict[str, Any]], dict[str, dict[str, Any]]]:
     """The main plots of an ablation (metrics with mean and interval over the seeds of each arm), and all by name."""
     names = {name for runs in arms.values() for run in runs for row in read_rows(run / "metrics.jsonl") for name in row}
     wanted = sorted(name for name in names - {"step"} if not any(part in name for part in HIDDEN))
-    bands: dict[str, list[dict[str, Any]]] = {}
+    bands: dict[str, dict[str, Any]] = {}
     for name in wanted:
         bounds = bounds_of(name)
         found = {arm: seed_band(metric_curves(runs, name), bounds) for arm, runs in arms.items()}
         drawn = [curve(arm, _thinned(each), i) for i, (arm, each) in enumerate(found.items()) if len(each)]
         if drawn:
-            bands[name] = drawn
+            bands[name] = chart(name, drawn, is_share=bounds == (0, 1), is_band=True)
     chosen = dict.fromkeys((metric, "reward", "success", "frac_reward_zero_std", "entropy"))
-    charts = [
-        {
-            "title": name,
-            "series": bands[name],
-            "clip": True,
-            "percent": bounds_of(name) is not None,
-        }
-        for name in chosen
-        if name in bands
-    ]
-    return charts, bands
+    return [bands[name] for name in chosen if name in bands], bands
 
 
 def heat_maps(rows: Sequence[Row]) -> list[dict[str, Any]]:

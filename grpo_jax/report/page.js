@@ -80,14 +80,11 @@ const swatch = (s) => svg("svg", { width: 22, height: 8, "aria-hidden": true }, 
   ? svg("circle", { cx: 11, cy: 4, r: 4, fill: colour(s.colour) })
   : svg("line", { x1: 0, x2: 22, y1: 4, y2: 4, stroke: colour(s.colour), "stroke-width": 2, "stroke-dasharray": dash(s.colour) }));
 
-/** Lines with bands and points with intervals. `series`: {name, colour, x, y, low?, high?, smooth?, style: line|points}. With `clip`, wide bands are cut at the curves' range. */
-function chart({ title, note, percent, clip, series, rules = [] }) {
+/** Lines with bands and points with intervals. `series`: {name, colour, x, y, low?, high?, smooth?, style: line|points}. `range`: of the y axis; what lies beyond it is cut. */
+function chart({ title, note, percent, range, series, rules = [] }) {
   const limits = () => {
-    const xs = series.flatMap((s) => s.x), ys = [...series.flatMap((s) => [...s.y, ...(clip ? [] : [...(s.low ?? []), ...(s.high ?? [])])]), ...rules.map((r) => r.value)];
-    let [y0, y1] = percent ? [0, 1] : [Math.min(...ys), Math.max(...ys)];
-    if (y0 === y1) [y0, y1] = [y0 - 0.5, y1 + 0.5];
-    const pad = (clip && !percent ? 0.3 : 0.04) * (y1 - y0);
-    return { x0: Math.min(...xs), x1: Math.max(...xs), y0: y0 - pad, y1: y1 + pad };
+    const xs = series.flatMap((s) => s.x);
+    return { x0: Math.min(...xs), x1: Math.max(...xs), y0: range[0], y1: range[1] };
   };
   const paint = (image, at) => {
     const path = (xs, ys) => xs.map((x, i) => `${i ? "L" : "M"}${at.x(x).toFixed(1)} ${at.y(ys[i]).toFixed(1)}`).join("");
@@ -142,7 +139,7 @@ function explorer(metrics) {
   const choose = html("select", { "aria-label": "metric" }, ...Object.keys(metrics).map((name) => html("option", {}, name)));
   const place = html("div");
   if ("completions/mean_length" in metrics) choose.value = "completions/mean_length";
-  const show = () => place.replaceChildren(chart({ title: choose.value, clip: true, series: metrics[choose.value] }));
+  const show = () => place.replaceChildren(chart(metrics[choose.value]));
   choose.addEventListener("change", show);
   show();
   return html("div", {}, html("label", {}, "Any other metric ", choose), place);

@@ -19,6 +19,7 @@ import numpy as np
 from grpo_jax import statistics
 from grpo_jax.errors import UserError
 from grpo_jax.experiment import load_ablation
+from grpo_jax.report.axes import fitted
 from grpo_jax.report.completion_plots import advantage_map, group_picture, reward_histograms
 from grpo_jax.report.curves import metric_curves, seed_curves
 from grpo_jax.report.data import arm_charts, completions, defaults, differences, flat, heat_maps, run_charts
@@ -213,8 +214,8 @@ def _arm_table(sweep: Sweep) -> dict[str, Any]:
     bounds = statistics.bounds_of(sweep.metric)
     compared = statistics.compare_arms(values, sweep.baseline, bounds)
     means = [each.mean for each in compared.values() if each.mean is not None]
-    limits = [limit for mean in means for limit in (mean.value, mean.low, mean.high) if np.isfinite(limit)]
-    low, high = bounds or (min(limits, default=0.0), max(limits, default=1.0))
+    is_share = bounds == (0, 1)
+    low, high = fitted((x for mean in means for x in (mean.value, mean.low, mean.high)), is_share=is_share)
     rows: list[dict[str, Any]] = []
     for arm, known in values.items():
         mean, paired = compared[arm].mean, compared[arm].difference
@@ -233,6 +234,7 @@ def _arm_table(sweep: Sweep) -> dict[str, Any]:
         "title": f"{sweep.metric} at the end",
         "columns": ["seeds", "mean", "95 % interval", "paired difference"],
         "rows": rows,
+        "ends": _ends(low, high, is_share),
         "note": statistics.explanation(bounds, has_noise=any(s.noise for k in values.values() for s in k.values())),
     }
 
@@ -260,6 +262,8 @@ def _score_table(run: Path, split: str) -> dict[str, Any] | None:
         shown[f"after {rows[-1]['step']} updates"] = rows[-1]
     if control:
         shown["control"] = control[-1]
+    ends = [row[f"{prefix}/success{end}"] for row in shown.values() for end in ("_low", "_high")]
+    low, high = fitted(ends, is_share=True)
     first = rows[0]
     how = "greedy" if first[f"{prefix}/temperature"] == 0 else f"temperature {first[f'{prefix}/temperature']:g}"
     num_prompts, num_samples = first[f"{prefix}/num_prompts"], first[f"{prefix}/num_samples"]
@@ -270,12 +274,13 @@ def _score_table(run: Path, split: str) -> dict[str, Any] | None:
     return {
         "title": f"Evaluation on {split.replace('_', '-')} prompts",
         "columns": ["success", "95 % interval", "reward", "tokens"],
-        "rows": [_score_row(name, row, prefix) for name, row in shown.items()],
+        "rows": [_score_row(name, row, prefix, (low, high)) for name, row in shown.items()],
+        "ends": _ends(low, high, True),
         "note": f"{asked} {about}",
     }
 
 
-def _score_row(name: str, row: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+def _score_row(name: str, row: Mapping[str, Any], prefix: str, ends: tuple[float, float]) -> dict[str, Any]:
     value, low, high = (row[f"{prefix}/success{end}"] for end in ("", "_low", "_high"))
     reward, length = row.get(f"{prefix}/reward"), row[f"{prefix}/mean_length"]
     cells = [
@@ -284,13 +289,20 @@ def _score_row(name: str, row: Mapping[str, Any], prefix: str) -> dict[str, Any]
         "–" if reward is None else f"{reward:.3f}",
         f"{length:.1f}",
     ]
-    return {"name": name, "note": "", "cells": cells, "place": _place(value, low, high, 0.0, 1.0)}
+    return {"name": name, "note": "", "cells": cells, "place": _place(value, low, high, *ends)}
 
 
 def _place(value: float, low: float, high: float, start: float, end: float) -> dict[str, float]:
     """The position of an interval and its value between start and end, in percent."""
     left, middle, right = (100 * float(np.clip((x - start) / (end - start or 1), 0, 1)) for x in (low, value, high))
     return {"low": round(left, 2), "width": round(right - left, 2), "value": round(middle, 2)}
+
+
+def _ends(low: float, high: float, is_share: bool) -> list[str]:
+    """What stands above the two ends of the intervals' axis; the edge beyond 0 and 100 % is not named."""
+    if is_share:
+        return [f"{100 * min(max(end, 0.0), 1.0):.3g} %" for end in (low, high)]
+    return [f"{end:.3g}".replace("-", MINUS) for end in (low, high)]
 
 
 def _interval(found: statistics.Estimate, *, signed: bool = False, bounds: bool = False) -> str:

@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from grpo_jax.errors import RunError, UserError
+from grpo_jax.report.axes import fitted, percent
 from grpo_jax.runs.files import read_rows
 
 BLUE, ORANGE, GREEN, PURPLE, GREY = "#2563a8", "#d1661c", "#2e8b57", "#7b4fa3", "#6b7280"
@@ -83,6 +84,9 @@ def learning_curve(run_dir: str | Path, kind: str = "png") -> Path:
         grid = figure.subplots(len(panels), sharex=True, height_ratios=heights, squeeze=False)
         axes = dict(zip(panels, grid[:, 0], strict=True))
         top = _draw_success(axes["success"], success, train, warm_start, control, _references(run_dir))
+        drawn = [success, train, warm_start, control, *([reward] if shared else [])]
+        values = [*_references(run_dir).values(), *(x for s in drawn for x in (*s.values, *s.low, *s.high))]
+        axes["success"].set_ylim(*fitted(values, is_share=True))
         if shared:
             top += _draw_reward(axes["success"], reward)
             axes["success"].set_title("Held-out success and training reward" if len(reward) else "Held-out success")
@@ -140,27 +144,27 @@ def _draw_success(
     control: Series,
     references: Mapping[str, float],
 ) -> Labels:
-    axes.set_ylim(-0.03, 1.03)
     axes.yaxis.set_major_formatter(PercentFormatter(1))
-    labels = [(value, f"{name} {value:.0%}", GREY) for name, value in references.items()]
+    labels = [(value, f"{name} {percent(value)}", GREY) for name, value in references.items()]
     for value in references.values():
         axes.axhline(value, color=GREY, linewidth=1, linestyle=(0, (4, 3)))
     if len(warm_start):
         place = warm_start.steps - warm_start.steps.max()
         axes.axvspan(place.min(), 0, color=GREY, alpha=0.1, linewidth=0)
-        axes.annotate("warm start", (place.min() / 2, 1), ha="center", va="top", color=GREY)
+        middle = place.min() / 2
+        axes.text(middle, 0.98, "warm start", ha="center", va="top", color=GREY, transform=axes.get_xaxis_transform())
         _points(axes, place, warm_start, GREY)
     if len(train):
         _points(axes, train.steps, train, BLUE, markerfacecolor="white")
-        labels.append((train.values[-1], f"on training prompts {train.values[-1]:.0%}", BLUE))
+        labels.append((train.values[-1], f"on training prompts {percent(train.values[-1])}", BLUE))
     if len(success):
         _points(axes, success.steps, success, BLUE)
-        labels.append((success.values[-1], f"success {success.values[-1]:.0%}", BLUE))
+        labels.append((success.values[-1], f"success {percent(success.values[-1])}", BLUE))
     if len(control):
         end = max([*success.steps, *control.steps])
         last = Series(control.steps[-1:], control.values[-1:], control.low[-1:], control.high[-1:])
         _points(axes, np.array([end + max(0.3, 0.02 * end)]), last, ORANGE)  # beside the last point, not on it
-        labels.append((control.values[-1], f"control {control.values[-1]:.0%}", ORANGE))
+        labels.append((control.values[-1], f"control {percent(control.values[-1])}", ORANGE))
     return labels
 
 

@@ -18,6 +18,7 @@ from grpo_jax.advantages import compute_advantages
 from grpo_jax.experiment import AdvantageConfig, Experiment
 from grpo_jax.experiment.configs import OnFailure
 from grpo_jax.reward_lab.groups import Groups
+from grpo_jax.reward_lab.shaping import Shaping, find_shaping
 from grpo_jax.rewards import RewardFunction
 from grpo_jax.rewards.scoring import score
 
@@ -71,7 +72,7 @@ class Reading:
 
     `rewards` and `advantages` are [P, G] by variant; a reward is nan where it does not apply or was dropped.
     `components` is the share of the variance of the total's advantages that comes from each of the experiment's
-    rewards; empty if there is only one reward.
+    rewards; empty if there is only one reward. `shaping` are the groups in which nobody is right and rewards differ.
     """
 
     groups: Groups
@@ -80,6 +81,7 @@ class Reading:
     signals: dict[str, Signal]
     agreements: list[Agreement]
     components: dict[str, float]
+    shaping: Shaping
 
 
 def read(groups: Groups, experiment: Experiment, extra: Mapping[str, RewardFunction]) -> Reading:
@@ -89,6 +91,9 @@ def read(groups: Groups, experiment: Experiment, extra: Mapping[str, RewardFunct
     advantages = {name: _advantages(values, experiment.advantages) for name, values in rewards.items()}
     parts = {name: rewards[name] for name in experiment.rewards} if TOTAL in rewards else {}
     components = component_shares(parts, rewards[TOTAL], advantages[TOTAL], experiment) if parts else {}
+    own = {name: rewards[name] for name in experiment.rewards}
+    success = np.reshape(experiment.task.success(**groups.arguments), (-1, groups.group_size)).astype(bool)
+    total = rewards[TOTAL] if TOTAL in rewards else next(iter(own.values()))
     return Reading(
         groups,
         rewards,
@@ -96,6 +101,7 @@ def read(groups: Groups, experiment: Experiment, extra: Mapping[str, RewardFunct
         {name: signal(values, groups.prompts) for name, values in rewards.items()},
         [agreement(a, b, rewards, advantages) for a, b in itertools.combinations(rewards, 2)],
         components,
+        find_shaping(own, total, success, experiment.reward),
     )
 
 

@@ -20,6 +20,7 @@ from grpo_jax.report.plots import BLUE, GREEN, GREY, ORANGE, PURPLE, STYLE
 from grpo_jax.reward_lab.attacks import Attack, AttackConfig, Honest, Target, attack, warning
 from grpo_jax.reward_lab.groups import Groups
 from grpo_jax.reward_lab.readings import TOTAL, Reading, read, score_variants
+from grpo_jax.reward_lab.shaping import sentence as shaping_sentence
 from grpo_jax.rewards import RewardFunction, turns
 from grpo_jax.rollout import Prompts, demonstrations, name_noise
 from grpo_jax.runs.display import visible
@@ -105,6 +106,7 @@ def save(found: Study, directory: Path) -> list[Path]:
                     "signals": {name: asdict(each) for name, each in reading.signals.items()},
                     "agreements": [asdict(each) for each in reading.agreements],
                     "components": reading.components,
+                    "shaping": {**asdict(reading.shaping), "share": reading.shaping.share},
                 }
                 for reading in found.readings
             ],
@@ -148,7 +150,7 @@ def _rows(reading: Reading) -> list[dict[str, Any]]:
 
 
 def show(found: Study, console: Console, *, num_groups: int = 1) -> None:
-    """Prints the study: `num_groups` groups of each set, then signal, agreement, components and attacks."""
+    """Prints the study: `num_groups` groups of each set, then signal, agreement, components, shaping and attacks."""
     for reading in found.readings:
         for p in range(min(num_groups, len(reading.groups.prompts))):
             console.print(group_table(reading, p))
@@ -156,6 +158,9 @@ def show(found: Study, console: Console, *, num_groups: int = 1) -> None:
     for table in (agreement_table(found.readings), component_table(found.readings)):
         if table.row_count:
             console.print(table)
+    for reading in found.readings:
+        if (said := shaping_sentence(reading.shaping, reading.groups.label)) is not None:
+            console.print(Text.assemble(("shaping: ", "bold yellow"), visible(said)), soft_wrap=True)
     for name, attacks in found.attacks.items():
         console.print(attack_table(name, attacks, found.honest[name]))
     for sentence in found.warnings:

@@ -17,7 +17,7 @@ from grpo_jax.rollout.episodes import (
     take_rows,
 )
 from grpo_jax.rollout.generator import Actor, Generator, make_actor, model_of, name_noise, settings_of
-from grpo_jax.rollout.play import rollout, sample_text
+from grpo_jax.rollout.play import rollout, sample_episodes, sample_text
 from grpo_jax.rollout.prompts import PromptBatch, Prompts, Split, bucket, encode_prompts
 
 __all__ = [
@@ -38,6 +38,7 @@ __all__ = [
     "model_of",
     "name_noise",
     "rollout",
+    "sample_episodes",
     "sample_text",
     "score_rollout",
     "settings_of",

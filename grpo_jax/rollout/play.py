@@ -101,17 +101,28 @@ def sample_text(
     A completion is named by (seed, the place of its prompt, its own place), as in training.
     Raises `UserError` for a number of samples out of range, and for a prompt that leaves no room in the context.
     """
-    if num_samples < 1:
-        raise UserError(f"num_samples = {num_samples} is out of range: it must be positive.")
     if not prompts:
         return []
     task = Task("the prompts given", [{"prompt": prompt} for prompt in prompts], [], success=lambda **_: [])
+    episodes = sample_episodes(policy, task, sampling, num_samples=num_samples, seed=seed)
+    return [[episode.turns[0] for episode in group] for group in episodes]
+
+
+def sample_episodes(
+    policy: Policy, task: Task, sampling: SamplingConfig, *, num_samples: int, seed: int
+) -> list[list[Episode]]:
+    """Plays the training prompts of a task, of one turn or several: `num_samples` episodes for each.
+
+    The noise is named as in `sample_text`. Raises `UserError` as that does, and `RunError` as `rollout` does.
+    """
+    if num_samples < 1:
+        raise UserError(f"num_samples = {num_samples} is out of range: it must be positive.")
+    num_prompts = len(task.train)
     max_positions = policy.config.max_positions
     encoded = encode_prompts(task, policy.require_tokenizer(), max_positions, sampling.max_tokens)
-    replicas = up_to(len(prompts))
-    places = range(-(-len(prompts) // replicas.count) * replicas.count)
+    replicas = up_to(num_prompts)
+    places = range(-(-num_prompts // replicas.count) * replicas.count)
     # Filled up with repetitions, so that all devices have equally many.
-    batch = encoded.batch("train", [place % len(prompts) for place in places])
+    batch = encoded.batch("train", [place % num_prompts for place in places])
     noise = name_noise(seed, 0, places, range(num_samples))
-    found = rollout(make_actor(policy, replicas), task, batch, noise, sampling)
-    return [[episode.turns[0] for episode in group] for group in found.episodes[: len(prompts)]]
+    return rollout(make_actor(policy, replicas), task, batch, noise, sampling).episodes[:num_prompts]

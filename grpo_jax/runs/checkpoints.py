@@ -39,15 +39,21 @@ def save(directory: str | Path, step: int, state: Any, *, keep: int = 2) -> None
 
 def latest_step(directory: str | Path) -> int | None:
     """The newest step that is completely saved in `directory`, or None if there is none."""
+    return max(kept_steps(directory), default=None)
+
+
+def kept_steps(directory: str | Path) -> list[int]:
+    """The steps that are completely saved in `directory`, the newest last."""
     if not Path(directory).is_dir():
-        return None
+        return []
     with _manager(directory) as manager:
-        return manager.latest_step()
+        return sorted(manager.all_steps())
 
 
-def saved_leaves(directory: str | Path) -> set[str]:
-    """The paths of the leaves in the newest checkpoint, e.g. `trainable/norm/0`; none without a checkpoint."""
-    if (step := latest_step(directory)) is None:
+def saved_leaves(directory: str | Path, step: int | None = None) -> set[str]:
+    """The paths of the leaves in a checkpoint (the newest), e.g. `trainable/norm/0`; none without a checkpoint."""
+    step = latest_step(directory) if step is None else step
+    if step is None:
         return set()
     with _manager(directory) as manager:
         try:

@@ -11,9 +11,22 @@ from typing import Any
 import numpy as np
 from rich.console import Console, Group
 from rich.live import Live
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 from rich.text import Text
+
+# What the live line shows, from the widest terminal to the narrowest: the width of the bar (0 for none), how many of
+# the figures, and whether the time so far stands beside the time left.
+LAYOUTS = ((20, 4, True), (20, 3, True), (10, 3, True), (10, 2, True), (0, 2, True), (0, 2, False), (0, 1, False))
+TIME_WIDTH = 8  # of hours, minutes and seconds
 
 
 class Display:
@@ -49,16 +62,7 @@ class Display:
         self._success: float | None = None
         self._started, self._last_line = clock(), -math.inf
         self._live: Live | None = None
-        self._progress = Progress(
-            TextColumn("[bold]{task.description}"),
-            BarColumn(bar_width=20),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[figures]}", markup=False),
-            TimeElapsedColumn(),
-            TextColumn("[dim]left"),
-            TimeRemainingColumn(),
-            console=self.console,
-        )
+        self._progress = Progress(console=self.console)  # its columns are those that fit: see `_columns`
         self._task = self._progress.add_task(title or "training", total=token_budget or total, figures="")
 
     def update(self, step: int, metrics: Mapping[str, Any], group: Sequence[Mapping[str, Any]] = ()) -> None:
@@ -70,7 +74,7 @@ class Display:
         done = step + 1 if self.token_budget is None else int(metrics["num_sampled_tokens"])
         over = step + 1 >= self.total or done >= (self.token_budget or self.total)
         if self.console.is_interactive:
-            self._draw(done, self._figures(metrics), group)
+            self._draw(done, metrics, group)
             if over:
                 self.close()
         elif over or self._clock() - self._last_line >= self._every:
@@ -79,7 +83,7 @@ class Display:
             place = f"{step + 1}/{self.total}"
             if self.token_budget is not None:
                 place = f"{step + 1} ({done:,} of {self.token_budget:,} tokens)"
-            self._print(f"{name} step {place}  {self._figures(metrics)}  {seconds:.0f} s")
+            self._print(f"{name} step {place}  {'  '.join(self._figures(metrics))}  {seconds:.0f} s")
 
     def evaluation(self, step: int, evaluation: Any) -> None:
         """Prints an evaluation of the policy after `step` updates."""
@@ -99,30 +103,48 @@ class Display:
             self._live.stop()
             self._live = None
 
-    def _draw(self, done: int, figures: str, group: Sequence[Mapping[str, Any]]) -> None:
+    def _draw(self, done: int, metrics: Mapping[str, Any], group: Sequence[Mapping[str, Any]]) -> None:
         if self._live is None:
             self._live = Live(console=self.console, refresh_per_second=4)
             self._live.start()
+        columns, figures = self._columns(metrics)
+        self._progress.columns = columns
         self._progress.update(self._task, completed=done, figures=figures)
         self._live.update(Group(group_table({"": group}), self._progress) if group else self._progress)
 
     def _print(self, line: str) -> None:
         self.console.print(visible(line), soft_wrap=True)
 
-    def _figures(self, metrics: Mapping[str, Any]) -> str:
+    def _columns(self, metrics: Mapping[str, Any]) -> tuple[tuple[ProgressColumn, ...], str]:
+        """The columns of the live line and its figures: the fullest layout that fits the terminal."""
+        count = 2 * len(str(self.token_budget or self.total)) + 1  # what is done is padded to the width of the total
+        for bar, num_figures, has_elapsed in LAYOUTS:
+            figures = "  ".join(self._figures(metrics, num_figures))
+            parts = [len(self.title or "training"), count, len(figures), len("left"), TIME_WIDTH]
+            parts += [bar] * bool(bar) + [TIME_WIDTH] * has_elapsed
+            if sum(parts) + len(parts) - 1 <= self.console.width:
+                break
+        columns: list[ProgressColumn] = [TextColumn("[bold]{task.description}")]
+        columns += [BarColumn(bar_width=bar)] * bool(bar)
+        columns += [MofNCompleteColumn(), TextColumn("{task.fields[figures]}", markup=False)]
+        columns += [TimeElapsedColumn()] * has_elapsed
+        return (*columns, TextColumn("[dim]left"), TimeRemainingColumn()), figures
+
+    def _figures(self, metrics: Mapping[str, Any], most: int = 4) -> list[str]:
+        """The reward or the loss, the success, how the reward has changed, and the speed: `most` of these four."""
         parts = []
         if math.isfinite(self._rewards[-1]):
             recent, before = self._rewards[-5:], self._rewards[-10:-5]
-            change = f" ({np.mean(recent) - np.mean(before):+.2f})" if before else ""
+            change = f" ({np.mean(recent) - np.mean(before):+.2f})" if before and most > 2 else ""
             parts.append(f"reward {self._rewards[-1]:.2f}{change}")
         elif "loss" in metrics:
             parts.append(f"loss {metrics['loss']:.3f}")
         success = metrics.get("success", self._success)
-        if success is not None:
+        if success is not None and most > 1:
             parts.append(f"success {success:.0%}")
-        if "tokens_per_second" in metrics:
+        if "tokens_per_second" in metrics and most > 3:
             parts.append(f"{metrics['tokens_per_second']:,.0f} tokens/s")
-        return "  ".join(parts)
+        return parts
 
 
 def visible(text: str) -> Text:

@@ -1,4 +1,4 @@
-"""A run's policy: the one that it starts from, and the one at its newest checkpoint."""
+"""A run's policy: the one that it starts from, and the one at a checkpoint, by default its newest."""
 
 import json
 from dataclasses import replace
@@ -38,26 +38,43 @@ def restore(run_dir: str | Path) -> tuple[Experiment, Policy]:
     return load_run(run_dir), restore_policy(run_dir)
 
 
-def restore_policy(run_dir: str | Path) -> Policy:
-    """The policy at a run's newest checkpoint. None of the user's code is needed for it, and none is run."""
-    return restore_with_head(run_dir)[0]
+def restore_policy(run_dir: str | Path, step: int | None = None) -> Policy:
+    """The policy at a checkpoint of a run, by default its newest.
+
+    None of the user's code is needed for it, and none is run.
+    Raises `UserError` if the directory holds no run, or if the run has no such checkpoint.
+    """
+    return restore_with_head(run_dir, step)[0]
 
 
-def restore_with_head(run_dir: str | Path) -> tuple[Policy, Params]:
+def restore_with_head(run_dir: str | Path, step: int | None = None) -> tuple[Policy, Params]:
     """The same, and the parameters of the head that PPO or a reward model trained on the policy (or none)."""
     run_dir = Path(run_dir)
     read_run(run_dir)  # it says so if this is no run
-    if checkpoints.latest_step(run_dir / "checkpoints") is None:
-        raise UserError(f"the run {str(run_dir)!r} has no checkpoint yet, so there is no tuned policy in it.")
+    directory = run_dir / "checkpoints"
+    step = _kept_step(run_dir, step)
     config, seed = _policy_of(run_dir)
     policy = _load(config, seed)
     trainable, frozen = split(policy.params, policy.lora)
-    if any(f"trainable/{name}" in checkpoints.saved_leaves(run_dir / "checkpoints") for name in HEAD):
+    if any(f"trainable/{name}" in checkpoints.saved_leaves(directory, step) for name in HEAD):
         trainable |= new_head(policy.config.hidden_size)
-    _, state = checkpoints.restore(run_dir / "checkpoints", {"trainable": trainable}, partial=True)
+    _, state = checkpoints.restore(directory, {"trainable": trainable}, step=step, partial=True)
     trained = jax.tree.map(jnp.asarray, state["trainable"])
     head = {name: trained.pop(name) for name in HEAD if name in trained}
     return replace(policy, params=model_of(policy).params(trained, frozen)), head
+
+
+def _kept_step(run_dir: Path, step: int | None) -> int:
+    """The step of the checkpoint that is wanted, by default the newest; `UserError` if the run does not keep it."""
+    kept = checkpoints.kept_steps(run_dir / "checkpoints")
+    if not kept:
+        raise UserError(f"the run {str(run_dir)!r} has no checkpoint yet, so there is no tuned policy in it.")
+    if step is not None and step not in kept:
+        raise UserError(
+            f"the run {str(run_dir)!r} keeps no checkpoint of step {step}: it keeps those of step "
+            f"{' and '.join(map(str, kept))}."
+        )
+    return kept[-1] if step is None else step
 
 
 def sampling_of(run_dir: str | Path) -> SamplingConfig:

@@ -89,7 +89,11 @@ def sweep(
     failed: dict[str, str] = {}  # a run's key -> why
     launch = _Launch(source, ablation.budget, overrides, directory, jobs, vectorize)
     with ExitStack() as stack:
-        progress = stack.enter_context(SweepProgress(runs, directory, ablation.metric, console))
+        progress = stack.enter_context(
+            SweepProgress(
+                runs, directory, ablation.metric, console, jobs=jobs, together=_batches(list(runs), vectorize)
+            )
+        )
         stack.callback(_stop, under_way)  # before the progress closes, so that it shows how they ended
         while waiting or under_way:
             while waiting and len(under_way) < jobs:

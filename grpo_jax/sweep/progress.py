@@ -3,7 +3,9 @@
 import json
 import time
 from collections.abc import Sequence, Set
+from datetime import UTC, datetime
 from pathlib import Path
+from statistics import fmean, median
 from types import TracebackType
 from typing import Any, Self
 
@@ -13,16 +15,52 @@ from rich.table import Table
 from rich.text import Text
 
 from grpo_jax.experiment import PlannedRun
+from grpo_jax.runs.files import read_json
+from grpo_jax.sweep.stages import (
+    CONTROL,
+    TRAINING,
+    WARM_START,
+    Stage,
+    current,
+    latest_metrics,
+    overhead_of,
+    pace_of,
+    seconds_left,
+    stages_of,
+    sweep_seconds_left,
+    time_text,
+)
 
-TAIL = 1 << 14  # bytes at the end of metrics.jsonl that are read for the table
-STYLES = {"finished": "green", "failed": "red", "running": "bold", "waiting": "dim"}
+STYLES = {
+    "finished": "green",
+    "failed": "red",
+    "running": "bold",
+    WARM_START: "bold",
+    CONTROL: "bold",
+    "waiting": "dim",
+}
 
 
 class SweepProgress:
-    """Shows how far each run is: a live table on a terminal, a line whenever a run's status changes elsewhere."""
+    """Shows how far each run is: a live table on a terminal, a line whenever a run's status changes elsewhere.
 
-    def __init__(self, runs: Sequence[PlannedRun], directory: Path, metric: str, console: Console) -> None:
+    Args:
+      jobs: how many processes run at the same time.
+      together: the runs that one process makes: itself, or all seeds of its arms.
+    """
+
+    def __init__(
+        self,
+        runs: Sequence[PlannedRun],
+        directory: Path,
+        metric: str,
+        console: Console,
+        *,
+        jobs: int = 1,
+        together: Sequence[Sequence[PlannedRun]] | None = None,
+    ) -> None:
         self.runs, self.directory, self.metric, self.console = runs, directory, metric, console
+        self.jobs, self.together = jobs, [[run] for run in runs] if together is None else together
         self._live = Live(console=console, auto_refresh=False) if console.is_interactive else None
         self._shown: dict[str, str] = {}
         self._drawn = 0.0
@@ -44,56 +82,90 @@ class SweepProgress:
                 status = self._status(run, under_way, failed)
                 if status != self._shown.get(run.key, "waiting"):
                     self._shown[run.key] = status
-                    self.console.print(Text(f"{_name(run)}  seed {run.seed}  {run.key}  {status}"), soft_wrap=True)
+                    far = f"  ({self._far(under_way, failed)})" if status == "finished" else ""
+                    line = f"{_name(run)}  seed {run.seed}  {run.key}  {status}{far}"
+                    self.console.print(Text(line), soft_wrap=True)
         elif time.monotonic() - self._drawn > 1:  # reading every file of a large sweep takes a while
             self._live.update(self.table(under_way, failed), refresh=True)
             self._drawn = time.monotonic()
 
     def table(self, under_way: Set[str], failed: Set[str]) -> Table:
         """Returns the table: one row for each run."""
-        done = sum(self._status(run, under_way, failed) == "finished" for run in self.runs)
-        table = Table(title=f"{done} of {len(self.runs)} runs finished", title_justify="left")
-        for column in ("arm", "seed", "run", "status", "step", "reward", self.metric):
-            table.add_column(column, justify="right" if column in ("seed", "step", "reward", self.metric) else "left")
+        table = Table(title=self._far(under_way, failed, "runs finished"), title_justify="left")
+        for column in ("arm", "seed", "run", "status"):
+            table.add_column(column, justify="right" if column == "seed" else "left")
+        for column in ("step", "reward", self.metric.removeprefix("evaluation/")):
+            table.add_column(column, justify="right")
         for run in self.runs:
             status, latest = self._status(run, under_way, failed), latest_metrics(self.directory / run.key)
-            # Step s is the one after s updates; evaluations carry the number of updates itself.
-            steps = latest["step"] + ("reward" in latest or "loss" in latest) if latest else 0
-            steps = str(min(steps, run.config.num_steps))
-            if run.config.token_budget is None:
-                steps += f"/{run.config.num_steps}"
+            steps = self._steps(run, status, latest)
             figures = [_figure(latest.get(name)) for name in ("reward", self.metric)]
             style = STYLES.get(status, "")
             table.add_row(_name(run), str(run.seed), run.key, Text(status, style=style), steps, *figures)
         return table
 
+    def time_left(self, under_way: Set[str], failed: Set[str]) -> float | None:
+        """The seconds that the sweep still takes, from the runs that are finished and the steps that are made.
+
+        None if there is no step to go by, or if nothing is under way.
+        """
+        if not under_way:
+            return None
+        stages = {run.key: stages_of(self.directory / run.key, run.config) for run in self.runs}
+        status = {run.key: self._status(run, under_way, failed) for run in self.runs}
+        took = {
+            run.key: seconds
+            for run in self.runs
+            if status[run.key] == "finished"
+            and (seconds := read_json(self.directory / run.key / "summary.json").get("seconds")) is not None
+        }
+        now = datetime.now(UTC)
+        begun = (overhead_of(self.directory / key, stages[key], now) for key in under_way)
+        overhead = median([seconds for seconds in begun if seconds is not None] or [0.0])
+        pace, left = pace_of(stages.values()), []
+        for batch in self.together:
+            open_runs = [run for run in batch if status[run.key] not in ("finished", "failed")]
+            if open_runs:  # of runs in one program, the slowest one counts
+                each = [seconds_left(stages[run.key], pace, self._duration(run, took), overhead) for run in open_runs]
+                known = [seconds for seconds in each if seconds is not None]
+                left.append(max(known) if len(known) == len(each) else None)
+        return sweep_seconds_left(left, self.jobs)
+
+    def _duration(self, run: PlannedRun, took: dict[str, float]) -> float | None:
+        """How long finished runs of the same arm took, or else of any arm: their mean in seconds."""
+        same = [took[other.key] for other in self.runs if other.key in took and other.arms == run.arms]
+        return fmean(same or took.values()) if took else None
+
+    def _far(self, under_way: Set[str], failed: Set[str], what: str = "runs") -> str:
+        """How many runs are finished, and about how long the others still take."""
+        done = sum(self._status(run, under_way, failed) == "finished" for run in self.runs)
+        left = self.time_left(under_way, failed)
+        return f"{done} of {len(self.runs)} {what}" + (f", about {time_text(left)} left" if left else "")
+
+    def _steps(self, run: PlannedRun, status: str, latest: dict[str, Any]) -> str:
+        """How many steps of how many: of the warm start or the control while they are under way."""
+        if status in (WARM_START, CONTROL):
+            [stage] = [each for each in self._stages(run) if each.name == status]
+            return f"{stage.done}/{stage.total}"
+        # Step s is the one after s updates; evaluations carry the number of updates itself.
+        steps = latest["step"] + ("reward" in latest or "loss" in latest) if latest else 0
+        steps = str(min(steps, run.config.steps))
+        return steps if run.config.token_budget is not None else f"{steps}/{run.config.steps}"
+
+    def _stages(self, run: PlannedRun) -> list[Stage]:
+        return stages_of(self.directory / run.key, run.config)
+
     def _status(self, run: PlannedRun, under_way: Set[str], failed: Set[str]) -> str:
         if run.key in failed:
             return "failed"
         if run.key in under_way:
-            return "running"
+            stage = current(self._stages(run)).name
+            return "running" if stage == TRAINING else stage
         try:
             status = json.loads((self.directory / run.key / "run.json").read_text())["status"]
         except (OSError, ValueError, KeyError):
             return "waiting"
         return "interrupted" if status == "running" else status  # no process of this sweep's is making it
-
-
-def latest_metrics(run_dir: Path) -> dict[str, Any]:
-    """Returns the newest value of each metric among the last rows of a run's metrics.jsonl."""
-    try:
-        with (run_dir / "metrics.jsonl").open("rb") as file:
-            file.seek(max(0, file.seek(0, 2) - TAIL))
-            lines = file.read().decode(errors="replace").split("\n")
-    except OSError:
-        return {}
-    latest: dict[str, Any] = {}
-    for line in lines[:-1]:  # what follows the last newline is still being written
-        try:
-            latest |= json.loads(line)
-        except ValueError:
-            continue  # the first line may be the end of a longer one
-    return latest
 
 
 def _name(run: PlannedRun) -> str:

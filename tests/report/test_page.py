@@ -101,7 +101,10 @@ def test_a_run_shows_its_evaluations_curves_completions_and_config(tmp_path):
     (table,) = page["scores"]
     assert [row["name"] for row in table["rows"]] == ["before", "after 3 updates", "control"]
     assert table["rows"][1]["cells"][:2] == ["70.0 %", "60.0 – 80.0 %"]
-    assert table["rows"][1]["place"] == {"low": 60.0, "width": 20.0, "value": 70.0}
+    # The intervals go from 0 to 0.8, so the axis has all of [0, 1], and 5 % of that at either end for whole dots:
+    # 0.6, 0.8 and 0.7 are 0.65, 0.85 and 0.75 of 1.1 away from its left end.
+    assert table["rows"][1]["place"] == {"low": 59.09, "width": 18.18, "value": 68.18}
+    assert table["ends"] == ["0 %", "100 %"]
     charts = {chart["title"]: chart for chart in page["data"]["charts"]}
     assert [s["name"] for s in charts["Success"]["series"]] == [
         "held-out success",
@@ -113,6 +116,21 @@ def test_a_run_shows_its_evaluations_curves_completions_and_config(tmp_path):
     assert "kl" not in page["data"]["metrics"]  # None at every step
     assert ["loss.beta", "0.0", "0.04"] in page["difference"]["rows"]
     assert not any(row[0] == "group_size" for row in page["difference"]["rows"])
+
+
+def test_axes_are_those_of_the_data_and_every_cell_names_its_column_for_a_phone(tmp_path):
+    """Success of at most 4 % (its reference is 5 %) is drawn on 0 to 5 %, with an edge of 5 % of that at either end."""
+    run = make_run(tmp_path / "run")
+    rows = [evaluation(step, success) for step, success in ((0, 0.01), (3, 0.04))]
+    for row in rows:
+        row |= {f"evaluation/success_{end}": row["evaluation/success"] for end in ("low", "high")}
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    page = run_page(run)
+    [success] = [chart for chart in page["data"]["charts"] if chart["title"] == "Success"]
+    assert success["range"] == pytest.approx([-0.0025, 0.0525])
+    assert page["scores"][0]["ends"] == ["0 %", "4.2 %"]
+    html = render(page)
+    assert [f'data-column="{name}"' in html for name in page["scores"][0]["columns"]] == [True] * 4
 
 
 def test_a_warm_start_ends_at_step_0_where_the_run_begins(tmp_path):

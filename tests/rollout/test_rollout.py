@@ -319,6 +319,20 @@ def test_any_number_of_prompts_is_completed_whatever_the_number_of_devices(polic
     assert sample(policy, []) == []
 
 
+def test_the_games_of_a_policy_are_those_of_a_task_with_its_environment(policy):
+    """Three games of each prompt, in which every answer is the environment's."""
+    task = make_task(["ab", "c"], reply=answer, max_turns=2)
+    sampling = SamplingConfig(max_tokens=4)
+    games = rollout.sample_episodes(policy, task, sampling, num_samples=3, seed=0)
+    assert [len(group) for group in games] == [3, 3]
+    for example, group in zip(task.train, games, strict=True):
+        for game in group:
+            replies = [answer(example, game.turns[:n]) for n in range(1, len(game.turns))]
+            assert game.replies == replies and None not in replies
+            assert len(game.turns) == 2 or answer(example, game.turns) is None
+    assert {len(game.turns) for group in games for game in group} == {1, 2}
+
+
 def test_greedy_completions_of_a_prompt_are_one(policy):
     [row] = sample(policy, ["ab"], temperature=0.0, num_samples=4)
     assert len(set(row)) == 1

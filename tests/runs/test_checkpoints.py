@@ -58,7 +58,7 @@ def test_the_newest_two_remain_and_the_newest_is_restored(tmp_path):
     for step in (10, 20, 100):
         checkpoints.save(tmp_path, step, make_state(step))
     assert sorted(os.listdir(tmp_path)) == ["100", "20"]
-    assert checkpoints.latest_step(tmp_path) == 100
+    assert checkpoints.latest_step(tmp_path) == 100 and checkpoints.kept_steps(tmp_path) == [20, 100]
     assert checkpoints.restore(tmp_path, make_state())[1]["trainable"]["layers"]["q"]["kernel"][0, 1] == 100
     assert checkpoints.restore(tmp_path, make_state(), step=20)[0] == 20
 
@@ -80,7 +80,7 @@ def test_a_leaf_with_a_sharding_comes_back_on_its_devices(tmp_path):
 
 def test_without_a_checkpoint_there_is_no_step_and_nothing_to_restore(tmp_path):
     assert checkpoints.latest_step(tmp_path) is None
-    assert checkpoints.latest_step(tmp_path / "absent") is None
+    assert checkpoints.latest_step(tmp_path / "absent") is None and checkpoints.kept_steps(tmp_path / "absent") == []
     assert not (tmp_path / "absent").exists()
     with pytest.raises(UserError, match="there is no checkpoint in"):
         checkpoints.restore(tmp_path / "absent", make_state())

@@ -1,9 +1,11 @@
 """The live display of a run and its tables, with hostile completions."""
 
 import io
+import re
 from types import SimpleNamespace
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
@@ -25,8 +27,8 @@ def completions(text: str = "abc", group: int = 2) -> list[dict]:
     return [{"prompt": "say", "completion": text, "reward": 1.0 + g, "advantage": g - 0.5} for g in range(group)]
 
 
-def screen(terminal: bool = False) -> Console:
-    return Console(file=io.StringIO(), force_terminal=terminal, width=120, highlight=False)
+def screen(terminal: bool = False, width: int = 120) -> Console:
+    return Console(file=io.StringIO(), force_terminal=terminal, width=width, highlight=False)
 
 
 def shown(renderable) -> str:
@@ -69,6 +71,26 @@ def test_on_a_terminal_there_is_a_bar_with_the_latest_group():
     for part in ("compiling", "2/2", "reward 0.50", "success 50%", "[bold]x[/bold]", "held-out"):
         assert part in output
     assert "\x1b[31mred" not in output and "\x07" not in output and "\u202e" not in output
+
+
+@pytest.mark.parametrize(
+    ("width", "shows", "leaves_out"),
+    [
+        (120, ["━", "1000/1000", "reward 0.50 (+0.00)", "success 50%", "1,234 tokens/s"], []),
+        (80, ["━", "1000/1000", "reward 0.50", "success 50%"], ["tokens/s", "(+0.00)"]),
+        (60, ["1000/1000", "reward 0.50", "success 50%"], ["tokens/s", "(+0.00)", "━"]),
+        (46, ["1000/1000", "reward 0.50"], ["success"]),
+    ],
+)
+def test_the_live_line_is_one_line_of_the_terminal_and_what_matters_least_is_left_out(width, shows, leaves_out):
+    console = screen(terminal=True, width=width)
+    display = Display(1000, title="warm start", console=console)
+    for step in (*range(10), 999):
+        display.update(step, {"reward": 0.5, "success": 0.5, "tokens_per_second": 1234.4})
+    text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", console.file.getvalue())
+    lines = [line for line in re.split(r"[\r\n]+", text) if "warm start" in line]
+    assert all(len(line) <= width and line.rstrip().endswith(("0:00:00", "-:--:--")) for line in lines), lines
+    assert all(part in lines[-1] for part in shows) and not any(part in lines[-1] for part in leaves_out), lines[-1]
 
 
 def test_a_group_before_and_after_is_one_table():

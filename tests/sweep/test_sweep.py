@@ -23,7 +23,7 @@ from grpo_jax.errors import RunError, UserError
 from grpo_jax.experiment import Ablation, load, load_ablation, override, sources, to_dict
 from grpo_jax.sweep import processes, worker
 from grpo_jax.sweep.progress import SweepProgress, latest_metrics
-from grpo_jax.sweep.warm_starts import adopt_warm_start
+from grpo_jax.sweep.warm_starts import adopt_warm_start, find_warm_start
 
 FILE = (
     Path(letters.__file__).read_text()
@@ -216,6 +216,13 @@ def test_arms_share_a_warm_start_that_they_would_have_made_themselves(source, tm
     }
     assert metrics["hot"] == metrics["base"]  # down to the seconds that its steps took: it is the same warm start
     assert len(metrics["long"].splitlines()) == 4
+    # An experiment finds the one that it would make, however it is evaluated; none was made at another seed.
+    evaluated = override(long.config, {"evaluation.num_prompts": 1})
+    assert find_warm_start(evaluated, shared) == find_warm_start(evaluated, shared / long.key)
+    assert find_warm_start(evaluated, shared) == shared / long.key / "warm_start"
+    assert find_warm_start(hot.config, shared / hot.key / "warm_start") == shared / hot.key / "warm_start"
+    with pytest.raises(UserError, match=r"holds no finished warm start that this experiment would make .* of 3 that"):
+        find_warm_start(override(long.config, {"seed": 7}), shared)
     for name in ("completions.jsonl", "config.json"):
         assert (shared / hot.key / name).read_text() == (alone / hot.key / name).read_text()
     assert not json.loads((shared / hot.key / "run.json").read_text()).get("resumed")
