@@ -1,6 +1,7 @@
 """The examples of saved completions, as the page shows them: what was asked, what was right, and what was said."""
 
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -54,23 +55,23 @@ class Examples:
         return self._numbers[key]
 
     def shown(self) -> list[dict[str, Any]]:
-        """What the page says of each: `label` (different for each), `prompt`, and `columns` as [name, text]."""
-        prompts = [each["prompt"] for each in self._shown]
-        return [
-            {
-                "label": each["prompt"] if each["prompt"] and prompts.count(each["prompt"]) == 1 else _label(each),
-                "prompt": each["prompt"],
-                "columns": each["columns"],
-            }
-            for each in self._shown
-        ]
+        """What the page says of each: `name`, `label` (longer, to choose by), and `columns` as [name, text].
 
-
-def _label(example: Mapping[str, Any]) -> str:
-    """A label for an example whose prompt is empty or that of others too: its place and its columns."""
-    columns = ", ".join(f"{name} {text}" for name, text in example["columns"])
-    start = "example" if example["place"] is None else f"example {example['place']}"
-    return " · ".join(part for part in (start, columns[:60], example["prompt"][:60]) if part)
+        The name is the prompt if no other example has the same, and else the example's place in its split.
+        """
+        counts = Counter(each["prompt"] for each in self._shown)
+        shown = []
+        for number, each in enumerate(self._shown):
+            prompt, columns = each["prompt"], each["columns"]
+            name = (
+                prompt
+                if prompt and counts[prompt] == 1
+                else f"example {number if each['place'] is None else each['place']}"
+            )
+            rest = ", ".join(f"{key} {text}" for key, text in columns) if name != prompt else ""
+            label = " · ".join(filter(None, [name, rest, prompt if name != prompt and len(counts) > 1 else ""]))
+            shown.append({"name": name, "label": label[:PROMPT], "columns": columns})
+        return shown
 
 
 def said(row: Row) -> str | list[list[str]]:

@@ -200,11 +200,11 @@ function completions({ runs, examples, rewards, rows }) {
   };
   const card = ([at, when, which, said, reward, advantage, parts, guesses]) => {
     const detail = rewards.length > 1 ? rewards.map((name, i) => `${name} ${number(parts[i])}`).join("   ") : "";
-    const { label, columns } = examples[which];
+    const { name, columns } = examples[which];
     return html("article", {},
       body(said, guesses),
       html("div", { class: "facts" }, html("b", {}, number(reward)), " ", html("span", { class: advantage > 0 ? "up" : advantage < 0 ? "down" : "dim" }, advantage === null ? "" : `${advantage < 0 ? "−" : "+"}${Math.abs(advantage).toFixed(2)}`),
-        html("span", { class: "dim" }, ` ${runs.length > 1 ? `${runs[at]}, ` : ""}step ${when}${examples.length > 1 ? ` · ${short(label)}` : ""}${detail ? ` · ${detail}` : ""}`),
+        html("span", { class: "dim" }, ` ${runs.length > 1 ? `${runs[at]}, ` : ""}step ${when}${examples.length > 1 ? ` · ${short(name)}` : ""}${detail ? ` · ${detail}` : ""}`),
         ...columns.map(column)));
   };
   const show = () => {
@@ -223,7 +223,8 @@ function completions({ runs, examples, rewards, rows }) {
   more.addEventListener("click", () => { limit += PAGE; show(); });
   const filters = html("div", { class: "filters" }, field("step", step), field("example", example), field("reward from", low), field("to", high), field("order", order), field("search", search));
   if (runs.length > 1) filters.prepend(field("run", run));
-  place.append(filters, count, list, more);
+  const legend = rows.some((row) => row[7]) ? [html("p", { class: "dim" }, `On the boards: ${Object.entries(MARKS).map(([mark, text]) => `${mark} ${text}`).join(", ")}.`)] : [];
+  place.append(filters, count, ...legend, list, more);
   show();
 }
 
