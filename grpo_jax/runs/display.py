@@ -206,7 +206,7 @@ def markdown_table(group: Sequence[Mapping[str, Any]]) -> str:
         cell(_prompt_text(group[0]["prompt"])),
         "",
         *columns,
-        "",
+        *[""] * bool(columns),
         "| completion | reward | advantage |",
         "|---|---|---|",
     ]
