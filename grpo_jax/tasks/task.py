@@ -118,6 +118,7 @@ class Task:
             exist, or a number of held-out rows that is out of range.
         """
         recipe = data.Recipe(prompt, columns, system, limit)
+        data.check_fields(fields, known=TaskFields.__annotations__)
         return _make(cls, data.from_file(path, data.read_jsonl, recipe, held_out, seed), fields)
 
     @classmethod
@@ -139,6 +140,7 @@ class Task:
           UserError: as `from_jsonl`, and if the package pyarrow is missing.
         """
         recipe = data.Recipe(prompt, columns, system, limit)
+        data.check_fields(fields, known=TaskFields.__annotations__)
         return _make(cls, data.from_file(path, data.read_parquet, recipe, held_out, seed), fields)
 
     @classmethod
@@ -171,6 +173,7 @@ class Task:
             cannot load it.
         """
         recipe = data.Recipe(prompt, columns, system, limit)
+        data.check_fields(fields, known=DatasetFields.__annotations__)
         where = {key: value for key, value in fields.items() if key in data.WHERE}
         others = {key: value for key, value in fields.items() if key not in where}
         return _make(cls, data.from_dataset(dataset, where, recipe, held_out, seed), others)
@@ -178,7 +181,6 @@ class Task:
 
 def _make(kind: type[Task], loaded: data.Loaded, fields: Mapping[str, Any]) -> Task:
     """A task of the examples that were loaded and the other fields that were given."""
-    data.check_fields(fields, known=set(TaskFields.__annotations__))
     given = {"name": loaded.name, **fields}
     return kind(train=loaded.train, held_out=loaded.held_out, origin=loaded.origin, **given)
 

@@ -145,6 +145,7 @@ def test_a_bad_line_is_named_by_file_and_number(tmp_path, line, message):
         ({"limit": 0}, "limit = 0 is out of range"),
         ({"revision": "main"}, "revision and config are for a dataset's name on the hub"),
         ({"succes": len}, "no argument 'succes'; did you mean 'success'"),
+        ({"revison": "v1"}, "no argument 'revison'; did you mean 'revision'"),
     ],
 )
 def test_a_mapping_that_does_not_fit_is_one_sentence(more, message):
