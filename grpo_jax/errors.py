@@ -28,6 +28,11 @@ def exit_status(command: Callable[[], object]) -> int:
     return 0
 
 
+def warn(sentence: str) -> None:
+    """Prints on stderr what is probably a mistake, and no reason to stop."""
+    print(f"warning: {printable(sentence)}", file=sys.stderr)
+
+
 def printable(text: str) -> str:
     """What a model says may reach the terminal, its escape sequences may not; newlines stay."""
     return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)

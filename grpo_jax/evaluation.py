@@ -15,6 +15,7 @@ from grpo_jax.rollout import (
     Prompts,
     Split,
     encode_prompts,
+    example_row,
     make_actor,
     name_noise,
     rollout,
@@ -36,7 +37,7 @@ class Evaluation:
       pass_at_k: the chance that at least one of k samples succeeds, unbiased (Chen et al. 2021, 2107.03374).
       mean_length, mean_turns: sampled tokens and turns (the guesses of a game) per completion.
       clipped_ratio: the share of completions that the token limit cut off.
-      records: each completion with its prompt, success and reward.
+      records: each completion with its example (its place in the split, its prompt, its columns), success and reward.
     """
 
     split: str
@@ -89,10 +90,11 @@ def evaluate_generator(
         if experiment.rewards:
             rewards = score_rollout(found, experiment).total
         episodes = [episode for group in found.episodes for episode in group]
-        rows = zip(arguments["prompts"], arguments["completions"], success, rewards, episodes, strict=True)
+        asked = [example_row(examples[i], i) for i in indices for _ in range(config.num_samples)]
+        rows = zip(asked, arguments["completions"], success, rewards, episodes, strict=True)
         records += [
             {
-                "prompt": prompt,
+                **example,
                 "completion": completion,
                 "success": bool(won),
                 "reward": reward,
@@ -100,7 +102,7 @@ def evaluate_generator(
                 "turns": len(episode.turns),
                 "ended": episode.ended,
             }
-            for prompt, completion, won, reward, episode in list(rows)[: len(wanted) * config.num_samples]
+            for example, completion, won, reward, episode in list(rows)[: len(wanted) * config.num_samples]
         ]
     won = np.array([record["success"] for record in records]).reshape(len(examples), config.num_samples)
     # Greedy samples of a single prompt are copies of one sample.

@@ -43,7 +43,7 @@ from grpo_jax.update import State, make_update
 
 Ways = dict[str, tuple[Callable[..., Any], tuple[Any, ...]]]  # name -> a function and its arguments
 POUND = Path(__file__).resolve().parents[1] / "experiments" / "wordle" / "pound.py"
-TASK = Task("benchmark", train=[], held_out=[], success=lambda **columns: [])
+TASK = Task("benchmark", train=[{"prompt": ""}], held_out=[{"prompt": ""}], success=lambda **columns: [])
 
 console = Console()
 

@@ -79,7 +79,7 @@ def completions(path: Path) -> list[dict[str, Any]]:
     ("guide", "names"),
     [
         ("reward", ["my_reward.py"]),
-        ("task", ["my_task.py"]),
+        ("task", ["my_task.py", "my_data.py"]),
         ("several_turns", ["my_game.py"]),
         ("loss", ["my_loss.py", "my_scalar_loss.py"]),
         ("advantages", ["my_advantages.py", "my_token_advantages.py"]),
@@ -125,6 +125,30 @@ def test_task(tmp_path):
     assert not {e["prompt"] for e in task.train} & {e["prompt"] for e in task.held_out}
     example = task.train[0]
     assert task.success(completions=task.demonstrate(example, None), answer=[example["answer"]]) == [True]
+
+
+def test_task_from_data(tmp_path):
+    guide = (GUIDES / "task.md").read_text()
+    [make] = re.findall(r"^python -c '\n(.*?)^' > sorting.jsonl$", guide, re.DOTALL | re.MULTILINE)
+    with (tmp_path / "sorting.jsonl").open("w") as file, contextlib.redirect_stdout(file):
+        exec(make, {})
+    path = write("my_data.py", tmp_path)
+    assert len(train(path)) == 2
+    [row, *_] = completions(path)
+    assert row["prompt"][3] == ":" and row["columns"] == {"answer": "".join(sorted(row["prompt"][:3]))}
+    [run_dir] = tmp_path.glob("run-*")
+    assert len(list((run_dir / "code").rglob("sorting.jsonl"))) == 1
+    origin = json.loads((run_dir / "config.json").read_text())["task"]["origin"]
+    assert origin == {"file": "sorting.jsonl", "rows": 336, "held_out": 100, "seed": 0}
+    [other] = re.findall(
+        r"^```python\n(from grpo_jax.tasks import Task\n\nrows.*?)^```$", guide, re.DOTALL | re.MULTILINE
+    )
+    made: dict[str, Any] = {}
+    exec(other, made)
+    task = made["task"]
+    assert (len(task.train), len(task.held_out)) == (8, 2) and task.train[0]["answer"].isdigit()
+    said = [[{"role": "assistant", "content": task.train[0]["answer"]}]]
+    assert task.success(completions=said, answer=[task.train[0]["answer"]]) == [True]
 
 
 def test_several_turns(tmp_path):

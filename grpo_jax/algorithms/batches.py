@@ -9,7 +9,7 @@ import numpy as np
 
 from grpo_jax.algorithms.batch import Batch
 from grpo_jax.rewards.scoring import Scores
-from grpo_jax.rollout import Rollout, completion
+from grpo_jax.rollout import Rollout, completion, example_row, has_turns, index_of, transcript
 from grpo_jax.tasks import Task
 
 
@@ -110,17 +110,24 @@ def completion_metrics(rollout: Rollout) -> dict[str, float]:
 
 
 def completion_rows(rollout: Rollout, scores: Scores) -> list[dict[str, Any]]:
-    """One JSON-able row per completion, for `completions.jsonl` and tables, without advantages yet."""
+    """One JSON-able row per completion, for `completions.jsonl` and tables, without advantages yet.
+
+    Beside `completion`, which is what rewards saw, the rows of a batch with several turns have `turns`: each turn's
+    role ("policy" or "environment") and text, in their order.
+    """
+    several = has_turns(rollout.episodes)
     rows = []
     for p, group in enumerate(rollout.episodes):
+        asked = example_row(rollout.examples[p], index_of(rollout, p))
         for g, episode in enumerate(group):
             at = p * len(group) + g
             rows.append(
                 {
                     "prompt_id": int(rollout.prompt_ids[p]),
                     "sample": g,
-                    "prompt": rollout.examples[p]["prompt"],
+                    **asked,
                     "completion": completion(rollout.examples[p], episode),
+                    **({"turns": transcript(episode)} if several else {}),
                     "rewards": {name: values[at] for name, values in scores.by_name.items()},
                     "reward": scores.total[at],
                     "advantage": float("nan"),

@@ -8,6 +8,8 @@ from grpo_jax.experiment.checked import Checked, Ranges
 
 # Of a field that came after the first runs: at its default it does not count in a run's name, so that they are found.
 ADDED_LATER = {"added_later": True}
+# A field that a run's record has and its name does not count, because nothing follows from it.
+NOT_IN_NAMES = {"not_in_names": True}
 OnFailure = Literal["raise", "retry", "drop"]
 
 

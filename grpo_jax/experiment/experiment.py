@@ -187,6 +187,8 @@ class Experiment(Checked):
         if isinstance(self.method, str) and self.method not in METHODS:
             raise UserError(f"there is no method {self.method!r}{nearest(self.method, list(METHODS))}")
         super().__post_init__()
+        if hasattr(self.task, "check"):
+            self.task.check()
         for f in unread_fields(Experiment, self.method):
             if getattr(self, f.name) != f.default:
                 raise UserError(f"Experiment.{f.name} is set, but method {self.method_name!r} does not read it.")

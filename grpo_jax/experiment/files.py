@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import grpo_jax.experiment
-from grpo_jax.errors import UserError
+from grpo_jax.errors import UserError, warn
 from grpo_jax.experiment import sources
 from grpo_jax.experiment.ablation import Ablation, Budget
 from grpo_jax.experiment.experiment import Experiment
@@ -46,7 +46,14 @@ def _experiment_of(module: Any, path: str | Path, assignments: Iterable[str]) ->
         assignments = [a for a in assignments if not a.startswith(("arm=", "budget="))]
     if not isinstance(config, Experiment):
         raise UserError(f"{path} exports no experiment: it must define `config = grpo_jax.experiment.Experiment(...)`.")
+    _warn(config.task)
     return override(config, parse_overrides(config, assignments))
+
+
+def _warn(task: Any) -> None:
+    """Says on stderr what is probably a mistake in a task."""
+    for sentence in task.warnings() if hasattr(task, "warnings") else ():
+        warn(sentence)
 
 
 def load_ablation(
@@ -62,6 +69,7 @@ def load_ablation(
         raise UserError(
             f"{path} exports no ablation: it must define `ablation = grpo_jax.experiment.Ablation(base=…, arms=…)`."
         )
+    _warn(ablation.base.task)
     overrides = parse_overrides(ablation.base, assignments)
     base = override(ablation.base, overrides) if overrides else ablation.base
     return dataclasses.replace(ablation, base=base, budget=budget or ablation.budget)
@@ -210,7 +218,8 @@ def to_dict(value: Any) -> Any:
     if hasattr(value, "train") and hasattr(value, "held_out"):
         splits = {split: list(map(dict, getattr(value, split))) for split in ("train", "held_out")}
         digest = hashlib.sha256(json.dumps(splits, sort_keys=True, default=str).encode()).hexdigest()[:16]
-        return {"name": value.name, **{k: len(v) for k, v in splits.items()}, "sha256": digest}
+        origin = {"origin": to_dict(value.origin)} if getattr(value, "origin", None) else {}
+        return {"name": value.name, **{k: len(v) for k, v in splits.items()}, "sha256": digest, **origin}
     if dataclasses.is_dataclass(value):
         return {f.name: to_dict(getattr(value, f.name)) for f in dataclasses.fields(value)}
     if isinstance(value, Mapping):

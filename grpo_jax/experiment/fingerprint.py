@@ -68,7 +68,8 @@ def _parts(value: Any, inside: tuple[int, ...], files: bool) -> Iterator[str]:
         case list() | tuple() | range():
             fields = value
         case _ if dataclasses.is_dataclass(value):
-            items = [(field, getattr(value, field.name)) for field in dataclasses.fields(value)]
+            counted = [field for field in dataclasses.fields(value) if not field.metadata.get("not_in_names")]
+            items = [(field, getattr(value, field.name)) for field in counted]
             items = [(f, item) for f, item in items if not (f.metadata.get("added_later") and item == f.default)]
             fields = [(f.metadata.get("hashed_as", f.name), item) for f, item in items]  # a renamed field: its old name
         case Method():  # the user's own: an instance without fields is told apart by its code

@@ -117,6 +117,12 @@ def _users_frame(frame: FrameType | None) -> Path | None:
     return None
 
 
+def calling_folder() -> Path | None:
+    """The folder of the innermost file of the user that is being executed; None if there is none."""
+    path = _users_frame(sys._getframe(1))
+    return None if path is None else path.parent
+
+
 def is_loading() -> bool:
     """Whether a file is being executed now."""
     return bool(_loading)

@@ -12,13 +12,12 @@ from grpo_jax.experiment import Experiment, to_dict
 from grpo_jax.report.axes import fitted
 from grpo_jax.report.completion_plots import Row, advantages_by_group, histogram_over_time
 from grpo_jax.report.curves import metric_curves, seed_band
+from grpo_jax.report.examples import Examples, board, said
 from grpo_jax.report.plots import Series, series, smooth
-from grpo_jax.rewards import turns
-from grpo_jax.runs.display import visible
 from grpo_jax.runs.files import read_rows
 from grpo_jax.statistics import SHARES, bounds_of
 
-COMPLETIONS, LONGEST = 3000, 2000  # the most completions on a page, and characters of one
+COMPLETIONS = 3000  # the most completions on a page
 GROUPS, MEMBERS = 120, 24  # the most groups, and members of a group, in the advantage map
 POINTS = 200  # the most points of a curve in a report of many runs
 HIDDEN = ("num_prompts", "num_samples", "temperature", "_low", "_high", "pass_at_k")  # parts of names without a curve
@@ -162,7 +161,7 @@ def completions(runs: Mapping[str, Sequence[Row]]) -> tuple[dict[str, Any], str]
     If there are more than `COMPLETIONS`, those of evenly spaced steps are taken, with the first and the last step.
     """
     allowance = COMPLETIONS // max(len(runs), 1)
-    prompts: dict[str, int] = {}
+    examples = Examples()
     rewards = list(dict.fromkeys(name for rows in runs.values() for row in rows for name in row["rewards"]))
     shown, num_chosen, num_steps = [], 0, 0
     for index, rows in enumerate(runs.values()):
@@ -172,14 +171,12 @@ def completions(runs: Mapping[str, Sequence[Row]]) -> tuple[dict[str, Any], str]
         num_chosen, num_steps = num_chosen + len(chosen), num_steps + len(steps)
         for row in rows:
             if row["step"] in chosen:
-                prompt = prompts.setdefault(_text(row["prompt"]), len(prompts))
                 earned = [row["rewards"].get(name) for name in rewards]
-                shown.append(
-                    [index, row["step"], prompt, _shown(row["completion"]), row["reward"], row["advantage"], earned]
-                )
+                paid = [row["reward"], row["advantage"], earned]
+                shown.append([index, row["step"], examples.number(row), said(row), *paid, board(row)])
     which = f"all {num_steps}" if num_chosen == num_steps else f"{num_chosen} of {num_steps}"
     note = f"Completions of {which} steps{f' of {len(runs)} runs' if len(runs) > 1 else ''}."
-    return {"runs": list(runs), "prompts": list(prompts), "rewards": rewards, "rows": shown}, note
+    return {"runs": list(runs), "examples": examples.shown(), "rewards": rewards, "rows": shown}, note
 
 
 def defaults() -> dict[str, Any]:
@@ -236,19 +233,3 @@ def _thinned(found: Series) -> Series:
     """At most `POINTS` of a curve's points, evenly spaced, with the first and the last."""
     chosen = np.unique(np.linspace(0, len(found) - 1, min(len(found), POINTS)).round().astype(int))
     return Series(*(column[chosen] for column in (found.steps, found.values, found.low, found.high)))
-
-
-def _shown(completion: Any) -> str:
-    """The text of a completion, cut to `LONGEST` characters."""
-    text = "\n⋯\n".join(_printable(turn) for turn in turns(completion))
-    return text if len(text) <= LONGEST else f"{text[:LONGEST]}… ({len(text)} characters)"
-
-
-def _text(prompt: Any) -> str:
-    """The text of a prompt (of a chat, its last message), cut to 300 characters."""
-    return _printable(prompt if isinstance(prompt, str) else prompt[-1]["content"])[:300]
-
-
-def _printable(text: str) -> str:
-    """The text with control and invisible characters escaped, which could make a line look like another."""
-    return "\n".join(visible(line).plain for line in text.split("\n"))

@@ -145,8 +145,34 @@ function explorer(metrics) {
   return html("div", {}, html("label", {}, "Any other metric ", choose), place);
 }
 
-/** Completions with filters for run, step, prompt, reward and text. Rows: [run, step, prompt, text, reward, advantage, rewards]. */
-function completions({ runs, prompts, rewards, rows }) {
+const MARKS = { G: "in its place", Y: "elsewhere in the word", X: "not in the word" };
+
+/** A Wordle board. `guesses`: [word, marks], with no marks for what the game does not accept. Each tile has its mark as a letter too, and each row says it in words. */
+function board(guesses) {
+  const row = ([word, marks]) => {
+    const letters = [...word];
+    const said = marks ? letters.map((letter, i) => `${letter} ${MARKS[marks[i]]}`).join(", ") : "not accepted";
+    const tiles = marks
+      ? letters.map((letter, i) => html("span", { class: `tile ${marks[i]}`, title: `${letter}: ${MARKS[marks[i]]}` }, letter, html("small", {}, marks[i])))
+      : [html("span", { class: "refused" }, word || "(empty)"), html("span", { class: "dim" }, " not accepted")];
+    return html("li", {}, html("span", { class: "unseen" }, `${word}: ${said}`), html("span", { "aria-hidden": true, class: "tiles" }, ...tiles));
+  };
+  return html("ol", { class: "board", "aria-label": "Wordle board" }, ...guesses.map(row));
+}
+
+/** What a completion says: a text, or turns [role, text]. */
+const words = (said) => (typeof said === "string" ? said : said.map(([, text]) => text).join("\n"));
+const speech = (said) =>
+  typeof said === "string"
+    ? html("pre", {}, said === "" ? "(empty)" : said)
+    : html("div", { class: "turns" }, ...said.map(([role, text]) => html("div", { class: `turn ${role === "policy" ? "policy" : "environment"}` }, html("span", { class: "role" }, role), html("pre", {}, text === "" ? "(empty)" : text))));
+
+/** A column of an example: its name and its text; a long text is folded. */
+const column = ([name, text]) =>
+  text.length > 120 ? html("details", {}, html("summary", {}, `${name} (${text.length} characters)`), html("pre", {}, text)) : html("div", {}, html("span", { class: "dim" }, `${name} `), html("code", {}, text));
+
+/** Completions with filters for run, step, example, reward and text. Rows: [run, step, example, said, reward, advantage, rewards, board]. */
+function completions({ runs, examples, rewards, rows }) {
   const place = document.getElementById("completions");
   const options = (select, values, all) => {
     const before = select.value;
@@ -154,40 +180,48 @@ function completions({ runs, prompts, rewards, rows }) {
     select.value = values.some(([value]) => String(value) === before) ? before : "";
   };
   const field = (label, input) => html("label", {}, label, input);
-  const run = html("select"), step = html("select"), prompt = html("select"), order = html("select", {}, ...["as sampled", "best first", "worst first"].map((text) => html("option", {}, text)));
+  const run = html("select"), step = html("select"), example = html("select"), order = html("select", {}, ...["as sampled", "best first", "worst first"].map((text) => html("option", {}, text)));
   const low = html("input", { type: "number", step: "any", placeholder: "any" }), high = low.cloneNode(), search = html("input", { type: "search", placeholder: "any text" });
   const count = html("p", { class: "dim", "aria-live": "polite" }), list = html("div", { class: "rows" }), more = html("button", {}, "show more");
   const short = (text) => (text.length > 60 ? `${text.slice(0, 59)}…` : text || "(empty)");
   let limit = PAGE;
 
   const matches = (row, but) =>
-    (but === "run" || run.value === "" || row[0] === +run.value) && (but === "step" || step.value === "" || row[1] === +step.value) && (but === "prompt" || prompt.value === "" || row[2] === +prompt.value);
+    (but === "run" || run.value === "" || row[0] === +run.value) && (but === "step" || step.value === "" || row[1] === +step.value) && (but === "example" || example.value === "" || row[2] === +example.value);
   const inRange = (reward) => (low.value === "" || (reward !== null && reward >= +low.value)) && (high.value === "" || (reward !== null && reward <= +high.value));
   const distinct = (column, but) => [...new Set(rows.filter((row) => matches(row, but)).map((row) => row[column]))];
-  const card = ([at, when, which, text, reward, advantage, parts]) => {
+  const body = (said, guesses) => {
+    if (!guesses) return speech(said);
+    const adds = typeof said !== "string" || said.trim().toUpperCase() !== guesses[0][0];
+    return html("div", {}, board(guesses), ...(adds ? [html("details", {}, html("summary", {}, "what was said"), speech(said))] : []));
+  };
+  const card = ([at, when, which, said, reward, advantage, parts, guesses]) => {
     const detail = rewards.length > 1 ? rewards.map((name, i) => `${name} ${number(parts[i])}`).join("   ") : "";
+    const { name, columns } = examples[which];
     return html("article", {},
-      html("pre", {}, text === "" ? "(empty)" : text),
-      html("p", {}, html("b", {}, number(reward)), " ", html("span", { class: advantage > 0 ? "up" : advantage < 0 ? "down" : "dim" }, advantage === null ? "" : `${advantage < 0 ? "−" : "+"}${Math.abs(advantage).toFixed(2)}`),
-        html("span", { class: "dim" }, ` ${runs.length > 1 ? `${runs[at]}, ` : ""}step ${when}${prompts.length > 1 ? ` · ${short(prompts[which])}` : ""}${detail ? ` · ${detail}` : ""}`)));
+      body(said, guesses),
+      html("div", { class: "facts" }, html("b", {}, number(reward)), " ", html("span", { class: advantage > 0 ? "up" : advantage < 0 ? "down" : "dim" }, advantage === null ? "" : `${advantage < 0 ? "−" : "+"}${Math.abs(advantage).toFixed(2)}`),
+        html("span", { class: "dim" }, ` ${runs.length > 1 ? `${runs[at]}, ` : ""}step ${when}${examples.length > 1 ? ` · ${short(name)}` : ""}${detail ? ` · ${detail}` : ""}`),
+        ...columns.map(column)));
   };
   const show = () => {
     options(run, distinct(0, "run").map((i) => [i, runs[i]]), "all runs");
     options(step, distinct(1, "step").sort((a, b) => a - b).map((s) => [s, s]), "all steps");
-    options(prompt, distinct(2, "prompt").map((i) => [i, short(prompts[i])]), "all prompts");
+    options(example, distinct(2, "example").map((i) => [i, short(examples[i].label)]), "all examples");
     const wanted = search.value.toLowerCase();
-    const found = rows.filter((row) => matches(row) && inRange(row[4]) && row[3].toLowerCase().includes(wanted));
+    const found = rows.filter((row) => matches(row) && inRange(row[4]) && `${words(row[3])}\n${examples[row[2]].columns.map(([, text]) => text).join("\n")}`.toLowerCase().includes(wanted));
     if (order.selectedIndex) found.sort((a, b) => (order.selectedIndex === 1 ? b[4] - a[4] : a[4] - b[4]));
     const mean = found.reduce((sum, row) => sum + (row[4] ?? 0), 0) / found.length;
-    count.textContent = `${found.length} of ${rows.length} completions, ${new Set(found.map((row) => row[3])).size} different${found.length ? `, mean reward ${number(mean)}` : ""}`;
+    count.textContent = `${found.length} of ${rows.length} completions, ${new Set(found.map((row) => words(row[3]))).size} different${found.length ? `, mean reward ${number(mean)}` : ""}`;
     list.replaceChildren(...found.slice(0, limit).map(card));
     more.hidden = found.length <= limit;
   };
-  for (const input of [run, step, prompt, order, low, high, search]) input.addEventListener("input", () => { limit = PAGE; show(); });
+  for (const input of [run, step, example, order, low, high, search]) input.addEventListener("input", () => { limit = PAGE; show(); });
   more.addEventListener("click", () => { limit += PAGE; show(); });
-  const filters = html("div", { class: "filters" }, field("step", step), field("prompt", prompt), field("reward from", low), field("to", high), field("order", order), field("search", search));
+  const filters = html("div", { class: "filters" }, field("step", step), field("example", example), field("reward from", low), field("to", high), field("order", order), field("search", search));
   if (runs.length > 1) filters.prepend(field("run", run));
-  place.append(filters, count, list, more);
+  const legend = rows.some((row) => row[7]) ? [html("p", { class: "dim" }, `On the boards: ${Object.entries(MARKS).map(([mark, text]) => `${mark} ${text}`).join(", ")}.`)] : [];
+  place.append(filters, count, ...legend, list, more);
   show();
 }
 

@@ -24,6 +24,7 @@ from grpo_jax.report.completion_plots import advantage_map, group_picture, rewar
 from grpo_jax.report.curves import metric_curves, seed_curves
 from grpo_jax.report.data import arm_charts, completions, defaults, differences, flat, heat_maps, run_charts
 from grpo_jax.report.diagnosis import diagnose
+from grpo_jax.report.examples import read_completions
 from grpo_jax.report.plots import learning_curve, series
 from grpo_jax.runs.files import assigned, jsonable, read_json, read_rows, write_text
 from grpo_jax.sweep.processes import plan_of
@@ -97,7 +98,7 @@ def render(page: Mapping[str, Any]) -> str:
 def run_page(run: Path) -> dict[str, Any]:
     """The data of the page about a run, finished or not."""
     info, config, summary = (read_json(run / f"{name}.json") for name in ("run", "config", "summary"))
-    rows = list(read_rows(run / "completions.jsonl"))
+    rows = read_completions(run)
     charts, metrics = run_charts(run, summary.get("references", {}))
     shown, note = completions({run.resolve().name: rows})
     return {
@@ -126,7 +127,7 @@ def ablation_page(directory: Path, sweep: Sweep) -> dict[str, Any]:
     configs = {arm: read_json(run / "config.json") for arm, run in first.items()}
     charts, metrics = arm_charts(sweep.arms, sweep.metric)
     runs = {
-        f"{arm}, seed {sweep.seeds[run]}": list(read_rows(run / "completions.jsonl"))
+        f"{arm}, seed {sweep.seeds[run]}": read_completions(run)
         for arm, directories in sweep.arms.items()
         for run in directories
     }

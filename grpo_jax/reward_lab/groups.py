@@ -14,9 +14,16 @@ from grpo_jax.errors import UserError
 from grpo_jax.experiment import Experiment
 from grpo_jax.policy import Tokenizer
 from grpo_jax.rewards import RewardFunction, turns
-from grpo_jax.rollout import Generator, encode_prompts, name_noise, rollout
+from grpo_jax.rewards.protocol import ARGUMENTS
+from grpo_jax.rollout import Generator, encode_prompts, name_noise, plain, rollout
 from grpo_jax.runs.files import read_rows
 from grpo_jax.tasks import Example, Task
+
+ROW_KEYS = (
+    *("step", "prompt_id", "sample", "example", "prompt", "completion", "turns", "tokens", "label"),
+    *("rewards", "reward", "advantage", "advantages"),
+)
+"""The parts of a saved row that are no columns."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +41,12 @@ class Groups:
     arguments: Mapping[str, Sequence[Any]]
     group_size: int
     prompts: Sequence[int]
+
+    def example(self, p: int) -> Example:
+        """The example of group p."""
+        columns = {key: values for key, values in self.arguments.items() if key not in ARGUMENTS}
+        at = p * self.group_size
+        return {"prompt": self.arguments["prompts"][at], **{key: values[at] for key, values in columns.items()}}
 
 
 def sample_groups(
@@ -65,9 +78,10 @@ def sample_groups(
 def read_groups(path: Path, experiment: Experiment, tokenizer: Tokenizer) -> Groups:
     """Reads saved completions, such as a run's `completions.jsonl`: JSON lines with `prompt` and `completion`.
 
-    Rows with the same `step` and `prompt_id` (or with the same prompt, if they have no `prompt_id`) are a group. All
-    groups must have the same size. The columns that rewards need come from the example of the task that has the row's
-    prompt; if several have it, from the one that also has the row's columns or `prompt_id`.
+    Rows with the same `step` and `prompt_id` are a group; if they have no `prompt_id`, those with the same step,
+    prompt and columns. All groups must have the same size. The columns that rewards need come from the example of the
+    task that has the row's prompt; if several have it, from the one that also has the row's `columns` (or columns of
+    its own, as files of the first versions have them), its place `example`, or its `prompt_id`.
 
     Raises:
       UserError: if a row has no prompt or completion, if its example is not known, or if the groups' sizes differ.
@@ -82,7 +96,8 @@ def read_groups(path: Path, experiment: Experiment, tokenizer: Tokenizer) -> Gro
     for number, row in enumerate(read_rows(path), 1):
         if not {"prompt", "completion"} <= set(row):
             raise UserError(f"{path}:{number} lacks a prompt or a completion.")
-        by_group[row.get("step"), row.get("prompt_id", _key(row["prompt"]))].append(
+        asked = _key([row["prompt"], row.get("example"), _columns(row)])
+        by_group[row.get("step"), row.get("prompt_id", asked)].append(
             (_example(row, task, examples, f"{path}:{number}"), row["completion"])
         )
     sizes = sorted({len(rows) for rows in by_group.values()})
@@ -105,19 +120,28 @@ def read_groups(path: Path, experiment: Experiment, tokenizer: Tokenizer) -> Gro
 
 def _example(row: Mapping[str, Any], task: Task, examples: Mapping[str, Mapping[str, Example]], where: str) -> Example:
     """The task's example that a saved row belongs to."""
+    columns = _columns(row)
     candidates = [
         example
         for example in examples.get(_key(row["prompt"]), {}).values()
-        if all(example[key] == row[key] for key in row.keys() & example.keys())
+        if all(plain(example[key]) == columns[key] for key in columns.keys() & example.keys())
     ]
-    if len(candidates) > 1 and isinstance(row.get("prompt_id"), int):  # written by a run: see `schedule`
-        candidates = [task.train[row["prompt_id"] % len(task.train)]]
+    # Written by a run; for `prompt_id` see `schedule`.
+    place = row["example"] if isinstance(row.get("example"), int) else row.get("prompt_id")
+    if len(candidates) > 1 and isinstance(place, int):
+        candidates = [task.train[place % len(task.train)]]
     if len(candidates) != 1:
         raise UserError(
             f"{where}: the prompt is that of {len(candidates) or 'no'} examples of {task.name}, so the columns that "
             "the rewards need are not known."
         )
     return candidates[0]
+
+
+def _columns(row: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The columns of a saved row; of a file of the first versions, what is no other part of the row."""
+    own = {key: value for key, value in row.items() if key not in ROW_KEYS}
+    return row["columns"] if isinstance(row.get("columns"), Mapping) else own
 
 
 def _key(value: Any) -> str:

@@ -22,8 +22,8 @@ from grpo_jax.reward_lab.groups import Groups
 from grpo_jax.reward_lab.readings import TOTAL, Reading, read, score_variants
 from grpo_jax.reward_lab.shaping import sentence as shaping_sentence
 from grpo_jax.rewards import RewardFunction, turns
-from grpo_jax.rollout import Prompts, demonstrations, name_noise
-from grpo_jax.runs.display import visible
+from grpo_jax.rollout import Prompts, demonstrations, example_row, name_noise
+from grpo_jax.runs.display import example_title, visible
 from grpo_jax.runs.files import append_rows, write_json, writing
 
 SEARCH_EXAMPLES, JUDGE_EXAMPLES = 8, 64  # that attacks are chosen on, and judged on
@@ -131,18 +131,15 @@ def save(found: Study, directory: Path) -> list[Path]:
 def _rows(reading: Reading) -> list[dict[str, Any]]:
     """A row of groups.jsonl for each completion."""
     groups, size = reading.groups, reading.groups.group_size
-    columns = {key: values for key, values in groups.arguments.items() if key not in ("prompts", "completions")}
-    columns.pop("completion_ids")
     return [
         {
             "step": groups.label,
             "prompt_id": f"{groups.prompts[p]}.{p}",
             "sample": g,
-            "prompt": groups.arguments["prompts"][p * size + g],
+            **example_row(groups.example(p)),
             "completion": groups.arguments["completions"][p * size + g],
             "rewards": {name: values[p, g] for name, values in reading.rewards.items()},
             "advantages": {name: values[p, g] for name, values in reading.advantages.items()},
-            **{key: values[p * size + g] for key, values in columns.items()},
         }
         for p in range(len(groups.prompts))
         for g in range(size)
@@ -172,7 +169,11 @@ def group_table(reading: Reading, p: int) -> Table:
     size = reading.groups.group_size
     texts = ["\n".join(turns(c)) for c in reading.groups.arguments["completions"][p * size : (p + 1) * size]]
     first = {text: texts.index(text) for text in dict.fromkeys(texts)}
-    table = Table(title=f"{reading.groups.label}: group {p + 1} of {len(reading.groups.prompts)}", title_justify="left")
+    title = Text(f"{reading.groups.label}: group {p + 1} of {len(reading.groups.prompts)}")
+    asked = example_row(reading.groups.example(p))
+    if (example := example_title(asked["prompt"], asked["columns"])) is not None:
+        title = Text("\n").join([title, example])
+    table = Table(title=title, title_justify="left")
     table.add_column("completion", overflow="fold")
     table.add_column("×", justify="right")
     for name in reading.rewards:

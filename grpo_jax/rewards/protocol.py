@@ -9,6 +9,9 @@ those of the assistant and, between them, those of the environment with the role
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
+ARGUMENTS = ("prompts", "completions", "completion_ids")
+"""The arguments that every reward function gets, so that no column may have their names."""
+
 RewardFunction = Callable[..., Sequence[float | None]]
 
 Completion = str | Sequence[Mapping[str, str]]

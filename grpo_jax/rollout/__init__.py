@@ -19,6 +19,7 @@ from grpo_jax.rollout.episodes import (
 from grpo_jax.rollout.generator import Actor, Generator, make_actor, model_of, name_noise, settings_of
 from grpo_jax.rollout.play import rollout, sample_episodes, sample_text
 from grpo_jax.rollout.prompts import PromptBatch, Prompts, Split, bucket, encode_prompts
+from grpo_jax.rollout.rows import example_row, has_turns, index_of, plain, transcript
 
 __all__ = [
     "Actor",
@@ -32,11 +33,15 @@ __all__ = [
     "completion",
     "demonstrations",
     "encode_prompts",
+    "example_row",
     "from_completions",
+    "has_turns",
+    "index_of",
     "join_groups",
     "make_actor",
     "model_of",
     "name_noise",
+    "plain",
     "rollout",
     "sample_episodes",
     "sample_text",
@@ -45,4 +50,5 @@ __all__ = [
     "single_turn",
     "take_groups",
     "take_rows",
+    "transcript",
 ]

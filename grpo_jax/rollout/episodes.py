@@ -64,6 +64,7 @@ class Rollout:
       logprobs: [P, G, T] float32, what the sampler reported; 0 elsewhere.
       ended: [P, G] bool, False where the last turn was cut off by the token limit.
       episodes: P lists of G episodes.
+      indices: the places of the P examples in their split; empty for prompts that no task has.
     """
 
     examples: Sequence[Example]
@@ -76,6 +77,7 @@ class Rollout:
     logprobs: np.ndarray
     ended: np.ndarray
     episodes: list[list[Episode]]
+    indices: Sequence[int] = ()
 
     def reward_arguments(self) -> dict[str, Any]:
         """The keyword arguments of reward functions: one entry per completion, the rows of a prompt side by side."""
@@ -116,9 +118,8 @@ def collect(
             mask[p, g, :size], logprobs[p, g, :size] = episode.trained, episode.logprobs
             ended[p, g] = episode.ended
     names = np.asarray(prompt_ids, np.int32)
-    return Rollout(
-        prompts.examples, names, prompts.ids, prompts.lengths, tokens, valid, mask, logprobs, ended, episodes
-    )
+    arrays = (prompts.ids, prompts.lengths, tokens, valid, mask, logprobs, ended)
+    return Rollout(prompts.examples, names, *arrays, episodes, prompts.indices)
 
 
 def single_turn(
@@ -141,7 +142,8 @@ def single_turn(
             episode.add_action(kept, values[sampled].tolist(), tokenizer.decode(kept))
             episodes[-1].append(episode)
     names = np.asarray(prompt_ids, np.int32)
-    return Rollout(prompts.examples, names, prompts.ids, prompts.lengths, tokens, mask, mask, logprobs, ended, episodes)
+    arrays = (prompts.ids, prompts.lengths, tokens, mask, mask, logprobs, ended)
+    return Rollout(prompts.examples, names, *arrays, episodes, prompts.indices)
 
 
 def shortest_length(max_tokens: int) -> int:
@@ -200,6 +202,7 @@ def take_groups(rollouts: Sequence[Rollout], chosen: Sequence[tuple[int, int]]) 
         [rollouts[r].examples[p] for r, p in chosen],
         np.stack([ids[r][p] for r, p in chosen]),
         np.array([rollouts[r].lengths[p] for r, p in chosen], np.int32),
+        indices=[rollouts[r].indices[p] for r, p in chosen if len(rollouts[r].indices)],
     )
     return collect(
         prompts,
@@ -227,7 +230,7 @@ def join_groups(rollouts: Sequence[Rollout]) -> Rollout:
     groups = [
         [e for group in of_prompt for e in group] for of_prompt in zip(*(r.episodes for r in rollouts), strict=True)
     ]
-    prompts = PromptBatch(first.examples, first.prompts, first.lengths)
+    prompts = PromptBatch(first.examples, first.prompts, first.lengths, indices=first.indices)
     return collect(prompts, first.prompt_ids, groups, shortest=4)
 
 

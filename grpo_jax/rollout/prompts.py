@@ -22,12 +22,14 @@ class PromptBatch:
       ids: right-padded token ids [P, S] int32.
       lengths: [P] int32.
       shared_prefix_length: how many leading tokens all prompts share.
+      indices: the places of the P examples in their split; empty for prompts that no task has.
     """
 
     examples: Sequence[Example]
     ids: np.ndarray
     lengths: np.ndarray
     shared_prefix_length: int = 0
+    indices: Sequence[int] = ()
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,7 @@ class Prompts:
         """Some prompts of a split; S is a bucket, so that few shapes are compiled."""
         examples = getattr(self.task, split)
         ids, lengths = pad_prompts([self.ids[split][i] for i in indices], self.shared_prefix_length)
-        return PromptBatch([examples[i] for i in indices], ids, lengths, self.shared_prefix_length)
+        return PromptBatch([examples[i] for i in indices], ids, lengths, self.shared_prefix_length, list(indices))
 
 
 def pad_prompts(rows: Sequence[Sequence[int]], shared_prefix_length: int = 0) -> tuple[np.ndarray, np.ndarray]:

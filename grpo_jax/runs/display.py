@@ -3,6 +3,7 @@
 The text of a model may be hostile: it is printed with its control characters escaped, never as markup.
 """
 
+import json
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -27,6 +28,7 @@ from rich.text import Text
 # the figures, and whether the time so far stands beside the time left.
 LAYOUTS = ((20, 4, True), (20, 3, True), (10, 3, True), (10, 2, True), (0, 2, True), (0, 2, False), (0, 1, False))
 TIME_WIDTH = 8  # of hours, minutes and seconds
+LONGEST_SHOWN = 160  # characters of a prompt or a column above a table
 
 
 class Display:
@@ -154,14 +156,12 @@ def visible(text: str) -> Text:
 
 
 def group_table(groups: Mapping[str, Sequence[Mapping[str, Any]]], *, limit: int = 8) -> Table:
-    """A table of completions of one prompt with rewards and advantages, e.g. of `{"before": rows, "after": rows}`.
+    """A table of completions of one example with rewards and advantages, e.g. of `{"before": rows, "after": rows}`.
 
     Rows are those of completions.jsonl. Of each group at most `limit` rows are shown.
     """
-    first = next((rows[0] for rows in groups.values() if rows), {"prompt": ""})
-    prompt = visible(_prompt_text(first["prompt"]))
-    prompt.truncate(160, overflow="ellipsis")
-    table = Table(title=Text.assemble("prompt: ", prompt) if prompt else None, title_justify="left")
+    first: Mapping[str, Any] = next((rows[0] for rows in groups.values() if rows), {"prompt": ""})
+    table = Table(title=example_title(first["prompt"], first.get("columns", {})), title_justify="left")
     named = any(groups)
     if named:
         table.add_column("")
@@ -177,6 +177,25 @@ def group_table(groups: Mapping[str, Sequence[Mapping[str, Any]]], *, limit: int
             table.add_row(*[""] * named, Text(f"and {len(rows) - limit} more", style="dim"), "", "")
         table.add_section()
     return table
+
+
+def example_title(prompt: str | Sequence[Mapping[str, str]], columns: Mapping[str, Any]) -> Text | None:
+    """A prompt and its columns, such as the right answer, a line each and cut; None if both are empty."""
+    lines = []
+    for name, text in {"prompt": _prompt_text(prompt), **column_texts(columns)}.items():
+        shown = visible(text)
+        shown.truncate(LONGEST_SHOWN, overflow="ellipsis")
+        if shown or name != "prompt":
+            lines.append(Text.assemble(visible(name), ": ", shown))
+    return Text("\n").join(lines) if lines else None
+
+
+def column_texts(columns: Mapping[str, Any]) -> dict[str, str]:
+    """Each column's value as a text: a string as it is, anything else as JSON."""
+    return {
+        name: value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=repr)
+        for name, value in columns.items()
+    }
 
 
 def summary_table(evaluations: Mapping[str, Any]) -> Table:
@@ -198,12 +217,20 @@ def summary_table(evaluations: Mapping[str, Any]) -> Table:
 
 
 def markdown_table(group: Sequence[Mapping[str, Any]]) -> str:
-    """A group of completions as a Markdown table. Markdown and HTML in the model's text are escaped."""
+    """A group of completions as a Markdown table, under its prompt and columns. Markdown and HTML are escaped."""
 
     def cell(text: str) -> str:
         return "".join(c if c.isalnum() or c == " " else f"&#{ord(c)};" for c in visible(text).plain)
 
-    lines = [cell(_prompt_text(group[0]["prompt"])), "", "| completion | reward | advantage |", "|---|---|---|"]
+    columns = [f"{cell(k)}: {cell(v)}  " for k, v in column_texts(group[0].get("columns", {})).items()]
+    lines = [
+        cell(_prompt_text(group[0]["prompt"])),
+        "",
+        *columns,
+        *[""] * bool(columns),
+        "| completion | reward | advantage |",
+        "|---|---|---|",
+    ]
     for row in group:
         text = cell(_completion_text(row["completion"]))
         lines.append(f"| {text} | {_number(row['reward'])} | {_signed(row['advantage'])} |")

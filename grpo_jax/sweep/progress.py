@@ -149,8 +149,8 @@ class SweepProgress:
             return f"{stage.done}/{stage.total}"
         # Step s is the one after s updates; evaluations carry the number of updates itself.
         steps = latest["step"] + ("reward" in latest or "loss" in latest) if latest else 0
-        steps = str(min(steps, run.config.steps))
-        return steps if run.config.token_budget is not None else f"{steps}/{run.config.steps}"
+        steps = str(min(steps, run.config.num_steps))
+        return steps if run.config.token_budget is not None else f"{steps}/{run.config.num_steps}"
 
     def _stages(self, run: PlannedRun) -> list[Stage]:
         return stages_of(self.directory / run.key, run.config)

@@ -56,7 +56,7 @@ def _stage(name: str, directory: Path, config: Experiment) -> Stage:
     steps = [row for row in rows if "step_time" in row]
     each = median(row["step_time"] for row in steps) if steps else None
     done = max((row["step"] + 1 for row in steps), default=0)
-    total: int = config.steps
+    total: int = config.num_steps
     if config.token_budget is not None and steps:
         speed = [row["tokens_per_second"] for row in steps if row.get("tokens_per_second")]
         if not speed:

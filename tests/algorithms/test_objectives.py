@@ -22,7 +22,7 @@ from grpo_jax.update import State, make_update
 P, G, T, D = 8, 4, 4, 16
 SCRATCH = ScratchConfig("abcdefgh", hidden_size=D, num_layers=1, num_heads=2)
 EXPERIMENT = Experiment(
-    Task("none", [], [], success=lambda **_: [], demonstrate=lambda example, rng: []),
+    Task("none", [{"prompt": ""}], [{"prompt": ""}], success=lambda **_: [], demonstrate=lambda example, rng: []),
     rewards={"none": lambda **_: []},
     policy=PolicyConfig(scratch=SCRATCH),
     prompts_per_step=P,

@@ -1,6 +1,7 @@
 """Groups are sampled as training samples them, or read back from what a run has saved."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -78,6 +79,21 @@ def test_the_columns_of_saved_rows_are_found_by_their_prompt_their_own_columns_o
     assert read_groups(by_column, same, TOKENIZER).arguments["number"] == [2, 2]
     by_id = saved(tmp_path / "x.jsonl", [{"prompt": "a", "completion": t, "prompt_id": 3 + 1} for t in "ab"])
     assert read_groups(by_id, same, TOKENIZER).arguments["number"] == [1, 1]
+
+
+def test_rows_of_a_run_are_found_by_their_columns_whatever_these_are_called(tmp_path):
+    examples = [{"prompt": "", "columns": name, "reward": {1: 2}} for name in ("one", "two")]
+    task = Task("toy", examples, examples, success=lambda *, completions, **_: [False] * len(completions))
+    saved_columns = {"columns": "two", "reward": "{1: 2}"}  # as JSON holds them
+    rows = [{"prompt": "", "completion": "a", "reward": 0.5, "columns": saved_columns} for _ in range(2)]
+    groups = read_groups(saved(tmp_path / "x.jsonl", rows), replace(make_experiment(["a"]), task=task), TOKENIZER)
+    assert groups.arguments["columns"] == ["two", "two"] and groups.example(0) == examples[1]
+
+
+def test_rows_without_a_prompt_id_are_grouped_by_their_example_and_not_by_an_equal_prompt(tmp_path):
+    rows = [{"prompt": "a", "completion": t, "columns": {"number": n}} for n in (0, 1) for t in "bc"]
+    groups = read_groups(saved(tmp_path / "x.jsonl", rows), make_experiment(["a", "a"]), TOKENIZER)
+    assert groups.group_size == 2 and groups.arguments["number"] == [0, 0, 1, 1]
 
 
 def test_steps_are_groups_of_their_own(tmp_path):

@@ -135,3 +135,18 @@ def test_the_summary_gives_each_policy_its_interval_and_leaves_out_the_absent():
     assert "turns" not in text and "4.12" in shown(display.summary_table({"after": evaluation(mean_turns=4.125)}))
     sampled = evaluation(num_samples=8, temperature=0.7)
     assert "128 held-out prompts × 8 samples, temperature 0.7" in shown(display.summary_table({"after": sampled}))
+
+
+def test_columns_stand_above_a_group_and_are_cut_there_alone():
+    rows = [row | {"columns": {"answer": 57, "[b]context\x1b": "x" * 500}} for row in completions()]
+    text = shown(display.group_table({"after": rows}))
+    assert "prompt: say" in text and "answer: 57" in text and r"[b]context\x1b:" in text
+    assert 100 < text.count("x") < 200 and "…" in text and "\x1b" not in text
+    full = display.markdown_table(rows)
+    assert full.count("x") >= 500 and "answer&#58; 57" not in full and "answer: 57  " in full
+
+
+def test_an_example_without_a_prompt_is_shown_by_its_columns():
+    rows = [row | {"prompt": "", "columns": {"secret": "POUND"}} for row in completions()]
+    text = shown(display.group_table({"": rows}))
+    assert "secret: POUND" in text and "prompt" not in text
