@@ -5,7 +5,7 @@ import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, Literal
 
 from tyro.conf import Positional, UseAppendAction, arg
 
@@ -27,6 +27,9 @@ OptionalFile = Annotated[Path | None, arg(metavar="FILE", help_behavior_hint="")
 OptionalInt = Annotated[int | None, arg(metavar="N", help_behavior_hint="")]
 OptionalFloat = Annotated[float | None, arg(metavar="T", help_behavior_hint="")]
 OptionalText = Annotated[str | None, arg(metavar="TEXT", help_behavior_hint="")]
+Trackers = Annotated[
+    UseAppendAction[tuple[Literal["trackio", "wandb"], ...]], arg(metavar="trackio|wandb", help_behavior_hint="")
+]
 Flag = Annotated[bool, arg(help_behavior_hint="")]
 Inline = arg(name="")  # the fields of a dataclass become options of the command itself
 
@@ -44,6 +47,15 @@ def join(assignments: Sequence[Sequence[str]]) -> list[str]:
 def load_source(source: Path, overrides: Sequence[str] = ()) -> Experiment:
     """The experiment of a run's directory or of an experiment file."""
     return load_run(source, overrides) if source.is_dir() else load(source, overrides)
+
+
+def callbacks(track: Sequence[Literal["trackio", "wandb"]]) -> list[Any]:
+    """The trackers that --track names."""
+    if not track:
+        return []
+    from grpo_jax.runs.trackers import trackers
+
+    return list(trackers(track))
 
 
 def prepare_jax() -> None:

@@ -59,9 +59,9 @@ def evaluate(
         compared.append((against, own))
 
     common.prepare_jax()
-    from grpo_jax import evaluation
+    from grpo_jax import api
 
-    result, *others = [evaluation.evaluate(_policy_of(at, one), one, options.split) for at, one in compared]
+    result, *others = [api.evaluate(_start_of(at, one), one, split=options.split) for at, one in compared]
     other = others[0] if others else None
     if options.as_json:
         _print_json(source, result, against, other)
@@ -80,11 +80,9 @@ def _require_same_prompts(source: Path, config: Experiment, against: Path, own: 
         )
 
 
-def _policy_of(source: Path, config: Experiment) -> Any:
-    """The tuned policy of a run, or the one that an experiment starts from."""
-    from grpo_jax.runs.restore import restore_policy, source_policy
-
-    return restore_policy(source) if source.is_dir() else source_policy(config)
+def _start_of(source: Path, config: Experiment) -> Path | Experiment:
+    """What names the policy: a run, or an experiment with the overrides of the command."""
+    return source if source.is_dir() else config
 
 
 def _difference(result: Any, other: Any) -> Any:

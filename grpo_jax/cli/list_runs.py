@@ -10,7 +10,8 @@ from tyro.conf import Positional, arg
 
 from grpo_jax.cli.common import Flag
 from grpo_jax.errors import UserError
-from grpo_jax.runs.files import assigned, current_config, read_json, read_rows
+from grpo_jax.experiment.recorded import current_config
+from grpo_jax.runs.files import assigned, read_json, read_rows
 
 WIDE = 110  # columns of a terminal from which the method and the time are shown too
 DEPTH = 2  # runs/RUN and, of a sweep, runs/SWEEP/RUN

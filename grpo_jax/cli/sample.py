@@ -1,9 +1,8 @@
 """`grpo-jax sample`: prints what a policy answers."""
 
 import sys
-from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 from tyro.conf import Positional, arg
 
@@ -37,26 +36,14 @@ def sample(
     if prompt is None and not sys.stdin.isatty():
         raise UserError("there is no terminal to read prompts from: say --prompt TEXT.")
     common.prepare_jax()
-    from grpo_jax import policy, rollout
-    from grpo_jax.experiment import SamplingConfig, read_run
-    from grpo_jax.runs.files import changed_since
-    from grpo_jax.runs.restore import restore_policy, sampling_of
+    from grpo_jax import api, policy
 
-    if (Path(source) / "run.json").is_file():
-        tuned, later = restore_policy(source), changed_since(read_run(Path(source)), "sampling")
-        sampling = replace(sampling_of(source), **later)
-        example = _first_prompt(Path(source))
-        temperature = sampling.temperature if temperature is None else temperature
-        max_tokens = max_tokens or sampling.max_tokens
-    else:
-        tuned, example = policy.load(source), None
-    is_chat = isinstance(example, list) or (example is None and tuned.require_tokenizer().has_chat_template)
-    earlier_turns = example[:-1] if isinstance(example, list) and not plain else []
+    speaker = api.load_run(source) if (Path(source) / "run.json").is_file() else policy.load(source)
 
     def answer(text: str, seed: int) -> None:
-        asked = [*earlier_turns, {"role": "user", "content": text}] if is_chat else text
-        how = SamplingConfig(temperature=1.0 if temperature is None else temperature, max_tokens=max_tokens or 128)
-        [completions] = rollout.sample_text(tuned, [asked], how, num_samples=num, seed=seed)
+        [completions] = api.sample(
+            speaker, text, num_samples=num, temperature=temperature, max_tokens=max_tokens, seed=seed, plain=plain
+        )
         for number, completion in enumerate(completions, 1):
             print(f"{number}: {printable(completion)}" if num > 1 else printable(completion))
 
@@ -66,13 +53,6 @@ def sample(
     while text := _read_line():
         answer(text, seed)
         seed += 1
-
-
-def _first_prompt(run_dir: Path) -> Any:
-    """A prompt that the run was trained on; None if there is none."""
-    from grpo_jax.runs.files import read_rows
-
-    return next((row["prompt"] for row in read_rows(run_dir / "completions.jsonl")), None)
 
 
 def _read_line() -> str:

@@ -65,7 +65,11 @@ def house(monkeypatch, tmp_path):
     house = SimpleNamespace(error=None, calls=[], chat=True)
     policy = SimpleNamespace(require_tokenizer=lambda: SimpleNamespace(has_chat_template=house.chat))
 
-    def train(config, run_dir, **options):
+    def make_log(run_dir, config, **options):
+        return SimpleNamespace(run_dir=run_dir, options=options)
+
+    def train(config, log):
+        run_dir, options = log.run_dir, log.options
         house.calls.append(("train", config, run_dir, options))
         run_dir.mkdir(parents=True, exist_ok=True)
         (run_dir / "run.json").write_text('{"source": null, "overrides": ["seed=8"]}')
@@ -112,7 +116,8 @@ def house(monkeypatch, tmp_path):
         return policy
 
     rooms = {
-        "training": {"train": train},
+        "training": {"run": train},
+        "runs.log": {"RunLog": make_log, "display_of": lambda config, quiet: quiet},
         "runs.restore": {
             "restore_policy": restore,
             "source_policy": source_policy,
@@ -312,7 +317,8 @@ def test_train_passes_on_the_experiment_with_its_overrides(experiment, house):
         "source": experiment,
         "overrides": ["loss.beta=0.04", "seed=5", "steps=3"],
         "resume": False,
-        "quiet": True,
+        "display": True,  # whether it is quiet
+        "callbacks": [],
     }
 
 

@@ -199,7 +199,8 @@ def test_sample_texts_come_now_and_then_and_hold_no_markup_of_the_models(tmp_pat
     with open_log(tmp_path, experiment=experiment(steps=60)) as log:
         for step in range(60):
             log.step(step, {}, completions(HOSTILE))
-    texts = {e.step: v.tensor.string_val[0].decode() for e in events(tmp_path) for v in e.summary.value}
+    tagged = [(e.step, v) for e in events(tmp_path) for v in e.summary.value if v.tag.startswith("completions")]
+    texts = {step: value.tensor.string_val[0].decode() for step, value in tagged}
     assert sorted(texts) == list(range(0, 60, 3))
     assert texts[0].splitlines()[2:4] == ["| completion | reward | advantage |", "|---|---|---|"]
     assert len(texts[0].splitlines()) == 4 + 2  # one prompt's group of two
