@@ -63,8 +63,12 @@ def list_runs(
 
 def run_files(directory: Path) -> Iterator[Path]:
     """The run.json files of a directory, of its folders, and of the folders of sweeps in it."""
+    found: dict[Path, Path] = {}  # by where they are, since the folder `tensorboard` of a sweep links to its runs
     for depth in range(DEPTH + 1):
-        yield from (path for path in directory.glob("/".join(["*"] * depth + ["run.json"])) if not _is_part(path))
+        for path in directory.glob("/".join(["*"] * depth + ["run.json"])):
+            if not _is_part(path):
+                found.setdefault(path.resolve(), path)
+    yield from found.values()
 
 
 def _is_part(path: Path) -> bool:

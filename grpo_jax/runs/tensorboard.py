@@ -19,18 +19,18 @@ SAMPLE_TEXTS = 20  # how many times in a run a whole group is written
 
 
 class TensorBoard(Callback):
-    """Writes a run's events to a directory.
+    """Writes a run's events.
 
     The HParams tab shows the fields of the config beside the last value of every metric. When a run is resumed, what an
     interrupted visit wrote from the first new step on is hidden, except for the evaluations at that step.
 
     Args:
-      directory: where the events go.
+      prefix: what the names of the event files begin with.
       text_every: after how many steps a group is written again.
     """
 
-    def __init__(self, directory: Path, *, text_every: int = 1) -> None:
-        self._directory, self._text_every = directory, text_every
+    def __init__(self, prefix: Path, *, text_every: int = 1) -> None:
+        self._prefix, self._text_every = prefix, text_every
         self._events: EventsWriter | None = None
         self._hparams: dict[str, Any] = {}
 
@@ -39,13 +39,13 @@ class TensorBoard(Callback):
 
     def rewind(self, step: int, evaluations: list[dict[str, Any]]) -> None:
         """Hides what was written from `step` on, but for some rows at `step` itself."""
-        with writing(self._directory):
+        with writing(self._prefix.parent):
             self._writer.write_event(Event(step=step, session_log=SessionLog(status=SessionLog.START)))
             for row in evaluations:
                 self._add_scalars(step, row)
 
     def on_step(self, event: StepEvent) -> None:
-        with writing(self._directory):
+        with writing(self._prefix.parent):
             self._add_scalars(event.step, event.metrics)
             for name, values in event.histograms.items():
                 finite = np.asarray(values, np.float64)
@@ -57,14 +57,14 @@ class TensorBoard(Callback):
             self._writer.flush()
 
     def on_evaluation(self, event: EvaluationEvent) -> None:
-        with writing(self._directory):
+        with writing(self._prefix.parent):
             self._add_scalars(event.step, event.metrics)
             self._writer.flush()
 
     def on_end(self, event: EndEvent) -> None:
         if self._events is None:
             return
-        with writing(self._directory):
+        with writing(self._prefix.parent):
             if event.status in ("finished", "stopped"):
                 self._add(0, proto.hparams(self._hparams, {})[2])
             self._events.close()
@@ -73,7 +73,7 @@ class TensorBoard(Callback):
     def _writer(self) -> EventsWriter:
         if self._events is None:
             # The suffix keeps a run that is resumed within the second from overwriting its own events.
-            self._events = EventsWriter(str(self._directory), filename_suffix=f".{time.time_ns()}")
+            self._events = EventsWriter(str(self._prefix), filename_suffix=f".{time.time_ns()}")
             # Without the summary of an experiment, which names the fields of one run alone: TensorBoard then collects
             # the fields and metrics of all runs that it shows.
             self._add(0, proto.hparams(self._hparams, {})[1])

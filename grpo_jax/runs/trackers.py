@@ -6,7 +6,9 @@ its arm and seed, in the group of its arm; another one by its directory. Their p
 """
 
 import os
+import sys
 from collections.abc import Sequence
+from contextlib import redirect_stdout
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
@@ -35,14 +37,16 @@ class Trackio(Callback):
         self._run: Any = None
 
     def on_start(self, event: StartEvent) -> None:
-        self._run = self._package.init(
-            project=self._project or _project_of(event),
-            name=event.name,
-            group=event.group,
-            config=event.fields(),
-            resume="allow" if event.first_step else "never",
-            **self._options,
-        )
+        # What Trackio prints is no part of what a command prints on stdout.
+        with redirect_stdout(sys.stderr):
+            self._run = self._package.init(
+                project=self._project or _project_of(event),
+                name=event.name,
+                group=event.group,
+                config=event.fields(),
+                resume="allow" if event.first_step else "never",
+                **self._options,
+            )
 
     def on_step(self, event: StepEvent) -> None:
         self._run.log(_numbers(event), step=event.step)
@@ -52,7 +56,8 @@ class Trackio(Callback):
 
     def on_end(self, event: EndEvent) -> None:
         if self._run is not None:
-            self._run.finish()
+            with redirect_stdout(sys.stderr):
+                self._package.finish()
 
 
 class Wandb(Callback):

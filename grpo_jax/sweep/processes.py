@@ -129,7 +129,7 @@ def write_plan(directory: Path, ablation: Ablation) -> None:
 
 
 def name_events(directory: Path, run: PlannedRun) -> None:
-    """Gives a run's TensorBoard events a name, by which TensorBoard shows them: `tensorboard/ARM seed SEED`, a link.
+    """Gives a run's directory a name, by which TensorBoard shows its events: `tensorboard/ARM seed SEED`, a link.
 
     Where links cannot be made there is none, and TensorBoard shows the run by its directory.
     """
@@ -138,7 +138,7 @@ def name_events(directory: Path, run: PlannedRun) -> None:
     with suppress(OSError):
         link.parent.mkdir(parents=True, exist_ok=True)
         link.unlink(missing_ok=True)
-        link.symlink_to(Path("..") / run.key / "events", target_is_directory=True)
+        link.symlink_to(Path("..") / run.key, target_is_directory=True)
 
 
 def is_finished(run_dir: Path) -> bool:
