@@ -1,7 +1,8 @@
 """The live display of a run and its tables, with hostile completions."""
 
 import io
-from types import SimpleNamespace
+import sys
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
 from hypothesis import given
@@ -113,3 +114,26 @@ def test_the_summary_gives_each_policy_its_interval_and_leaves_out_the_absent():
     assert "turns" not in text and "4.12" in shown(display.summary_table({"after": evaluation(mean_turns=4.125)}))
     sampled = evaluation(num_samples=8, temperature=0.7)
     assert "128 held-out prompts × 8 samples, temperature 0.7" in shown(display.summary_table({"after": sampled}))
+
+
+def test_a_notebooks_cell_is_drawn_over_and_keeps_the_last_state(monkeypatch):
+    drawn: list[str] = []
+
+    class Handle:
+        def update(self, picture) -> None:
+            drawn[-1] = shown(picture)
+            assert "text/html" in picture._repr_mimebundle_([], [])
+
+    def show(picture, *, display_id) -> Handle:
+        assert display_id
+        drawn.append(shown(picture))
+        return Handle()
+
+    monkeypatch.setitem(sys.modules, "IPython", ModuleType("IPython"))
+    monkeypatch.setitem(sys.modules, "IPython.display", SimpleNamespace(display=show))
+    console = Console(file=io.StringIO(), force_jupyter=True, width=120, highlight=False)
+    display = Display(3, console=console)
+    for step in range(3):
+        display.update(step, {"reward": step / 2}, completions("[bold]abc" if step == 2 else "first"))
+    assert len(drawn) == 1
+    assert "[bold]abc" in drawn[0] and "3/3" in drawn[0] and "reward 1.00" in drawn[0]
