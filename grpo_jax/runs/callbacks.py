@@ -188,8 +188,8 @@ class Callbacks:
           RunError: for an exception, with the name of the callback.
         """
         function = getattr(callback, hook, None)
-        if function is None:
-            return
+        if function is None or getattr(function, "__func__", None) is getattr(Callback, hook):
+            return  # nothing is told, so nothing is copied
         try:
             function(_copy(event))
         except UserError as error:

@@ -71,7 +71,7 @@ class RunLog:
         if occupied and not self.resume:
             raise UserError(
                 f"the run directory {str(self.run_dir)!r} is not empty: choose another with --run-dir, or add --resume "
-                "to go on with the run that it holds."
+                "to go on with the run that it holds (in Python: resume=True)."
             )
         changes: dict[str, Any] = {}
         if self.resume and (self.run_dir / "run.json").is_file():
