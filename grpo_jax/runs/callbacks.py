@@ -144,9 +144,11 @@ class Callbacks:
             require_callback(callback)
         self._callbacks = list(callbacks)
         self.stop: Stop | None = None
+        self._first_step = 0
 
     def start(self, event: StartEvent) -> None:
         """Tells all of them that the run begins."""
+        self._first_step = event.first_step
         for callback in self._callbacks:
             self._call(callback, "on_start", event)
 
@@ -179,7 +181,8 @@ class Callbacks:
 
     def _stopped(self, callback: Any, steps: int, reason: StopTraining) -> None:
         if self.stop is None:
-            self.stop = Stop(steps, name_of(callback), str(reason))
+            # A run that is resumed evaluates the policy before its first step again.
+            self.stop = Stop(max(steps, self._first_step), name_of(callback), str(reason))
 
     def _call(self, callback: Any, hook: str, event: Any) -> None:
         """Calls a callback with a copy of the event.

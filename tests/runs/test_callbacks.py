@@ -134,6 +134,16 @@ def test_a_callback_that_stops_the_run_is_recorded_and_the_others_are_told(tmp_p
     assert (info(tmp_path)["status"], info(tmp_path)["stop"]) == ("finished", None)
 
 
+def test_a_run_that_goes_on_is_stopped_after_the_steps_that_it_has(tmp_path, monkeypatch):
+    notes = Notes()
+    with log_of(tmp_path):
+        pass
+    monkeypatch.setattr("grpo_jax.runs.checkpoints.latest_step", lambda directory: 3)
+    with log_of(tmp_path, notes, Raises("on_evaluation", StopTraining()), resume=True) as log:
+        log.evaluation(0, Evaluation())  # the policy before training, which is shown again
+    assert notes.events[0].first_step == 3 and info(tmp_path)["stop"]["steps"] == 3
+
+
 @pytest.mark.parametrize("hook", ["on_start", "on_step", "on_evaluation", "on_end"])
 def test_a_callback_that_raises_ends_the_run_with_its_name(tmp_path, hook):
     notes = Notes()
