@@ -49,10 +49,12 @@ def python(path: Path, *arguments: str) -> str:
 def begin(path: Path, text: str) -> Path:
     """Runs a script that begins its runs and trains none of them, and returns the folder of the runs."""
     path.write_text(
-        "import grpo_jax.training\n"
-        "def begin(experiment, log):\n"
-        "    with log: pass\n"
-        "grpo_jax.training.run = begin\n" + textwrap.dedent(SCRIPT) + textwrap.dedent(text)
+        # Not when a command loads its copy: that is this process.
+        "if __name__ == '__main__':\n"
+        "    import grpo_jax.training\n"
+        "    def begin(experiment, log):\n"
+        "        with log: pass\n"
+        "    grpo_jax.training.run = begin\n" + textwrap.dedent(SCRIPT) + textwrap.dedent(text)
     )
     python(path)
     return path.parent / "runs"
