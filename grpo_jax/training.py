@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from types import FrameType
@@ -32,27 +32,11 @@ from grpo_jax.rollout import Actor, Generator, Rollout, encode_prompts, make_act
 from grpo_jax.runs import checkpoints
 from grpo_jax.runs.log import RunLog, display_of
 from grpo_jax.runs.restore import OPTIONAL_LEAVES, checkpoint, source_policy
+from grpo_jax.runs.result import Result, summarize
 from grpo_jax.sharding import Array
 from grpo_jax.update import State, UpdateOutput, make_optimizer, make_update, metrics_of
 
 MakeGenerator = Callable[[Actor], Generator]
-
-
-@dataclass(frozen=True)
-class Result:
-    """What a run came to: evaluations by split, of the policy it began with, its own, and its control's.
-
-    `group_before` and `group_after` are the completions of one held-out prompt with their rewards and advantages.
-    """
-
-    run_dir: Path
-    policy: Policy
-    before: dict[str, Evaluation]
-    after: dict[str, Evaluation]
-    control: dict[str, Evaluation]
-    group_before: list[dict[str, Any]]
-    group_after: list[dict[str, Any]]
-    seconds: float
 
 
 def train(
@@ -76,23 +60,36 @@ def train(
       UserError: for what the config or the task gets wrong. RunError: when the run fails (a reward, a full disk, a
         broken log-probability contract). KeyboardInterrupt: on Ctrl-C, after the step under way has been saved.
     """
+    display = display_of(experiment, quiet=quiet)
+    log = RunLog(run_dir, experiment, source=source, overrides=overrides, resume=resume, display=display)
+    return run(experiment, log, make_generator)
+
+
+def run(experiment: Experiment, log: RunLog, make_generator: MakeGenerator = lambda actor: actor) -> Result:
+    """The same with a log of the caller's own, which says where it is written, who is told, and whether it goes on."""
     began = time.monotonic()
-    run_dir, display = Path(run_dir), display_of(experiment, quiet=quiet)
-    with RunLog(run_dir, experiment, source=source, overrides=list(overrides), resume=resume, display=display) as log:
+    run_dir, resume, quiet = log.run_dir, log.resume, log.display.quiet
+    with log:
         start = starting_policy(experiment, log, resume=resume)
         trainer = Trainer(experiment, start, log, make_generator)
         before, group_before = trainer.evaluate(0), trainer.sample_group()
-        after, group_after = trainer.evaluate(trainer.fit(resume=resume)), trainer.sample_group()
+        done = trainer.fit(resume=resume)
+        # A callback that stops the run at an evaluation has it evaluated already.
+        stopped_at, last = trainer.last_evaluation
+        after = last if log.stop is not None and stopped_at == done else trainer.evaluate(done)
+        group_after = trainer.sample_group()
         control: dict[str, Evaluation] = {}
         if experiment.control is not None:
             variant, control_dir = variant_of(experiment, experiment.control), run_dir / "control"
             display = display_of(variant, title="control", quiet=quiet)
             with RunLog(control_dir, variant, resume=_has_begun(control_dir), display=display) as control_log:
                 other = Trainer(variant, start, control_log, make_generator)
+                if log.stop is not None:  # as many steps as the run itself made
+                    other.last_step = min(done, variant.num_steps)
                 control = other.evaluate(other.fit(resume=True))
         seconds = time.monotonic() - began
-        result = Result(run_dir, trainer.policy(), before, after, control, group_before, group_after, seconds)
-        log.summary(summarize(result, experiment))
+        result = Result(run_dir, trainer.policy(), before, after, control, group_before, group_after, seconds, log.stop)
+        log.summary(summarize(result, experiment), result)
     return result
 
 
@@ -123,6 +120,8 @@ class Trainer:
       state: the trained parameters, the optimizer's state and the count of skipped updates, placed.
       reference: the trained parameters of the reference policy; None where the method needs none.
       tokens_seen, tokens_sampled: how many tokens the run has read and written, and how many of them it sampled.
+      last_step: after how many steps training ends at the latest.
+      last_evaluation: after how many steps the policy was evaluated last, and what it scored on each split.
     """
 
     def __init__(
@@ -152,6 +151,8 @@ class Trainer:
         # A copy, since updates overwrite the state's own arrays.
         self.reference = jax.tree.map(jnp.copy, trainable) if needs_reference else None
         self.tokens_seen = self.tokens_sampled = 0
+        self.last_step = config.num_steps
+        self.last_evaluation: tuple[int, dict[str, Evaluation]] = (-1, {})
 
     @property
     def actor(self) -> Actor:
@@ -215,19 +216,21 @@ class Trainer:
                 over = self.is_over(done)
                 if not over and config.evaluation.every and done % config.evaluation.every == 0:
                     self.evaluate(done)
+                    over = self.is_over(done)  # a callback may stop the run at an evaluation
                 stopping = stop()  # asked once: what arrives after it waits for the next step
                 if done % config.checkpoint_every == 0 or over or stopping:
                     self.save(done)
                 if stopping:
                     raise KeyboardInterrupt
-        if config.num_steps == 0:
+        if done == 0:
             self.save(0)
         return done
 
     def is_over(self, done: int) -> bool:
         """Whether training ends after `done` steps."""
         budget = self.experiment.token_budget
-        return done >= self.experiment.num_steps or (budget is not None and self.tokens_sampled >= budget)
+        used_up = budget is not None and self.tokens_sampled >= budget
+        return done >= self.last_step or used_up or self.log.stop is not None
 
     def step(self, step: int) -> None:
         """Makes a step's batch, updates on it and logs it."""
@@ -317,6 +320,7 @@ class Trainer:
             self.log.note(f"evaluating {num_prompts} {split.replace('_', '-')} prompts")
             evaluations[split] = self.algorithm.evaluate(context, split)
             self.log.evaluation(step, evaluations[split])
+        self.last_evaluation = step, evaluations
         return evaluations
 
     def sample_group(self) -> list[dict[str, Any]]:
@@ -348,21 +352,6 @@ class Trainer:
                 f"more than sampling.max_logprob_difference = {bound:g}: the sampler and the trainer disagree about "
                 "the policy, and the update was not made."
             )
-
-
-def summarize(result: Result, experiment: Experiment) -> dict[str, Any]:
-    """What summary.json says of a run."""
-
-    def rows(evaluations: dict[str, Evaluation]) -> dict[str, Any]:
-        return {split: evaluation.to_dict() for split, evaluation in evaluations.items()}
-
-    return {
-        "before": rows(result.before),
-        "after": rows(result.after),
-        "control": rows(result.control),
-        "references": dict(experiment.task.references),
-        "seconds": result.seconds,
-    }
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from grpo_jax.experiment import METHODS
 HOUSE = Path(grpo_jax.__file__).parent
 FLOORS = [
     {"errors"},  # every room may raise errors
-    {"experiment", "sharding", "confidence", "__init__"},
+    {"experiment", "sharding", "confidence"},
     {"policy", "advantages", "losses", "rewards"},
     {"sampler", "logprobs", "tasks"},
     {"rollout"},
@@ -25,7 +25,8 @@ FLOORS = [
     {"sweep", "statistics", "reward_model"},
     {"report"},
     {"reward_lab", "research"},
-    {"cli"},
+    {"api"},
+    {"cli", "__init__"},
 ]
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 WITHOUT_JAX = {"errors", "confidence", "experiment", "tasks", "rewards", "statistics"}
@@ -101,7 +102,10 @@ def test_no_file_has_more_than_400_lines():
     assert {m.name: n for m in MODULES if (n := len(m.read_text().splitlines())) > 400} == {}
 
 
-@pytest.mark.parametrize("module", sorted(HOUSE.rglob("__init__.py")), ids=lambda path: str(path.relative_to(HOUSE)))
+INITS = sorted(set(HOUSE.rglob("__init__.py")) - {HOUSE / "__init__.py"})
+
+
+@pytest.mark.parametrize("module", INITS, ids=lambda path: str(path.relative_to(HOUSE)))
 def test_an_init_exports_and_holds_no_code(module):
     for node in ast.parse(module.read_text()).body:
         is_docstring = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)

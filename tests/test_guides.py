@@ -88,6 +88,7 @@ def completions(path: Path) -> list[dict[str, Any]]:
         ("ablation", ["my_ablation.py"]),
         ("trl", ["moved_from_trl.py"]),
         ("install", ["dots.py"]),
+        ("python", ["my_script.py", "one_update.py"]),
     ],
 )
 def test_a_guide_has_its_files(guide, names):
@@ -394,3 +395,32 @@ def test_prompts_that_devices_cannot_share_are_refused_before_anything_compiles(
 
     with pytest.raises(UserError, match="prompts_per_step must be a multiple of 16"):
         replicas_for(24, wanted=8, micro_batches=2)
+
+
+def test_python(tmp_path):
+    """The script stops early and its run is known to the commands; the update by hand is that of its first step."""
+    write("my_script.py", tmp_path, ("EnoughReward(0.7)", "EnoughReward(0.0)"))
+    path = write("one_update.py", tmp_path)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+
+    def python(name: str) -> str:
+        command = [sys.executable, name]
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    said = python("my_script.py")
+    assert "stopped: Stop(steps=1, by='EnoughReward', reason='the reward is " in said
+    assert "\nstopped 1 steps, the last reward 0." in said
+    [row] = [row for row in rows_of(tmp_path / "runs/letters") if "loss" in row]
+    assert python(path.name) == f"reward {row['reward']:.4f}, gradient norm {row['grad_norm']:.4f}\n"
+
+    [success] = re.findall(r"^success (\S+)$", said, re.MULTILINE)
+    options = ("--num-samples", "4", "--temperature", "1", "--json")
+    found = json.loads(grpo_jax("evaluate", "runs/letters", *options, cwd=tmp_path))
+    assert found["success"] == float(success)
+    assert (tmp_path / "runs/letters/code/my_script.py").is_file()
+
+
+def rows_of(run_dir: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]

@@ -5,7 +5,7 @@ import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from tyro.conf import Positional, UseAppendAction, arg
 
@@ -36,6 +36,9 @@ OptionalStep = Annotated[
         help="The run's checkpoint of this step. Default: the newest. A run keeps the newest two.",
         help_behavior_hint="",
     ),
+]
+Trackers = Annotated[
+    UseAppendAction[tuple[Literal["trackio", "wandb"], ...]], arg(metavar="trackio|wandb", help_behavior_hint="")
 ]
 Flag = Annotated[bool, arg(help_behavior_hint="")]
 Inline = arg(name="")  # the fields of a dataclass become options of the command itself
@@ -72,6 +75,15 @@ def require_run_for_step(source: str | Path, step: int | None) -> None:
     """Raises `UserError` if a step is asked for, and the source has no checkpoints."""
     if step is not None and not is_run(source):
         raise UserError(f"--step {step} is for a run, and {str(source)!r} is not the directory of one.")
+
+
+def callbacks(track: Sequence[Literal["trackio", "wandb"]]) -> list[Any]:
+    """The trackers that --track names."""
+    if not track:
+        return []
+    from grpo_jax.runs.trackers import trackers
+
+    return list(trackers(track))
 
 
 def prepare_jax() -> None:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,16 +68,16 @@ def evaluate(
         compared.append((against, own))
 
     common.prepare_jax()
-    from grpo_jax import evaluation
+    from grpo_jax import api
 
     results, starts = [], []
     for at, one in compared:
         if common.is_run(at):
             policy = common.tuned_policy(at, options.step if at is source else None)
         else:
-            policy, start = _start_of(at, one, options)
+            policy, start = api.start_of(one, warm_start=options.warm_start, quiet=options.as_json)
             starts.append(f"{at} starts from {start}.")
-        results.append(evaluation.evaluate(policy, one, options.split))
+        results.append(api.evaluate(policy, one, split=options.split))
     result, other = results[0], results[1] if against is not None else None
     if options.as_json:
         _print_json(source, result, against, other, starts)
@@ -97,30 +96,6 @@ def _require_same_prompts(source: Path, config: Experiment, against: Path, own: 
             f"{str(source)!r} and {str(against)!r} are evaluated on different examples (tasks {config.task.name!r} and "
             f"{own.task.name!r}), so they cannot be compared example by example."
         )
-
-
-def _start_of(source: Path, config: Experiment, options: Options) -> tuple[Any, str]:
-    """The policy that an experiment's training begins with, and what that is: the end of a sentence."""
-    from grpo_jax.runs.restore import restore_policy, source_policy
-
-    if config.warm_start is None:
-        name = "a policy from scratch" if config.policy.source == "scratch" else config.policy.source
-        return source_policy(config), name
-    if options.warm_start is not None:
-        from grpo_jax.sweep.warm_starts import find_warm_start
-
-        found = find_warm_start(config, options.warm_start)
-        return restore_policy(found), f"the warm start in {found}"
-
-    from grpo_jax import training
-    from grpo_jax.runs.log import RunLog, display_of
-
-    display = display_of(config, title="start", quiet=options.as_json)
-    with (
-        tempfile.TemporaryDirectory() as place,
-        RunLog(Path(place) / "start", config, source=source, display=display) as log,
-    ):
-        return training.starting_policy(config, log), "its warm start, which was trained for this in a temporary place"
 
 
 def _difference(result: Any, other: Any) -> Any:

@@ -10,7 +10,8 @@ from tyro.conf import Positional, arg
 
 from grpo_jax.cli.common import Flag
 from grpo_jax.errors import UserError
-from grpo_jax.runs.files import assigned, current_config, read_json, read_rows
+from grpo_jax.experiment.recorded import current_config
+from grpo_jax.runs.files import assigned, read_json, read_rows
 
 WIDE = 110  # columns of a terminal from which the method and the time are shown too
 DEPTH = 2  # runs/RUN and, of a sweep, runs/SWEEP/RUN
@@ -62,8 +63,12 @@ def list_runs(
 
 def run_files(directory: Path) -> Iterator[Path]:
     """The run.json files of a directory, of its folders, and of the folders of sweeps in it."""
+    found: dict[Path, Path] = {}  # by where they are, since the folder `tensorboard` of a sweep links to its runs
     for depth in range(DEPTH + 1):
-        yield from (path for path in directory.glob("/".join(["*"] * depth + ["run.json"])) if not _is_part(path))
+        for path in directory.glob("/".join(["*"] * depth + ["run.json"])):
+            if not _is_part(path):
+                found.setdefault(path.resolve(), path)
+    yield from found.values()
 
 
 def _is_part(path: Path) -> bool:

@@ -75,15 +75,9 @@ class _Speaker:
 
     def asked(self, text: str) -> Any:
         """The prompt for a text: a chat with the turns around the question in training, or the text itself."""
-        first, user = self.first_prompt, {"role": "user", "content": text}
-        if not isinstance(first, list):
-            is_chat = first is None and self.policy.require_tokenizer().has_chat_template
-            return [user] if is_chat else text
-        questions = [i for i, message in enumerate(first) if message["role"] == "user"]
-        if self.options.plain or not questions:
-            return [user]
-        # What stands behind the question is the beginning of the assistant's turn, which the policy goes on with.
-        return [*first[: questions[-1]], user, *first[questions[-1] + 1 :]]
+        from grpo_jax import api
+
+        return api.ask(self.policy, text, self.first_prompt, plain=self.options.plain)
 
     def room(self, prompt: Any) -> int:
         """How many tokens the policy's context has left after a prompt."""

@@ -10,9 +10,9 @@ from typing import Annotated, Any
 from tyro.conf import Positional, arg
 
 from grpo_jax.cli import common
-from grpo_jax.cli.common import Assignments, Flag, OptionalPath
+from grpo_jax.cli.common import Assignments, Flag, OptionalPath, Trackers
 from grpo_jax.errors import UserError
-from grpo_jax.experiment import Experiment, all_overrides, code_of, load, read_run, sources
+from grpo_jax.experiment import Experiment, all_overrides, code_of, load, load_by_config, read_run, sources
 
 
 def train(
@@ -24,6 +24,7 @@ def train(
     resume: Flag = False,
     accept_changes: Flag = False,
     quiet: Flag = False,
+    track: Trackers = (),
 ) -> None:
     """Train a policy as an experiment says, and show the result.
 
@@ -33,6 +34,7 @@ def train(
             from there on, and the run records that.
         accept_changes: With --resume, use the experiment's files as they are now, though they have changed since.
         quiet: Show no progress and no tables, only the run directory.
+        track: Log the run to Trackio or to Weights & Biases too.
     """
     overrides = common.join(assignments)
     if resume and (run_dir is None or not (run_dir / "run.json").is_file()):
@@ -48,9 +50,19 @@ def train(
     common.prepare_jax()
     from grpo_jax import training
     from grpo_jax.report.plots import learning_curve
+    from grpo_jax.runs.log import RunLog, display_of
 
+    log = RunLog(
+        run_dir,
+        config,
+        source=experiment,
+        overrides=overrides,
+        resume=resume,
+        display=display_of(config, quiet=quiet),
+        callbacks=common.callbacks(track),
+    )
     try:
-        result = training.train(config, run_dir, source=experiment, overrides=overrides, resume=resume, quiet=quiet)
+        result = training.run(config, log)
     except KeyboardInterrupt:
         if (run_dir / "run.json").is_file():
             again = shlex.join([common.command(), "train", str(experiment), "--run-dir", str(run_dir), "--resume"])
@@ -70,7 +82,10 @@ def _resumed(experiment: Path, run_dir: Path, overrides: Sequence[str], *, accep
       UserError: if the file, or a file that it uses, is not what the run was made with, unless that is accepted.
     """
     info = read_run(run_dir)
-    config = load(experiment, [*all_overrides(info), *overrides])
+    if info.get("by_program"):
+        config = load_by_config(experiment, run_dir, overrides)
+    else:
+        config = load(experiment, [*all_overrides(info), *overrides])
     kept = code_of(info)
     if kept is None:  # a run of the first versions has a copy of the experiment's file alone
         copy = run_dir / "experiment.py"

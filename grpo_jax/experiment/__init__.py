@@ -17,15 +17,17 @@ from grpo_jax.experiment.configs import (
 )
 from grpo_jax.experiment.experiment import Experiment
 from grpo_jax.experiment.files import (
+    NotWhileLoading,
     all_overrides,
     code_folder,
     code_of,
     load,
     load_ablation,
+    load_by_config,
     load_run,
     read_run,
     run_file,
-    to_dict,
+    source_of,
 )
 from grpo_jax.experiment.methods import (
     AdvantageConfig,
@@ -38,6 +40,7 @@ from grpo_jax.experiment.methods import (
     SFTConfig,
 )
 from grpo_jax.experiment.overrides import override, parse_overrides, variant_of
+from grpo_jax.experiment.recorded import to_dict
 from grpo_jax.experiment.requirements import METHODS, Method, group_parts, method_of
 
 __all__ = [
@@ -51,6 +54,7 @@ __all__ = [
     "LoRAConfig",
     "LossConfig",
     "Method",
+    "NotWhileLoading",
     "OptimizerConfig",
     "PPOConfig",
     "PlannedRun",
@@ -68,12 +72,14 @@ __all__ = [
     "group_parts",
     "load",
     "load_ablation",
+    "load_by_config",
     "load_run",
     "method_of",
     "override",
     "parse_overrides",
     "read_run",
     "run_file",
+    "source_of",
     "to_dict",
     "variant_of",
 ]

@@ -1,13 +1,12 @@
 """Experiments and ablations from Python files and run directories, and as JSON."""
 
 import dataclasses
-import functools
-import hashlib
 import importlib.util
 import json
 import re
 import sys
 import traceback
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,7 +18,7 @@ from grpo_jax.experiment import sources
 from grpo_jax.experiment.ablation import Ablation, Budget
 from grpo_jax.experiment.experiment import Experiment
 from grpo_jax.experiment.overrides import nearest, override, parse_overrides, variant_of
-from grpo_jax.experiment.requirements import Method
+from grpo_jax.experiment.recorded import current_config, with_recorded_fields
 
 
 def load(path: str | Path, assignments: Iterable[str] = (), *, home: Path | None = None) -> Experiment:
@@ -30,6 +29,39 @@ def load(path: str | Path, assignments: Iterable[str] = (), *, home: Path | None
     Raises `UserError` if the file is missing, fails, or exports no `Experiment` named `config`.
     """
     return _experiment_of(run_file(path, home), path, assignments)
+
+
+# The tasks of the experiments that were loaded last, and the files that they came from.
+_loaded: deque[tuple[Any, Path]] = deque(maxlen=64)
+
+
+def source_of(experiment: Experiment) -> Path | None:
+    """The file that an experiment of a program came from: the one that it was loaded from, or the script that runs.
+
+    An experiment that was loaded and then overridden still has its file's task, by which it is known. None in a
+    notebook, at a prompt, and where the program that runs belongs to a library.
+    """
+    for task, path in reversed(_loaded):
+        if task is experiment.task and path.is_file():
+            return path
+    main = sys.modules.get("__main__")
+    script = getattr(main, "__file__", None)
+    if script is None or not sources.is_users(script):
+        return None
+    configs = [name for name, value in vars(main).items() if isinstance(value, (Experiment, Ablation))]
+    sources.record(Path(script), declares=configs)
+    return Path(script)
+
+
+class NotWhileLoading(BaseException):
+    """What `train` raises while a file is loaded for its experiment: the file is a script, and is not to train again.
+
+    Not an `Exception`, so that no `except Exception` of the script goes on after it.
+    """
+
+    def __init__(self, experiment: Experiment) -> None:
+        super().__init__("a file that is loaded for its experiment does not train")
+        self.experiment = experiment
 
 
 def _experiment_of(module: Any, path: str | Path, assignments: Iterable[str]) -> Experiment:
@@ -47,6 +79,7 @@ def _experiment_of(module: Any, path: str | Path, assignments: Iterable[str]) ->
     if not isinstance(config, Experiment):
         raise UserError(f"{path} exports no experiment: it must define `config = grpo_jax.experiment.Experiment(...)`.")
     _warn(config.task)
+    _loaded.append((config.task, Path(path)))
     return override(config, parse_overrides(config, assignments))
 
 
@@ -70,6 +103,7 @@ def load_ablation(
             f"{path} exports no ablation: it must define `ablation = grpo_jax.experiment.Ablation(base=…, arms=…)`."
         )
     _warn(ablation.base.task)
+    _loaded.append((ablation.base.task, Path(path)))
     overrides = parse_overrides(ablation.base, assignments)
     base = override(ablation.base, overrides) if overrides else ablation.base
     return dataclasses.replace(ablation, base=base, budget=budget or ablation.budget)
@@ -78,9 +112,10 @@ def load_ablation(
 def load_run(run_dir: str | Path, assignments: Iterable[str] = ()) -> Experiment:
     """The experiment of a run, with the overrides that the run had and then those of `assignments`.
 
-    It is loaded from the run's own copies of the user's files. The warm start and the control of a run are runs too,
-    whose experiment is a variant of their parent's.
-    Raises `UserError` if the directory holds no run.
+    It is loaded from the run's own copies of the user's files. Of a run that a program made (see `grpo_jax.train`), the
+    copies give the task and the functions, and the recorded config all else. The warm start and the control of a run
+    are runs too, whose experiment is a variant of their parent's.
+    Raises `UserError` if the directory holds no run, or one whose task and functions are in no file.
     """
     run_dir = Path(run_dir)
     info = read_run(run_dir)
@@ -90,12 +125,55 @@ def load_run(run_dir: str | Path, assignments: Iterable[str] = ()) -> Experiment
         config = variant_of(parent, getattr(parent, name) or {})
         return override(config, parse_overrides(config, assignments))
     overrides = [*all_overrides(info), *assignments]
-    if (code := code_of(info)) is not None:
+    code = code_of(info)
+    if code is None and info.get("by_program"):
+        raise UserError(
+            f"{str(run_dir)!r} was made in a notebook or at a prompt, so there is no file to load its task and rewards "
+            f"from: in Python, pass them as grpo_jax.evaluate({str(run_dir)!r}, experiment)."
+        )
+    if code is not None:
         directory = run_dir / code["directory"]
-        module = run_file(directory / code["entry"], paths=[directory / path for path in code["paths"]])
+        paths = [directory / path for path in code["paths"]]
+        if info.get("by_program"):
+            # The original's place, since data that a script opened before it trained are not among the copies.
+            home = Path(info["source"]) if info["source"] else None
+            return load_by_config(directory / code["entry"], run_dir, assignments, home=home, paths=paths)
+        module = run_file(directory / code["entry"], paths=paths)
         return _experiment_of(module, directory / code["entry"], overrides)
     home = Path(info["source"]) if info["source"] else None  # a run of the first versions
     return load(run_dir / "experiment.py", overrides, home=home)
+
+
+def load_by_config(
+    path: Path,
+    run_dir: Path,
+    assignments: Iterable[str] = (),
+    *,
+    home: Path | None = None,
+    paths: Iterable[Path] = (),
+) -> Experiment:
+    """The experiment of a run that a program made, from a file that declares its task and its functions.
+
+    These may belong to any experiment or ablation that the file has at its top level, or to the first that it trains.
+    All other fields are those that the run has.
+    Raises `UserError` if no experiment of the file is about the same task with the same functions.
+    """
+    info = read_run(run_dir)
+    recorded = current_config(json.loads((run_dir / "config.json").read_text()), info)
+    module = run_file(path, home, paths)
+    declared = [*getattr(module, _TRAINED, ()), *vars(module).values()]
+    ablations = [value for value in declared if isinstance(value, Ablation)]
+    candidates = [value for value in declared if isinstance(value, Experiment)]
+    candidates += [ablation.experiment(arm, recorded["seed"]) for ablation in ablations for arm in ablation.arms]
+    for candidate in candidates:
+        found = with_recorded_fields(candidate, recorded, lambda text: text.replace(f"{module.__name__}.", "__main__."))
+        if found is not None:
+            _loaded.append((found.task, path))
+            return override(found, parse_overrides(found, assignments))
+    raise UserError(
+        f"{path} defines no experiment with the task and the functions of the run {str(run_dir)!r} at its top level: "
+        f"define it there, or in Python, pass it as grpo_jax.evaluate({str(run_dir)!r}, experiment)."
+    )
 
 
 def read_run(run_dir: Path) -> dict[str, Any]:
@@ -146,6 +224,8 @@ def run_file(path: str | Path, home: Path | None = None, paths: Iterable[Path] =
         sys.modules[spec.name] = module
         try:
             spec.loader.exec_module(module)
+        except NotWhileLoading as script:
+            setattr(module, _TRAINED, [script.experiment])
         except UserError as error:
             raise UserError(f"{_where(path, error)}: {error}") from None
         except TypeError as error:
@@ -157,6 +237,8 @@ def run_file(path: str | Path, home: Path | None = None, paths: Iterable[Path] =
         sources.record(path, declares=configs)
     return module
 
+
+_TRAINED = "__grpo_jax_trained__"  # the attribute of a module that notes which experiment it would have trained
 
 _imported: set[str] = set()  # the user's modules that experiments have imported
 _appended: list[str] = []  # the folders that stay on sys.path for them
@@ -211,26 +293,3 @@ def _explain(error: TypeError) -> str:
         return f"TypeError: {error}"
     names = [f.name for f in dataclasses.fields(known)]
     return f"{unknown[1]} has no field {unknown[2]!r}{nearest(unknown[2], names)}"
-
-
-def to_dict(value: Any) -> Any:
-    """Returns a config as JSON-able data: functions by name, a task by its name, sizes and a digest of its data."""
-    if hasattr(value, "train") and hasattr(value, "held_out"):
-        splits = {split: list(map(dict, getattr(value, split))) for split in ("train", "held_out")}
-        digest = hashlib.sha256(json.dumps(splits, sort_keys=True, default=str).encode()).hexdigest()[:16]
-        origin = {"origin": to_dict(value.origin)} if getattr(value, "origin", None) else {}
-        return {"name": value.name, **{k: len(v) for k, v in splits.items()}, "sha256": digest, **origin}
-    if dataclasses.is_dataclass(value):
-        return {f.name: to_dict(getattr(value, f.name)) for f in dataclasses.fields(value)}
-    if isinstance(value, Mapping):
-        return {str(k): to_dict(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [to_dict(v) for v in value]
-    if isinstance(value, Method):
-        kind = type(value)
-        return {"name": value.name, "class": f"{kind.__module__}.{kind.__qualname__}", **to_dict(vars(value))}
-    if isinstance(value, functools.partial):
-        return {"function": to_dict(value.func), "args": to_dict(value.args), "keywords": to_dict(value.keywords)}
-    if callable(value):
-        return f"{getattr(value, '__module__', '?')}.{getattr(value, '__qualname__', repr(value))}"
-    return value

@@ -30,8 +30,10 @@ PACKAGE = Path(__file__).resolve().parents[1]
 # What no number of a run comes from.
 WITHOUT_NUMBERS = (
     *("cli/", "report/", "statistics/", "reward_lab/", "research/", "errors.py"),
-    *("experiment/ablation.py", "experiment/sources.py", "experiment/fingerprint.py", "experiment/files.py"),
-    *("runs/log.py", "runs/record.py", "runs/display.py", "runs/files.py"),
+    *("__init__.py", "api.py", "experiment/ablation.py", "experiment/sources.py", "experiment/fingerprint.py"),
+    *("experiment/files.py", "experiment/recorded.py"),
+    *("runs/log.py", "runs/record.py", "runs/display.py", "runs/files.py", "runs/run.py", "runs/tensorboard.py"),
+    *("runs/trackers.py",),
     *("sweep/processes.py", "sweep/progress.py", "sweep/worker.py"),
 )
 LIBRARIES = tuple(
@@ -126,6 +128,16 @@ def calling_folder() -> Path | None:
 def is_loading() -> bool:
     """Whether a file is being executed now."""
     return bool(_loading)
+
+
+def is_loading_me() -> bool:
+    """Whether the caller was called by a file that is being loaded, and not by another thread meanwhile."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and _loading:
+        if os.path.realpath(frame.f_code.co_filename) in map(str, _loading):
+            return True
+        frame = frame.f_back
+    return False
 
 
 def record(path: Path, *, declares: Collection[str] = ()) -> None:

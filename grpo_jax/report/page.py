@@ -332,7 +332,10 @@ def _facts(info: Mapping[str, Any], config: Mapping[str, Any]) -> list[str]:
 
 def _unfinished(info: Mapping[str, Any]) -> list[str]:
     """A sentence on why a run is not finished, unless it is."""
-    status = info.get("status", "unknown")
+    status, stop = info.get("status", "unknown"), info.get("stop")
+    if status == "stopped" and stop:
+        reason = f": {stop['reason']}" if stop["reason"] else ""
+        return [f"The callback {stop['by']} stopped the run after {stop['steps']} steps{reason}."]
     return [] if status == "finished" else [" ".join(filter(None, [f"The run is {status}.", info.get("error")]))]
 
 

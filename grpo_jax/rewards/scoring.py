@@ -4,6 +4,7 @@ A failure is an exception, a call that exceeds its time limit, a result with the
 is neither None nor a finite number. None means "does not apply" and adds nothing. A failure never becomes a 0.
 """
 
+import ctypes
 import math
 import reprlib
 import signal
@@ -12,16 +13,18 @@ import textwrap
 import threading
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from grpo_jax.errors import RunError, UserError
+from grpo_jax.errors import RunError
 from grpo_jax.experiment import RewardConfig
 from grpo_jax.rewards import Completion, RewardFunction, text
 
 _ALARM_INTERVAL = 0.05  # seconds; alarms repeat, because a bare `except:` in a reward may catch the first one
+_GRACE = 1.0  # seconds that a reward in a thread of its own has to end, once its time is up
 
 
 @dataclass(frozen=True)
@@ -67,7 +70,9 @@ def score(
 
     `config.time_limit` is the limit of each call in seconds. SIGALRM enforces it, which ends Python code, sleeps,
     regular expressions and blocking reads. It cannot end C code that never checks for signals, or a reward that sets an
-    alarm itself. Signals need the main thread.
+    alarm itself. Signals need the main thread. In another thread each call has a thread of its own, which the limit
+    ends between two lines of Python; what is blocked in one call (a sleep, a read, a regular expression) is left behind
+    in the background, and while C code holds Python's lock, nothing goes on. A warning says so once.
 
     Args:
       rewards: the reward functions by name.
@@ -78,10 +83,14 @@ def score(
 
     Raises:
       RunError: for a failure that ends the run, with the name of the reward, the failure and the completion.
-      UserError: outside the main thread, because there would be no time limit.
     """
     if threading.current_thread() is not threading.main_thread():
-        raise UserError("rewards must be scored in the main thread, because their time limit is enforced by a signal.")
+        warnings.warn(
+            "rewards are scored outside of the main thread: their time limit ends Python code there, but what blocks "
+            "in one call (a sleep, a read) goes on in the background, and a long regular expression is not ended.",
+            RuntimeWarning,
+            stacklevel=2,
+        )
     completions = arguments["completions"]
     attempts = 1 + config.retries if config.on_failure == "retry" else 1
     calls: dict[str, _Call] = {}
@@ -206,6 +215,8 @@ class _TimeUp(BaseException):
 
 def _within(seconds: float, function: Callable[[], Any]) -> Any:
     """Returns `function()`, or raises `_TimeUp` after `seconds`. Restores the alarm that was set before."""
+    if threading.current_thread() is not threading.main_thread():
+        return _within_in_thread(seconds, function)
     running, reached = True, False
 
     def ring(*_: object) -> None:
@@ -228,4 +239,32 @@ def _within(seconds: float, function: Callable[[], Any]) -> Any:
         signal.signal(signal.SIGALRM, handler)
     if reached:
         raise _TimeUp
+    return result
+
+
+def _within_in_thread(seconds: float, function: Callable[[], Any]) -> Any:
+    """The same outside of the main thread, where no signal arrives: in a thread that can be left behind."""
+    outcome: list[tuple[Any, BaseException | None]] = []
+
+    def work() -> None:
+        try:
+            outcome.append((function(), None))
+        except BaseException as error:  # also what a reward exits with, to be raised where it is scored
+            outcome.append((None, error))
+
+    worker = threading.Thread(target=work, name="reward", daemon=True)
+    worker.start()
+    worker.join(seconds)
+    deadline, reached = time.monotonic() + _GRACE, worker.is_alive()
+    while worker.is_alive() and time.monotonic() < deadline:
+        # Raises `_TimeUp` before the thread's next line of Python.
+        ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(worker.ident or 0), ctypes.py_object(_TimeUp))
+        worker.join(_ALARM_INTERVAL)
+    if not outcome:
+        raise _TimeUp
+    result, error = outcome[0]
+    if reached and not isinstance(error, _TimeUp):
+        raise _TimeUp
+    if error is not None:
+        raise error
     return result

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 from rich.console import Console, Group
+from rich.jupyter import JupyterMixin
 from rich.live import Live
 from rich.progress import (
     BarColumn,
@@ -34,9 +35,9 @@ LONGEST_SHOWN = 160  # characters of a prompt or a column above a table
 class Display:
     """The live progress of a run.
 
-    On a terminal it is a bar with the latest group above it; elsewhere it is a plain line every `every` seconds. It
-    starts with the first step and ends with the last, so that a run inside another one (a warm start, a control) can
-    have its own.
+    On a terminal and in a notebook it is a bar with the latest group above it; elsewhere it is a plain line every
+    `every` seconds. It starts with the first step and ends with the last, so that a run inside another one (a warm
+    start, a control) can have its own.
 
     Args:
       total: the number of steps.
@@ -63,7 +64,7 @@ class Display:
         self._rewards: list[float] = []
         self._success: float | None = None
         self._started, self._last_line = clock(), -math.inf
-        self._live: Live | None = None
+        self._live: Live | _Cell | None = None
         self._progress = Progress(console=self.console)  # its columns are those that fit: see `_columns`
         self._task = self._progress.add_task(title or "training", total=token_budget or total, figures="")
 
@@ -75,7 +76,7 @@ class Display:
         # With a token budget, progress is counted in tokens.
         done = step + 1 if self.token_budget is None else int(metrics["num_sampled_tokens"])
         over = step + 1 >= self.total or done >= (self.token_budget or self.total)
-        if self.console.is_interactive:
+        if self.console.is_interactive or self.console.is_jupyter:
             self._draw(done, metrics, group)
             if over:
                 self.close()
@@ -107,7 +108,9 @@ class Display:
 
     def _draw(self, done: int, metrics: Mapping[str, Any], group: Sequence[Mapping[str, Any]]) -> None:
         if self._live is None:
-            self._live = Live(console=self.console, refresh_per_second=4)
+            # rich's own display in a notebook needs a widget that may not be installed.
+            on_screen = Live(console=self.console, refresh_per_second=4)
+            self._live = _Cell() if self.console.is_jupyter else on_screen
             self._live.start()
         columns, figures = self._columns(metrics)
         self._progress.columns = columns
@@ -147,6 +150,46 @@ class Display:
         if "tokens_per_second" in metrics and most > 3:
             parts.append(f"{metrics['tokens_per_second']:,.0f} tokens/s")
         return parts
+
+
+class _Cell:
+    """What a notebook's cell shows, drawn over at most four times a second, with the methods of rich's `Live`."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock, self._last, self._handle = clock, -math.inf, None
+        self._shown: _Renderable | None = None
+
+    def start(self) -> None:
+        """Shows nothing yet."""
+
+    def update(self, renderable: Any) -> None:
+        """Shows something instead of what was shown before."""
+        self._shown = _Renderable(renderable)
+        if self._clock() - self._last >= 0.25:
+            self._draw()
+
+    def stop(self) -> None:
+        """Shows the last state."""
+        self._draw()
+
+    def _draw(self) -> None:
+        from IPython.display import display
+
+        self._last = self._clock()
+        if self._handle is None:
+            self._handle = display(self._shown, display_id=True)
+        else:
+            self._handle.update(self._shown)
+
+
+class _Renderable(JupyterMixin):
+    """Something of rich's, as it is now, with the form that a notebook shows."""
+
+    def __init__(self, renderable: Any) -> None:
+        self._renderable = renderable
+
+    def __rich__(self) -> Any:
+        return self._renderable
 
 
 def visible(text: str) -> Text:

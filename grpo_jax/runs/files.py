@@ -1,8 +1,6 @@
 """Reading and writing the JSON files of a run directory; a file is written completely or not at all."""
 
-import copy
 import json
-import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -10,21 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from grpo_jax.errors import RunError, UserError
-
-
-def jsonable(value: Any) -> Any:
-    """`value` as JSON-able data: arrays as lists, numbers that are not finite as None, unknown types as text."""
-    if value is None or isinstance(value, (bool, int, str)):
-        return value
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {str(key): jsonable(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [jsonable(item) for item in value]
-    if hasattr(value, "tolist"):  # NumPy's and JAX's arrays and scalars
-        return jsonable(value.tolist())
-    return str(value)
+from grpo_jax.experiment.recorded import jsonable
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -38,23 +22,6 @@ def read_json(path: Path) -> dict[str, Any]:
 def assigned(info: Mapping[str, Any]) -> dict[str, Any]:
     """The assignments that a run began with, by field, from its run.json; `arm` and `budget` for a run of a sweep."""
     return dict(each.split("=", 1) for each in info.get("overrides", ()) if "=" in each)
-
-
-def current_config(config: Mapping[str, Any], info: Mapping[str, Any]) -> dict[str, Any]:
-    """The config that a run has now, as JSON: that of its config.json, with the changes that it was resumed with.
-
-    Args:
-      info: the content of its run.json.
-    """
-    now = copy.deepcopy(dict(config))
-    for visit in info.get("resumed", ()):
-        for name, (_, after) in visit.get("changes", {}).items():
-            *owners, key = name.split(".")
-            place = now
-            for owner in owners:
-                place = place[owner]
-            place[key] = after
-    return now
 
 
 def changed_since(info: Mapping[str, Any], section: str) -> dict[str, Any]:

@@ -1,24 +1,22 @@
-"""What a run writes and shows: its directory, metrics, TensorBoard events, completions, and the progress display."""
+"""What a run writes and shows: its directory, metrics, completions, its callbacks, and the progress display."""
 
-import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 import numpy as np
 from rich.console import Console
-from tensorboardX import summary as proto
-from tensorboardX.event_file_writer import EventsWriter  # without the thread of SummaryWriter, which hides a full disk
-from tensorboardX.proto.event_pb2 import Event, SessionLog
 
-from grpo_jax.errors import RunError, UserError
-from grpo_jax.experiment import Experiment
-from grpo_jax.runs import record
-from grpo_jax.runs.display import Display, markdown_table
-from grpo_jax.runs.files import append_rows, json_line, jsonable, read_rows, write_json, write_text, writing
-
-SAMPLE_TEXTS = 20  # how many times in a run a whole group is written to TensorBoard
+from grpo_jax.errors import UserError
+from grpo_jax.experiment import Experiment, to_dict
+from grpo_jax.runs import checkpoints, record
+from grpo_jax.runs.callbacks import Callbacks, EndEvent, EvaluationEvent, StartEvent, Status, StepEvent
+from grpo_jax.runs.display import Display
+from grpo_jax.runs.files import append_rows, assigned, json_line, jsonable, read_rows, write_json, write_text, writing
+from grpo_jax.runs.result import Result, Stop
+from grpo_jax.runs.tensorboard import SAMPLE_TEXTS, TensorBoard
 
 
 class RunLog:
@@ -33,8 +31,14 @@ class RunLog:
     interrupted run had written from s on, and an evaluation replaces an earlier one at its step. The record of how the
     run began stays: `config.json` is not written again, and run.json lists each visit under `resumed`, with the fields
     and files that have changed since (see `grpo_jax.runs.record`). The status in run.json ends as `finished`,
-    `interrupted` (KeyboardInterrupt) or `failed`. Raises `UserError` for a directory that holds another run, and
+    `stopped` (a callback ended training early, which run.json names), `interrupted` (KeyboardInterrupt) or `failed`.
+    Raises `UserError` for a directory that holds another run, and
     `RunError` when something cannot be written.
+
+    Args:
+      source, overrides: the experiment's file and the assignments for it; `overrides` is None for an experiment that a
+        program made (see `grpo_jax.experiment.source_of`).
+      callbacks: what is told of the run, besides TensorBoard (see `grpo_jax.runs.callbacks`).
     """
 
     def __init__(
@@ -43,58 +47,87 @@ class RunLog:
         experiment: Experiment,
         *,
         source: Path | None = None,
-        overrides: Iterable[str] = (),
+        overrides: Iterable[str] | None = (),
         resume: bool = False,
         display: Display | None = None,
+        callbacks: Sequence[Any] = (),
     ) -> None:
         self.run_dir = Path(run_dir)
         self.display = display_of(experiment) if display is None else display
         self._experiment = experiment
         self._source = source
-        self._overrides = list(overrides)
-        self._resume = resume
+        self._overrides = None if overrides is None else list(overrides)
+        self.resume = resume
+        self._result: Result | None = None
         self._info: dict[str, Any] = {}
         self._rewound = not resume
-        self._events: EventsWriter | None = None
+        self._board = TensorBoard(self.run_dir / "events", text_every=max(1, experiment.num_steps // SAMPLE_TEXTS))
+        self._callbacks = Callbacks(callbacks)
 
     def __enter__(self) -> Self:
         with writing(self.run_dir):
             self.run_dir.mkdir(parents=True, exist_ok=True)
             occupied = any(self.run_dir.iterdir())
-        if occupied and not self._resume:
+        if occupied and not self.resume:
             raise UserError(
                 f"the run directory {str(self.run_dir)!r} is not empty: choose another with --run-dir, or add --resume "
-                "to go on with the run that it holds."
+                "to go on with the run that it holds (in Python: resume=True)."
             )
         changes: dict[str, Any] = {}
-        if self._resume and (self.run_dir / "run.json").is_file():
+        if self.resume and (self.run_dir / "run.json").is_file():
             self._info = record.continue_run(self.run_dir, self._experiment, self._source, self._overrides)
             changes = self._info["resumed"][-1]["changes"]
         else:
             self._info = record.begin_run(self.run_dir, self._experiment, self._source, self._overrides)
-        self._write_status("running", finished=None)
+        self._write_status("running", finished=None, stop=None)
         if not self.display.title:
             self.note(f"writing to {self.run_dir}")
         for name, (before, now) in changes.items():
             self.note(f"changed since the run began: {name} was {before}, and is {now} from here on")
+        event = self._start_event()
+        self._board.on_start(event)
+        try:
+            self._callbacks.start(event)
+        except BaseException as error:
+            self.__exit__(type(error), error, None)
+            raise
         return self
+
+    def _start_event(self) -> StartEvent:
+        arm = assigned(self._info).get("arm")
+        name = self.run_dir.resolve().name if arm is None else f"{arm} seed {self._experiment.seed}"
+        first_step = (checkpoints.latest_step(self.run_dir / "checkpoints") or 0) if self.resume else 0
+        return StartEvent(self.run_dir, name, arm, jsonable(to_dict(self._experiment)), first_step)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         self.display.close()
         if error is None:
-            self._write_status("finished", finished=record.now())
-            self._close_events()
+            try:
+                self._end("finished" if self.stop is None else "stopped")
+            except UserError as failure:  # of a callback at the end, or of the disk
+                self._write_status("failed", finished=record.now(), error=str(failure))
+                raise
             return
-        interrupted = isinstance(error, KeyboardInterrupt)
+        status: Status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
         try:
-            self._write_status(
-                "interrupted" if interrupted else "failed",
-                finished=record.now(),
-                error=None if interrupted else str(error),
-            )
-            self._close_events()
-        except RunError:  # the disk is full, say: what went wrong first is what must be told
+            self._end(status, error=None if status == "interrupted" else str(error))
+        except UserError:  # the disk is full, say: what went wrong first is what must be told
             pass
+
+    def _end(self, status: Status, *, error: str | None = None) -> None:
+        """Writes how the run ended and tells its callbacks."""
+        event = EndEvent(status, self._result, error, self.stop)
+        stop = None if self.stop is None else asdict(self.stop)
+        try:
+            self._write_status(status, finished=record.now(), stop=stop, **({} if error is None else {"error": error}))
+            self._board.on_end(event)
+        finally:
+            self._callbacks.end(event)
+
+    @property
+    def stop(self) -> Stop | None:
+        """Which callback has ended training early; None if none has."""
+        return self._callbacks.stop
 
     def step(
         self,
@@ -108,18 +141,10 @@ class RunLog:
             self._rewind(step)
         append_rows(self.run_dir / "metrics.jsonl", [{"step": step, **metrics}])
         append_rows(self.run_dir / "completions.jsonl", ({"step": step, **row} for row in completions or ()))
-        group = _first_group(completions or ())
-        with writing(self.run_dir):
-            self._add_scalars(step, metrics)
-            for name, values in (histograms or {}).items():
-                finite = np.asarray(values, np.float64)
-                finite = finite[np.isfinite(finite)]
-                if finite.size:
-                    self._add(step, proto.histogram(name, finite, bins=30))
-            if group and step % max(1, self._experiment.num_steps // SAMPLE_TEXTS) == 0:
-                self._add(step, proto.text("completions", markdown_table(group)))
-            self._writer.flush()
-        self.display.update(step, metrics, group)
+        event = StepEvent(step, dict(metrics), [dict(row) for row in completions or ()], dict(histograms or {}))
+        self._board.on_step(event)
+        self.display.update(step, metrics, event.first_group())
+        self._callbacks.step(event)
 
     def evaluation(self, step: int, evaluation: Any) -> None:
         """Records an `Evaluation` (anything with its `to_dict`) of the policy after `step` updates."""
@@ -128,19 +153,20 @@ class RunLog:
         prefix = "evaluation" if split == "held_out" else f"evaluation/{split}"
         row = {"step": step, **{f"{prefix}/{key}": value for key, value in _flat(values)}}
         path = self.run_dir / "metrics.jsonl"
-        if self._resume:
+        if self.resume:
             others = [r for r in read_rows(path) if r["step"] != step or f"{prefix}/success" not in r]
             write_text(path, "".join(map(json_line, sorted([*others, row], key=_place))))
         else:
             append_rows(path, [row])
-        with writing(self.run_dir):
-            self._add_scalars(step, row)
-            self._writer.flush()
+        event = EvaluationEvent(step, evaluation, {name: value for name, value in row.items() if name != "step"})
+        self._board.on_evaluation(event)
         self.display.evaluation(step, evaluation)
+        self._callbacks.evaluation(event)
 
-    def summary(self, values: Mapping[str, Any]) -> None:
-        """Writes `summary.json`: what the run came to."""
+    def summary(self, values: Mapping[str, Any], result: Result | None = None) -> None:
+        """Writes `summary.json`: what the run came to. The callbacks get `result` when the run ends."""
         write_json(self.run_dir / "summary.json", values)
+        self._result = result
 
     def note(self, message: str) -> None:
         """Shows one line about what happens now."""
@@ -149,34 +175,13 @@ class RunLog:
     def _rewind(self, step: int) -> None:
         """Removes what an interrupted run has written from `step` on; evaluations at `step` itself still hold."""
         self._rewound = True
+        kept: list[dict[str, Any]] = []
         with writing(self.run_dir):
-            self._writer.write_event(Event(step=step, session_log=SessionLog(status=SessionLog.START)))
             for name in ("metrics.jsonl", "completions.jsonl"):
                 rows = [row for row in read_rows(self.run_dir / name) if _place(row) < (step, 1)]
                 write_text(self.run_dir / name, "".join(map(json_line, rows)))
-                for row in rows:
-                    if row["step"] == step:  # TensorBoard takes the event above to end all that it had at this step
-                        self._add_scalars(step, row)
-
-    @property
-    def _writer(self) -> EventsWriter:
-        if self._events is None:
-            # The suffix keeps a run that is resumed within the second from overwriting its own events.
-            self._events = EventsWriter(str(self.run_dir / "events"), filename_suffix=f".{time.time_ns()}")
-        return self._events
-
-    def _add(self, step: int, summary: Any) -> None:
-        self._writer.write_event(Event(step=step, wall_time=time.time(), summary=summary))
-
-    def _add_scalars(self, step: int, values: Mapping[str, Any]) -> None:
-        for name, value in values.items():
-            if name != "step" and isinstance(value := jsonable(value), (int, float)):
-                self._add(step, proto.scalar(name, value))
-
-    def _close_events(self) -> None:
-        if self._events is not None:
-            with writing(self.run_dir):
-                self._events.close()
+                kept += [row for row in rows if row["step"] == step]
+        self._board.rewind(step, kept)
 
     def _write_status(self, status: str, **more: Any) -> None:
         self._info |= {"status": status, **more}
@@ -201,7 +206,3 @@ def _flat(values: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, An
 def _place(row: Mapping[str, Any]) -> tuple[int, int]:
     """Where a row belongs in a file: the evaluations at a step come before the step, which moves the parameters."""
     return row["step"], int(not any(key.startswith("evaluation/") for key in row))
-
-
-def _first_group(completions: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    return [row for row in completions if row["prompt_id"] == completions[0]["prompt_id"]]

@@ -6,14 +6,13 @@ The record of a run's beginning is never written again. When a run is resumed, r
 same).
 """
 
-import dataclasses
 import json
 import os
 import platform
 import shlex
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -23,20 +22,24 @@ from grpo_jax import sharding
 from grpo_jax.errors import UserError
 from grpo_jax.experiment import Experiment, code_of, read_run, sources, to_dict
 from grpo_jax.experiment.fingerprint import fingerprint
+from grpo_jax.experiment.recorded import changed_fields, current_config
 from grpo_jax.runs import checkpoints
-from grpo_jax.runs.files import current_config, jsonable, write_json, writing
+from grpo_jax.runs.files import write_json, writing
 
 PACKAGES = ("grpo_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "numpy")
 FIXED = ("policy", "seed", "method", "warm_start")  # what a run's checkpoints were made from
 
 
-def begin_run(run_dir: Path, experiment: Experiment, source: Path | None, overrides: Sequence[str]) -> dict[str, Any]:
+def begin_run(
+    run_dir: Path, experiment: Experiment, source: Path | None, overrides: Sequence[str] | None
+) -> dict[str, Any]:
     """Copies the experiment's files, writes config.json, and returns what run.json says.
 
     Together they are all that is needed to run it again.
 
     Args:
-      source, overrides: the experiment's file (None for one that was made by a program) and the assignments for it.
+      source: the experiment's file, or the script that made it; None for a notebook.
+      overrides: the assignments for the file; None for an experiment that a program made, whatever its file declares.
     """
     code = None if source is None else _keep_files(run_dir, source, "code")
     write_json(run_dir / "config.json", to_dict(experiment))
@@ -45,7 +48,8 @@ def begin_run(run_dir: Path, experiment: Experiment, source: Path | None, overri
         "started": now(),
         "finished": None,
         "source": None if source is None else str(source.resolve()),
-        "overrides": list(overrides),
+        "overrides": list(overrides or ()),
+        "by_program": overrides is None,
         "command": shlex.join(sys.argv),
         "seed": experiment.seed,
         "key": fingerprint(experiment),
@@ -61,7 +65,7 @@ def begin_run(run_dir: Path, experiment: Experiment, source: Path | None, overri
 
 
 def continue_run(
-    run_dir: Path, experiment: Experiment, source: Path | None, overrides: Sequence[str]
+    run_dir: Path, experiment: Experiment, source: Path | None, overrides: Sequence[str] | None
 ) -> dict[str, Any]:
     """What run.json says of a run that is resumed: its record, with one more visit.
 
@@ -84,29 +88,14 @@ def continue_run(
     visit = {
         "started": now(),
         "step": checkpoints.latest_step(run_dir / "checkpoints") or 0,
-        "overrides": list(overrides),
+        "overrides": list(overrides or ()),
         "command": shlex.join(sys.argv),
         "changes": changes,
         "code": code,
         "package": sources.package_digest(),
     }
-    return {**info, "resumed": [*visits, visit]}
-
-
-def changed_fields(before: Any, now: Any, path: str = "") -> dict[str, list[Any]]:
-    """The fields, with dotted names, in which a config differs from a recorded one: name -> [before, now], as JSON.
-
-    A field that the record lacks was added to the package since, and does not count.
-    """
-    if not (isinstance(before, Mapping) and dataclasses.is_dataclass(now)) or hasattr(now, "held_out"):
-        after = jsonable(to_dict(now))
-        return {} if before == after else {path: [before, after]}
-    found: dict[str, list[Any]] = {}
-    for field in dataclasses.fields(now):
-        if field.name in before:
-            name = f"{path}.{field.name}" if path else field.name
-            found |= changed_fields(before[field.name], getattr(now, field.name), name)
-    return found
+    by_program = info.get("by_program", False) or overrides is None
+    return {**info, "by_program": by_program, "resumed": [*visits, visit]}
 
 
 def processor() -> dict[str, Any]:

@@ -1,5 +1,5 @@
 """Ablations: every arm at every seed, in processes of their own or all seeds of an arm in one program."""
 
-from grpo_jax.sweep.processes import is_finished, sweep
+from grpo_jax.sweep.processes import TRACK, is_finished, sweep
 
-__all__ = ["is_finished", "sweep"]
+__all__ = ["TRACK", "is_finished", "sweep"]

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from grpo_jax.runs.files import write_json
 from grpo_jax.sweep.progress import SweepProgress
 
 WORKER = (sys.executable, "-m", "grpo_jax.sweep.worker")
+TRACK = "GRPO_JAX_TRACK"  # the environment variable that names the trackers of every run of a sweep
 POLL = 0.2  # s between two looks at the processes
 
 
@@ -129,6 +130,19 @@ def write_plan(directory: Path, ablation: Ablation) -> None:
     """
     directory.mkdir(parents=True, exist_ok=True)
     write_json(directory / "sweep.json", plan_of(ablation))
+
+
+def name_events(directory: Path, run: PlannedRun) -> None:
+    """Gives a run's directory a name, by which TensorBoard shows its events: `tensorboard/ARM seed SEED`, a link.
+
+    Where links cannot be made there is none, and TensorBoard shows the run by its directory.
+    """
+    name = f"{' = '.join(run.arms)} seed {run.seed}".replace("/", "∕")  # a division sign, since a name has no slash
+    link = directory / "tensorboard" / name
+    with suppress(OSError):
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.unlink(missing_ok=True)
+        link.symlink_to(Path("..") / run.key, target_is_directory=True)
 
 
 def is_finished(run_dir: Path) -> bool:

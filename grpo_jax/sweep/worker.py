@@ -29,7 +29,9 @@ def run(
     Waits while another process makes the same run, such as one that a killed sweep has left behind.
     """
     from grpo_jax import training
-    from grpo_jax.sweep.processes import is_finished, write_plan
+    from grpo_jax.runs.log import RunLog, display_of
+    from grpo_jax.runs.trackers import trackers
+    from grpo_jax.sweep.processes import TRACK, is_finished, name_events, write_plan
     from grpo_jax.sweep.warm_starts import adopt_warm_start
 
     ablation = load_ablation(source, budget, overrides)
@@ -41,6 +43,8 @@ def run(
             locks.enter_context(_lock(directory / f".{one.key}.lock"))
         planned = [one for one in planned if not is_finished(directory / one.key)]
         given = {one.key: [f"arm={arm}", f"budget={budget}", f"seed={one.seed}", *overrides] for one in planned}
+        for one in planned:
+            name_events(directory, one)
         if vectorize:
             from grpo_jax.sweep.vectorized import train_seeds
 
@@ -49,10 +53,16 @@ def run(
         for one in planned:
             others = [(directory / run.key, run.config) for run in ablation.runs() if run.seed == one.seed]
             adopt_warm_start(directory / one.key, one.config, others)
-            resume = (directory / one.key).is_dir()
-            training.train(
-                one.config, directory / one.key, source=source, overrides=given[one.key], resume=resume, quiet=True
+            log = RunLog(
+                directory / one.key,
+                one.config,
+                source=source,
+                overrides=given[one.key],
+                resume=(directory / one.key).is_dir(),
+                display=display_of(one.config, quiet=True),
+                callbacks=trackers(os.environ.get(TRACK, "").split()),
             )
+            training.run(one.config, log)
 
 
 @contextmanager

@@ -78,7 +78,11 @@ def house(monkeypatch, tmp_path):
 
     policy = SimpleNamespace(require_tokenizer=make_tokenizer, config=SimpleNamespace(max_positions=512))
 
-    def train(config, run_dir, **options):
+    def make_log(run_dir, config, **options):
+        return SimpleNamespace(run_dir=run_dir, options=options)
+
+    def train(config, log):
+        run_dir, options = log.run_dir, log.options
         house.calls.append(("train", config, run_dir, options))
         run_dir.mkdir(parents=True, exist_ok=True)
         (run_dir / "run.json").write_text('{"source": null, "overrides": ["seed=8"]}')
@@ -142,7 +146,8 @@ def house(monkeypatch, tmp_path):
         return policy
 
     rooms = {
-        "training": {"train": train, "starting_policy": starting_policy},
+        "training": {"run": train, "starting_policy": starting_policy},
+        "runs.log": {"RunLog": make_log, "display_of": lambda config, **options: options},
         "runs.restore": {
             "restore_policy": restore,
             "source_policy": source_policy,
@@ -342,8 +347,31 @@ def test_train_passes_on_the_experiment_with_its_overrides(experiment, house):
         "source": experiment,
         "overrides": ["loss.beta=0.04", "seed=5", "steps=3"],
         "resume": False,
-        "quiet": True,
+        "display": True,  # whether it is quiet
+        "callbacks": [],
     }
+
+
+def test_track_tells_a_tracker_and_one_that_is_missing_is_found_before_the_run(experiment, house, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "grpo_jax.runs.trackers", SimpleNamespace(trackers=list))
+    assert cli.main(["train", str(experiment), "--run-dir", "r", "--track", "trackio", "--track", "wandb"]) == 0
+    assert house.calls[0][3]["callbacks"] == ["trackio", "wandb"]
+
+    def missing(names):
+        raise UserError("trackio is not installed.")
+
+    monkeypatch.setitem(sys.modules, "grpo_jax.runs.trackers", SimpleNamespace(trackers=missing))
+    for command in (["train", "--run-dir", "other"], ["sweep"]):
+        source = experiment
+        if command == ["sweep"]:
+            source = experiment.with_name("arms.py")
+            source.write_text("from grpo_jax.experiment import Ablation\nfrom toy import config\n")
+            source.write_text(source.read_text() + "ablation = Ablation(base=config, arms={'a': {}})\n")
+        assert cli.main([command[0], str(source), *command[1:], "--track", "trackio"]) == 2
+        assert "error: trackio is not installed." in capsys.readouterr().err
+    assert not Path("other").exists() and not Path("runs").exists()
+    assert cli.main(["sweep", str(source), "--track", "trackio", "--vectorize"]) == 2
+    assert "leave out --vectorize" in capsys.readouterr().err
 
 
 def test_a_run_has_a_directory_of_its_own_by_default(experiment, house):

@@ -152,6 +152,14 @@ def test_a_run_that_failed_or_has_just_started_has_a_page_too(tmp_path):
     assert "The run is failed." in render(page)
 
 
+def test_the_page_of_a_run_that_was_stopped_says_by_what(tmp_path):
+    run = make_run(tmp_path / "run", status="stopped")
+    info = json.loads((run / "run.json").read_text())
+    stop = {"steps": 2, "by": "Enough", "reason": "0.9 is reached"}
+    (run / "run.json").write_text(json.dumps(info | {"stop": stop}))
+    assert run_page(run)["warnings"][0] == "The callback Enough stopped the run after 2 steps: 0.9 is reached."
+
+
 def test_an_ablation_compares_its_arms_by_seed_and_names_what_is_missing(tmp_path):
     directory = make_sweep(tmp_path / "sweep")
     page = ablation_page(directory, read_sweep(directory))

@@ -6,12 +6,13 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 import pytest
 
-from grpo_jax.errors import RunError, UserError
+from grpo_jax.errors import RunError
 from grpo_jax.experiment import RewardConfig
 from grpo_jax.rewards import RewardFunction
 from grpo_jax.rewards.scoring import Scores, score
@@ -244,16 +245,52 @@ class TestTimeLimit:
             signal.signal(signal.SIGALRM, handler)
         assert rung == [1]
 
-    def test_outside_the_main_thread_it_refuses_rather_than_run_without_a_limit(self) -> None:
-        caught: list[UserError] = []
+    def test_outside_the_main_thread_rewards_are_scored_and_a_warning_says_what_the_limit_is_worth(self) -> None:
+        with pytest.warns(RuntimeWarning, match="outside of the main thread: their time limit ends Python code"):
+            scores = in_a_thread(lambda: score_four({"x": constant(1, 2, 3, 4)}))
+        assert scores.total == [1, 2, 3, 4]
 
-        def work() -> None:
-            try:
-                score_four({"x": constant(1, 2, 3, 4)}, on_failure="drop")
-            except UserError as error:
-                caught.append(error)
+    @pytest.mark.filterwarnings("ignore:rewards are scored outside of the main thread")
+    def test_outside_the_main_thread_an_error_names_its_place(self) -> None:
+        def broken(**_: object) -> list[float]:
+            raise ValueError("no")
 
-        thread = threading.Thread(target=work)
-        thread.start()
-        thread.join()
-        assert "main thread" in str(caught[0])
+        with pytest.raises(RunError, match=r"raised ValueError: no \(at test_scoring.py:\d+\)"):
+            in_a_thread(lambda: score_four({"mine": broken}))
+
+    @pytest.mark.filterwarnings("ignore:rewards are scored outside of the main thread")
+    @pytest.mark.parametrize("catches_all", [False, True])
+    def test_outside_the_main_thread_a_loop_is_ended_at_its_limit(self, catches_all: bool) -> None:
+        turns = [0]
+
+        def busy(**_: object) -> list[float]:
+            while True:
+                try:
+                    turns[0] += 1
+                except BaseException:
+                    if not catches_all or turns[0] < 0:
+                        raise
+
+        with pytest.raises(RunError, match=r"ran past its time limit of 0.1 s \(at test_scoring.py:\d+\)"):
+            in_a_thread(lambda: score_four({"mine": busy}, time_limit=0.1))
+        before = turns[0]
+        time.sleep(0.1)
+        assert turns[0] == before
+
+    @pytest.mark.filterwarnings("ignore:rewards are scored outside of the main thread")
+    def test_outside_the_main_thread_a_sleeping_reward_is_left_behind(self) -> None:
+        started, woken = time.monotonic(), threading.Event()
+
+        def sleeps(**_: object) -> list[float]:
+            woken.wait(20)
+            return [1.0] * 4
+
+        scores = in_a_thread(lambda: score_four({"mine": sleeps}, time_limit=0.1, on_failure="drop"))
+        woken.set()
+        assert scores.sample_mask == [False] * 4 and time.monotonic() - started < 10
+
+
+def in_a_thread(function: Callable[[], Any]) -> Any:
+    """What a function returns or raises in a thread other than the main one."""
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(function).result()

@@ -2,7 +2,8 @@
 
 import io
 import re
-from types import SimpleNamespace
+import sys
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
@@ -150,3 +151,26 @@ def test_an_example_without_a_prompt_is_shown_by_its_columns():
     rows = [row | {"prompt": "", "columns": {"secret": "POUND"}} for row in completions()]
     text = shown(display.group_table({"": rows}))
     assert "secret: POUND" in text and "prompt" not in text
+
+
+def test_a_notebooks_cell_is_drawn_over_and_keeps_the_last_state(monkeypatch):
+    drawn: list[str] = []
+
+    class Handle:
+        def update(self, picture) -> None:
+            drawn[-1] = shown(picture)
+            assert "text/html" in picture._repr_mimebundle_([], [])
+
+    def show(picture, *, display_id) -> Handle:
+        assert display_id
+        drawn.append(shown(picture))
+        return Handle()
+
+    monkeypatch.setitem(sys.modules, "IPython", ModuleType("IPython"))
+    monkeypatch.setitem(sys.modules, "IPython.display", SimpleNamespace(display=show))
+    console = Console(file=io.StringIO(), force_jupyter=True, width=120, highlight=False)
+    display = Display(3, console=console)
+    for step in range(3):
+        display.update(step, {"reward": step / 2}, completions("[bold]abc" if step == 2 else "first"))
+    assert len(drawn) == 1
+    assert "[bold]abc" in drawn[0] and "3/3" in drawn[0] and "reward 1.00" in drawn[0]

@@ -10,16 +10,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from grpo_jax.errors import RunError, UserError
+from grpo_jax.experiment import recorded
 from grpo_jax.runs import files
 
 
 @given(st.text() | st.floats() | st.lists(st.floats()) | st.dictionaries(st.text(), st.floats()))
 def test_anything_becomes_strict_json(value):
-    json.loads(json.dumps(files.jsonable({"value": value})), parse_constant=pytest.fail)
+    json.loads(json.dumps(recorded.jsonable({"value": value})), parse_constant=pytest.fail)
 
 
 def test_arrays_and_paths_become_json():
-    assert files.jsonable({1: np.arange(2), "p": Path("a"), "n": np.float32("inf")}) == {
+    assert recorded.jsonable({1: np.arange(2), "p": Path("a"), "n": np.float32("inf")}) == {
         "1": [0, 1],
         "p": "a",
         "n": None,
@@ -29,8 +30,8 @@ def test_arrays_and_paths_become_json():
 def test_a_config_is_that_of_the_beginning_with_the_changes_of_every_visit():
     begun = {"steps": 1, "loss": {"beta": 0.0, "epsilon": 0.2}}
     visits = [{"changes": {"steps": [1, 3], "loss.beta": [0.0, 0.1]}}, {"changes": {"steps": [3, 5]}}, {}]
-    assert files.current_config(begun, {"resumed": visits}) == {"steps": 5, "loss": {"beta": 0.1, "epsilon": 0.2}}
-    assert begun["loss"]["beta"] == 0.0 and files.current_config(begun, {}) == begun
+    assert recorded.current_config(begun, {"resumed": visits}) == {"steps": 5, "loss": {"beta": 0.1, "epsilon": 0.2}}
+    assert begun["loss"]["beta"] == 0.0 and recorded.current_config(begun, {}) == begun
 
 
 def test_a_broken_line_in_the_middle_is_named(tmp_path):

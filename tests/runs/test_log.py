@@ -1,5 +1,6 @@
 """What a run writes: whole, once, and whatever a model says; and what it shows."""
 
+import contextlib
 import io
 import json
 import os
@@ -195,11 +196,31 @@ def test_histograms_leave_out_what_is_not_finite(tmp_path):
     assert (found["rewards"].min, found["rewards"].max, found["rewards"].num) == (1.0, 3.0, 2)
 
 
+def test_tensorboards_hparams_tab_gets_the_fields_of_the_config_and_how_the_run_ended(tmp_path):
+    from tensorboardX.proto.plugin_hparams_pb2 import HParamsPluginData
+
+    with open_log(tmp_path) as log:
+        log.step(0, {"reward": 1.0})
+    with open_log(tmp_path / "failed") as log, contextlib.suppress(RunError):
+        log.step(0, {"reward": 1.0})
+        raise RunError("no")
+    tagged = {v.tag: v.metadata.plugin_data for e in events(tmp_path) for v in e.summary.value if "hparams" in v.tag}
+    assert set(tagged) == {"_hparams_/session_start_info", "_hparams_/session_end_info"}
+    assert {data.plugin_name for data in tagged.values()} == {"hparams"}
+    start, end = (HParamsPluginData.FromString(data.content) for data in tagged.values())
+    fields = start.session_start_info.hparams
+    assert (fields["seed"].number_value, fields["sampling.temperature"].number_value) == (3, 1)
+    assert (fields["method"].string_value, fields["policy.lora"].string_value) == ("grpo", "None")
+    assert fields["gradient_checkpointing"].HasField("bool_value")
+    assert end.session_end_info.status == 1  # STATUS_SUCCESS
+
+
 def test_sample_texts_come_now_and_then_and_hold_no_markup_of_the_models(tmp_path):
     with open_log(tmp_path, experiment=experiment(steps=60)) as log:
         for step in range(60):
             log.step(step, {}, completions(HOSTILE))
-    texts = {e.step: v.tensor.string_val[0].decode() for e in events(tmp_path) for v in e.summary.value}
+    tagged = [(e.step, v) for e in events(tmp_path) for v in e.summary.value if v.tag.startswith("completions")]
+    texts = {step: value.tensor.string_val[0].decode() for step, value in tagged}
     assert sorted(texts) == list(range(0, 60, 3))
     assert texts[0].splitlines()[2:4] == ["| completion | reward | advantage |", "|---|---|---|"]
     assert len(texts[0].splitlines()) == 4 + 2  # one prompt's group of two

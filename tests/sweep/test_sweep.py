@@ -19,8 +19,9 @@ from rich.console import Console
 
 import grpo_jax
 from grpo_jax import sweep
+from grpo_jax.cli.list_runs import run_files
 from grpo_jax.errors import RunError, UserError
-from grpo_jax.experiment import Ablation, load, load_ablation, override, sources, to_dict
+from grpo_jax.experiment import Ablation, load, load_ablation, override, read_run, sources, to_dict
 from grpo_jax.sweep import processes, worker
 from grpo_jax.sweep.progress import SweepProgress, latest_metrics
 from grpo_jax.sweep.warm_starts import adopt_warm_start, find_warm_start
@@ -174,14 +175,17 @@ def test_a_run_of_a_sweep_can_be_restored(source, tmp_path):
 
 
 def test_a_run_records_the_budget_that_it_was_given(source, tmp_path, monkeypatch):
-    asked = []
-    monkeypatch.setattr(
-        "grpo_jax.training.train", lambda config, run_dir, **options: asked.append(options["overrides"])
-    )
+    def begin(config, log):
+        with log:
+            pass
+
+    monkeypatch.setattr("grpo_jax.training.run", begin)
     worker.run(source, "slow", [1], tmp_path, budget="tokens")
     [run] = [run for run in load_ablation(source, "tokens").runs() if run.arms == ("slow",) and run.seed == 1]
     assert run.config.token_budget == 30 * 2 * 2 * 3  # steps x prompts x group x max_tokens; the file's budget is steps
-    assert to_dict(load(source, asked[0])) == to_dict(run.config)
+    assert to_dict(load(source, read_run(tmp_path / run.key)["overrides"])) == to_dict(run.config)
+    link = tmp_path / "tensorboard" / "slow seed 1"
+    assert link.resolve() == (tmp_path / run.key).resolve() and len(list(run_files(tmp_path))) == 1
 
 
 @pytest.mark.parametrize(("digest", "is_adopted"), [(sources.package_digest(), True), ("c0ffee", False)])
