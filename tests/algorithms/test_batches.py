@@ -89,7 +89,8 @@ def test_lengths_count_sampled_tokens_and_copies_are_the_same_turns_within_a_gro
             "completions/top_share": 2 / 3,
         }
     )
-    same = replace(played(), episodes=[[episode("a")] * 3, [episode("a"), episode("b"), episode("c")]])
+    talks = [episode("a", "b", replies=("c",)), episode("d", "b", replies=("c",)), episode("c")]  # three texts
+    same = replace(played(), episodes=[[episode("a")] * 3, talks])
     assert completion_metrics(same)["completions/unique_fraction"] == pytest.approx((1 / 3 + 1) / 2)
     assert completion_metrics(same)["completions/top_share"] == pytest.approx((1 + 1 / 3) / 2)
 

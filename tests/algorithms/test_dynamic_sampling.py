@@ -38,7 +38,7 @@ def test_a_group_of_another_round_keeps_its_own_scores_and_failures_add_up():
         rollout = from_completions([[1, 3], [1, 4]], [[first, 2], [first + 1, 2]])  # groups of one stand for them
         return Round(rollout, scores, np.array(rewards, float), np.array(mask))
 
-    one = played(10, [[0, 0], [1, 2]], [[YES, YES], [YES, YES]], 2)
+    one = played(10, [[0, 0], [1, 2]], [[YES, NO], [YES, YES]], 2)
     two = played(20, [[5, 6], [7, 7]], [[YES, YES], [YES, NO]], 3)
     two.rollout.examples[:] = one.rollout.examples[:] = [{"prompt": "p"}, {"prompt": "q"}]
     both = combine([one, two])  # place 0 is refilled with group 0 of round 1, whose rows are 20 and 21
