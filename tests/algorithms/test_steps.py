@@ -1,12 +1,13 @@
 """A step's batch of each method, whole: which completions it trains on, its counts, metrics, rows and histograms."""
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import letters
 import numpy as np
 import pytest
-from scripted import Scripted, context_of
+from scripted import Scripted, Talker, context_of
 
 from grpo_jax.algorithms import GRPO, TrainBatch, algorithm_of
 from grpo_jax.algorithms.batches import schedule
@@ -133,10 +134,24 @@ def test_a_shown_advantage_by_token_is_the_mean_over_its_completions_tokens() ->
     def by_place(rewards: Any, mask: Any, token_mask: Any) -> Any:
         return rewards[..., None] * token_mask * np.arange(1, 1 + token_mask.shape[-1])
 
-    rows = GRPO().sample_group(
-        context_of(override(letters.config, {"advantages": by_place}), Scripted(lambda p, sample: ANSWERS[sample]))
-    )
-    assert [row["advantage"] for row in rows] == pytest.approx([1 * 2, 1 / 3 * 2, 0, 1 / 3 * 2])  # (1 + 2 + 3) / 3
+    config = override(letters.config, {"advantages": by_place, "sampling.max_tokens": 6})
+    rows = GRPO().sample_group(context_of(config, Scripted(lambda p, sample: ["aaa", "a", "b", "bbbba"][sample])))
+    # With the end 4, 2, 2 and 6 tokens, whose places are 2.5, 1.5, 1.5 and 3.5 on average.
+    assert [row["advantage"] for row in rows] == pytest.approx([1 * 2.5, 1 / 3 * 1.5, 0, 1 / 3 * 3.5])
+
+
+@pytest.mark.parametrize("method", ["grpo", "rft"])
+def test_what_the_environment_says_is_read_and_not_written(method: str) -> None:
+    task = replace(letters.task, reply=lambda example, turns: "cc", max_turns=2)
+    config = override(letters.config, {"task": task, "method": method})
+    talker = Talker(lambda prompt, sample: "a" if sample < 10 else "bb")
+    train_batch = algorithm_of(config).make_batch(context_of(config, talker), 0)
+    read = 4 * sum(1 + len(TRAIN[i]) for i in scheduled(0)[0])
+    # "a" and its end, "cc" from the environment, "bb" and its end: five of seven tokens are the policy's.
+    assert (train_batch.new_tokens, train_batch.tokens) == (16 * 5, read + 16 * 7)
+    assert train_batch.histograms["completion_lengths"].tolist() == [[5] * 4] * 4
+    assert train_batch.metrics["completions/mean_length"] == 5 and train_batch.rows[0]["tokens"] == 5
+    assert train_batch.batch.valid.sum() == 16 * 7 and train_batch.batch.mask.sum() == 16 * 5
 
 
 # Imitation ------------------------------------------------------------------------------------------------------------
@@ -157,11 +172,12 @@ def test_rft_reports_all_completions_and_marks_those_that_it_imitates() -> None:
 
 
 def test_rft_imitates_at_the_threshold_and_nothing_that_was_dropped() -> None:
+    # A dropped completion has the reward 0 in the arrays, which here is as good as any.
     def half(*, completions: list[str], **columns: Any) -> list[float]:
-        return [{"aaa": math.nan, "ab": 0.5, "b": 0.75}.get(completion, 0.25) for completion in completions]
+        return [{"aaa": math.nan, "ab": -0.5, "b": 0.0}.get(completion, -0.75) for completion in completions]
 
     options = {"rewards": {"half": half}, "reward.on_failure": "drop"}
-    train_batch, _ = made({"method": "rft", "rft.select": "threshold", "rft.threshold": 0.5, **options})
+    train_batch, _ = made({"method": "rft", "rft.select": "threshold", "rft.threshold": -0.5, **options})
     assert train_batch.batch.sample_mask.tolist() == [[False, True, True, False]] * 4
     assert train_batch.metrics["frac_imitated"] == 1 / 2 and train_batch.metrics["frac_dropped"] == 1 / 4
     best, _ = made({"method": "rft", **options})
@@ -193,7 +209,9 @@ def test_demonstrations_are_named_by_seed_and_step_too() -> None:
         return [[episode.turns for episode in group] for group in rollout.episodes]
 
     assert said() == said() and said(seed=1) != said()
-    assert said() != said(step=3)
+    one = replace(letters.task, train=letters.task.train[:1])  # of the same name in every step
+    shown = said(task=one)
+    assert shown != said(task=one, step=3) and shown[0] != shown[1]  # and another name in each of a step's places
 
 
 @pytest.mark.parametrize("packing", [False, True])

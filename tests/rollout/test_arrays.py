@@ -2,13 +2,12 @@
 
 import math
 import random
-from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
-from scripted import Scripted
+from scripted import Scripted, Talker
 
 from grpo_jax import rollout
 from grpo_jax.errors import RunError, UserError
@@ -283,26 +282,6 @@ def test_rows_that_left_come_back_as_zeros_in_their_places() -> None:
 
 
 # Turns ----------------------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Talker(Scripted):
-    """Gives the k-th answer in the k-th turn, and notes what it was told."""
-
-    def generate(self, *arguments: Any) -> Any:
-        self.told: list[Any] = []
-        self.prompts, self.noise, self.sampling = arguments
-        return super().generate(*arguments)[0], 1
-
-    def continue_generation(self, state: Any, observation: Any, noise: Any, sampling: Any, turns_left: int) -> Any:
-        assert (noise, sampling) == (self.noise, self.sampling)
-        self.told.append((observation, turns_left))
-        later = Scripted(lambda prompt, sample: self.answer(prompt, sample + 10 * state))
-        generation, _ = later.generate(self.prompts, noise, sampling)
-        live = observation.active
-        return Generation(
-            *(np.where(live[..., None], x, np.zeros_like(x)) for x in generation[:3]), generation[3] & live
-        ), state + 1
 
 
 def reply(example: Any, turns: list[str]) -> str | None:
