@@ -242,6 +242,17 @@ def test_whole_examples_are_prompt_and_completion_in_one_row(packing: bool, comp
     assert (train_batch.tokens, train_batch.new_tokens) == (sum(len(ids) for ids, _ in found), 32)
 
 
+def test_what_the_environment_says_is_shown_and_not_learned() -> None:
+    task = replace(letters.task, reply=lambda e, turns: "cc", max_turns=2, demonstrate=lambda e, rng: ["a", "bb"])
+    options = {"task": task, "sampling.max_tokens": 3}
+    grouped, whole = sft(**options), sft(**options, sft__completion_only_loss=False)
+    assert grouped.new_tokens == whole.new_tokens == 8 * 5 and grouped.tokens == whole.tokens
+    prompts = sum(1 + len(TRAIN[i]) for i in scheduled(0)[0])
+    assert whole.tokens == 2 * prompts + 8 * 7
+    # Of a whole example the prompt but its first token is learned, and the five tokens that are the policy's.
+    assert whole.batch.mask.sum() == 2 * (prompts - 4) + 8 * 5
+
+
 def test_rows_divide_among_devices_and_micro_batches() -> None:
     config = override(
         letters.config,
@@ -330,6 +341,26 @@ def test_pairs_are_made_of_the_split_prompts_and_samples_that_are_asked_for() ->
     assert [e["prompt"] for e in prompts.examples] == ["cb", "dc"]
     assert (int(noise.step), noise.prompt_ids.tolist(), noise.samples.tolist()) == (5, [11, 12], [[4, 5]] * 2)
     assert pairs.valid.tolist() == [[True]] * 2 and pairs.order.tolist() == [[0, 1]] * 2
+
+
+def test_wrong_labels_are_named_by_seed_step_and_the_prompts_name() -> None:
+    config = override(letters.config, {"method": "dpo", "seed": 9, "preferences.noise_level": 0.45, "group_size": 32})
+    generator = Scripted(lambda prompt, sample: "b" if sample % 2 else "aaa")
+    pairs = labelled_pairs(context_of(config, generator), "train", [0, 0, 1], [30, 40, 1], 5, range(32))
+    expected = [np.random.default_rng((9, 5, name)).random(16) < 0.45 for name in (30, 40, 1)]
+    assert pairs.flipped.tolist() == [flipped.tolist() for flipped in expected]
+    assert pairs.order[:, ::2].tolist() == [(np.arange(0, 32, 2) + flipped).tolist() for flipped in expected]
+
+
+def test_demonstrations_of_pairs_are_named_by_the_step_and_the_prompts_name() -> None:
+    task = replace(letters.task, train=letters.task.train[:1], demonstrate=lambda example, rng: [rng.choice("abcd")])
+    changes = {"method": "dpo", "preferences.completions": "demonstrations", "task": task, "group_size": 32}
+    said = []
+    for step in (0, 1):
+        rollout = made(changes, step=step)[0].rollout
+        assert rollout is not None
+        said += [sorted(tuple(episode.turns) for episode in group) for group in rollout.episodes]
+    assert len({tuple(group) for group in said}) == 8  # four places in each of two steps
 
 
 def test_too_many_failures_end_a_step_of_pairs_as_well() -> None:

@@ -35,8 +35,8 @@ from grpo_jax.rollout import (
     take_rows,
 )
 from grpo_jax.rollout.episodes import collect, padded_length, shortest_length
-from grpo_jax.rollout.generator import ActiveRows
-from grpo_jax.sampler import Generation, Settings
+from grpo_jax.rollout.generator import ActiveRows, ActorState
+from grpo_jax.sampler import Generation, Observation, Settings
 from grpo_jax.sharding import Replicas
 from grpo_jax.tasks import Task
 
@@ -78,7 +78,7 @@ def test_episodes_become_arrays_row_by_row() -> None:
 
 
 @pytest.mark.parametrize(
-    ("longest", "shortest", "size"), [(3, 16, 16), (16, 16, 16), (17, 16, 24), (2, 3, 3), (4, 3, 4)]
+    ("longest", "shortest", "size"), [(3, 16, 16), (16, 16, 16), (17, 16, 24), (2, 3, 3), (4, 3, 4), (5, 5, 5)]
 )
 def test_short_completions_share_one_shape(longest: int, shortest: int, size: int) -> None:
     assert padded_length(longest, shortest) == size
@@ -180,21 +180,29 @@ def test_rewards_are_asked_for_all_rows_of_a_prompt_side_by_side() -> None:
     talk = said([A, END])
     talk.add_observation([C], "c")
     talk.add_action([B], [-1.0], "b")
-    given = collect(prompts_of("a", "b"), [0, 1], [[said([A]), talk], [said([B]), said([END])]], shortest=4)
+    groups_ = [[said([A]), talk], [said([B]), said([END])], [said([C]), said([D])]]
+    given = collect(prompts_of("a", "b", "c"), [0, 1, 2], groups_, shortest=4)
     arguments = given.reward_arguments()
     assert list(arguments) == ["prompts", "completions", "completion_ids", "place"]
-    assert arguments["prompts"] == ["a", "a", "b", "b"] and arguments["place"] == [0, 0, 1, 1]
-    assert arguments["completion_ids"] == [[A], [A, END, B], [B], [END]]  # what the environment said is not its
+    assert arguments["prompts"] == ["a", "a", "b", "b", "c", "c"] and arguments["place"] == [0, 0, 1, 1, 2, 2]
+    assert arguments["completion_ids"] == [
+        [A],
+        [A, END, B],
+        [B],
+        [END],
+        [C],
+        [D],
+    ]  # what the environment said is not its
     seen = []
 
     def reward(**columns: Any) -> list[float]:
         seen.append(columns)
-        return [1.0, 2.0, 5.0, 5.0]
+        return [1.0, 2.0, 5.0, 5.0, 4.0, 0.0]
 
     config = SimpleNamespace(rewards={"r": reward}, reward=RewardConfig(combine="normalize_then_sum"))
     scores = score_rollout(given, config)  # type: ignore[arg-type]
-    assert seen == [arguments] and scores.total == [1, 2, 5, 5]
-    assert scores.advantage_rewards == [-1, 1, 0, 0]  # of groups of two
+    assert seen == [arguments] and scores.total == [1, 2, 5, 5, 4, 0]
+    assert scores.advantage_rewards == [-1, 1, 0, 0, 1, -1]  # of groups of two
 
 
 def test_each_part_of_a_name_changes_a_demonstration() -> None:
@@ -225,7 +233,7 @@ def test_noise_is_named_by_whole_numbers() -> None:
 
 @pytest.mark.parametrize(
     ("options", "top_k", "truncate"),
-    [({}, 0, False), ({"top_k": 2}, 2, True), ({"top_p": 0.9}, 0, True), ({"top_k": 3, "top_p": 0.5}, 3, True)],
+    [({}, 0, False), ({"top_k": 1}, 1, True), ({"top_p": 0.9}, 0, True), ({"top_k": 3, "top_p": 0.5}, 3, True)],
 )
 def test_what_narrows_the_draw_is_compiled_only_where_it_is_set(options: Any, top_k: int, truncate: bool) -> None:
     tokenizer = SimpleNamespace(stop_ids=(7, 5), pad_id=4)
@@ -260,6 +268,56 @@ def test_a_policy_is_asked_with_its_prompts_noise_and_temperature(monkeypatch: p
     assert found.tokens.shape == (4, 3, 4) and found.stopped.shape == (4, 3)
     assert (state.cache_size, state.cache_length, state.size) == (3, 3, (4, 3))
     assert state.rows.prompt.tolist() == [0, 1, 2, 3] and state.rows.sample.tolist() == [[0, 1, 2]] * 4
+
+
+def test_a_further_turn_makes_room_for_itself_and_those_after_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    grown: list[int] = []
+    asked: list[Any] = []
+    taken: list[Any] = []
+
+    def compiled(model: Any, settings: Settings, replicas: Replicas) -> Any:
+        def program(trainable: Any, frozen: Any, decode: str, here: Any, noise: Any, *scales: Any) -> Any:
+            asked.append((decode, here, noise, scales))
+            shape = (*here.active.shape, settings.max_tokens)
+            return Generation(*(np.ones(shape[:n], np.int32) for n in (4, 4, 4, 3))), decode
+
+        return program
+
+    def grow(extra: int, replicas: Replicas) -> Any:
+        return lambda decode: grown.append(extra) or f"{decode} + {extra}"
+
+    monkeypatch.setattr(generator, "_continue_generation", compiled)
+    monkeypatch.setattr(generator, "_grow_cache", grow)
+    monkeypatch.setattr(generator, "_take_rows", lambda replicas: lambda decode, *rows: taken.append(rows) or "fewer")
+    actor = make_actor(load("scratch", scratch=ScratchConfig("abcd", 16, 1, 2)), Replicas(1))
+    sampling = SamplingConfig(temperature=0.7, top_p=0.9, max_tokens=4)
+    noise = name_noise(3, 8, [9, 7], [0, 1, 2, 5])
+    rows = ActiveRows(np.arange(2), np.tile(np.arange(4), (2, 1)))
+    state = ActorState("first", rows, 3, 3, (2, 4))  # type: ignore[arg-type]
+
+    def further(state: ActorState, active: list[list[int]], width: int, turns_left: int) -> tuple[Any, ActorState]:
+        live = np.array(active, bool)
+        numbered = np.arange(8, dtype=np.int32).reshape(2, 4)
+        observation = Observation(np.repeat(numbered[..., None], width, -1), numbered, live)
+        return actor.continue_generation(state, observation, noise, sampling, turns_left)
+
+    # 4 tokens of an answer and 4 of the turn, twice: 3 + 8 + 8 places, of which 3 + 8 are filled after the first.
+    _, state = further(state, [[1, 1, 1, 1], [1, 0, 1, 1]], 4, 2)
+    assert grown == [16] and (state.cache_size, state.cache_length) == (19, 11) and not taken
+    assert asked[-1][0] == "first + 16" and asked[-1][2].samples.tolist() == [[[0, 1, 2, 5]] * 2]
+    # Half of the rows are left, so that the others go: samples 2 and 5 of the first prompt, 0 and 1 of the second.
+    whole, later = further(state, [[0, 0, 1, 1], [1, 1, 0, 0]], 4, 1)
+    assert grown == [16] and (later.cache_size, later.cache_length) == (19, 19)
+    decode, here, own, (temperature, top_p) = asked[-1]
+    assert decode == "fewer" and here.lengths.tolist() == [[[2, 3], [4, 5]]] and here.active.all()
+    assert here.tokens.tolist() == [[[[2] * 4, [3] * 4], [[4] * 4, [5] * 4]]]
+    assert own.prompt_ids.tolist() == [[9, 7]] and own.samples.tolist() == [[[2, 5], [0, 1]]]
+    assert (own.seed.tolist(), own.step.tolist()) == ([3], [8])
+    assert temperature.tolist() == pytest.approx([0.7]) and top_p.tolist() == pytest.approx([0.9])
+    assert whole.stopped.tolist() == [[0, 0, 1, 1], [1, 1, 0, 0]] and later.size == (2, 4)
+    # A longer answer than was foreseen makes the room that it lacks: 11 + 6 + 4 places, 2 more.
+    _, last = further(state, [[1, 1, 1, 1], [1, 0, 1, 1]], 6, 1)
+    assert grown == [16, 2] and (last.cache_size, last.cache_length) == (21, 21)
 
 
 def test_a_model_has_its_policys_adapters_and_dtype() -> None:
