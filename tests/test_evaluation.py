@@ -20,7 +20,13 @@ from grpo_jax.evaluation import (
     pass_at_k,
     success_interval,
 )
-from grpo_jax.experiment import EvaluationConfig, Experiment, PolicyConfig, SamplingConfig, ScratchConfig
+from grpo_jax.experiment import (
+    EvaluationConfig,
+    Experiment,
+    PolicyConfig,
+    SamplingConfig,
+    ScratchConfig,
+)
 from grpo_jax.policy import Policy, load
 from grpo_jax.rollout import encode_prompts
 from grpo_jax.tasks import Task

@@ -33,8 +33,8 @@ class Said(Actor):
         return SCRIPT.generate(*arguments)
 
 
-ANSWERS = {0: "aaa", 1: "b", 2: "cd", 3: "abc"}  # paid 1, 0, 0 and 1/3; "aaa" and "abc" are cut off at three tokens
-SCRIPT = Scripted(lambda prompt, sample: ANSWERS[sample % 4])
+ANSWERS = {0: "aaa", 1: "b", 2: "cd", 3: "ca"}  # paid 1, 0, 0 and 1/3; "aaa" is cut off at three tokens
+SCRIPT = Scripted(lambda prompt, sample: "bb" if (prompt, sample) == ("b", 1) else ANSWERS[sample % 4])
 
 
 def text_of(ids: np.ndarray) -> str:
@@ -72,8 +72,8 @@ def evaluated(
 
 
 def test_it_is_evaluated_on_pairs_of_every_prompt_labelled_by_the_rewards(monkeypatch: pytest.MonkeyPatch) -> None:
-    # The pairs are "aaa" above "b", and "abc" above "cd". It ranks the first right by 2, and the second wrong by 1.
-    values = {"aaa": 3.0, "b": 1.0, "abc": 0.5, "cd": 1.5}
+    # The pairs are "aaa" above "b" (or "bb"), and "ca" above "cd". It ranks the first right by 2, and the second wrong by 1.
+    values = {"aaa": 3.0, "b": 1.0, "bb": 1.0, "ca": 0.5, "cd": 1.5}
     found, seen = evaluated(lambda prompt, text: values[text], monkeypatch, evaluation__batch_size=12)
     assert (found.split, found.num_prompts, found.num_samples, found.num_pairs) == ("held_out", 4, 4, 8)
     assert found.temperature == 1.0 and found.success == 1 / 2
@@ -82,7 +82,8 @@ def test_it_is_evaluated_on_pairs_of_every_prompt_labelled_by_the_rewards(monkey
     assert found.log_loss == pytest.approx((math.log1p(math.exp(-2)) + math.log1p(math.exp(1))) / 2)
     sure, less = 1 / (1 + math.exp(-2)), 1 / (1 + math.exp(-1))  # right with .88, wrong with .73
     assert found.calibration_error == pytest.approx((1 - sure) / 2 + less / 2)
-    assert found.mean_length == (3 + 2 + 3 + 3) / 4 and found.clipped_ratio == 1 / 2  # with the ends of "b" and "cd"
+    assert found.mean_length == (3 * (3 + 2 + 3 + 3) + (3 + 3 + 3 + 3)) / 16  # with the ends, but of "aaa"
+    assert found.clipped_ratio == 1 / 4
     assert (found.mean_turns, found.pass_at_k) == (1.0, {})
     # 12 completions at once are 3 prompts; the second batch holds the fourth and repetitions of it.
     assert [prompts for _, prompts, _, _ in seen] == [["bd", "cb", "dc"], ["b"] * 3]
@@ -90,16 +91,16 @@ def test_it_is_evaluated_on_pairs_of_every_prompt_labelled_by_the_rewards(monkey
     assert calls == [(6, NOISE_STEP, [0, 1, 2]), (6, NOISE_STEP, [3, 3, 3])]
     assert len(found.records) == 16
     assert [(r["prompt"], r["completion"], r["label"], r["learned_reward"]) for r in found.records[-4:]] == [
-        ("b", "aaa", "chosen", 3.0), ("b", "b", "rejected", 1.0), ("b", "abc", "chosen", 0.5),
+        ("b", "aaa", "chosen", 3.0), ("b", "bb", "rejected", 1.0), ("b", "ca", "chosen", 0.5),
         ("b", "cd", "rejected", 1.5),
     ]  # fmt: skip
     assert found.to_dict()["num_pairs"] == 8 and "records" not in found.to_dict()
 
 
 def test_pairs_without_a_label_count_for_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    rewards = {"same": lambda *, completions, **_: [float(c in ("aaa", "cd", "abc")) for c in completions]}
+    rewards = {"same": lambda *, completions, **_: [float(c in ("aaa", "cd", "ca")) for c in completions]}
     found, _ = evaluated(lambda prompt, text: float(text == "aaa"), monkeypatch, rewards=rewards)
-    assert found.num_pairs == 4 and found.success == 1.0  # "cd" and "abc" are paid the same
+    assert found.num_pairs == 4 and found.success == 1.0  # "cd" and "ca" are paid the same
     assert found.log_loss == pytest.approx(math.log1p(math.exp(-1)))
     nothing, _ = evaluated(
         lambda prompt, text: 1.0, monkeypatch, rewards={"none": lambda *, completions, **_: [1.0] * len(completions)}
@@ -113,11 +114,11 @@ def test_pairs_without_a_label_count_for_nothing(monkeypatch: pytest.MonkeyPatch
 def test_an_even_number_of_completions_is_compared(asked: int, sampled: int, monkeypatch: pytest.MonkeyPatch) -> None:
     found, _ = evaluated(
         lambda prompt, text: float(text == "aaa"), monkeypatch, "train", evaluation__num_samples=asked,
-        evaluation__num_prompts=3,
+        evaluation__num_prompts=5,
     )  # fmt: skip
-    assert (found.split, found.num_prompts, found.num_samples) == ("train", 3, sampled)
-    assert found.num_pairs == 3 * sampled // 2 and SCRIPT.calls[0][1].samples.shape == (3, sampled)
-    assert [record["prompt"] for record in found.records[::sampled]] == ["b", "c", "d"]
+    assert (found.split, found.num_prompts, found.num_samples) == ("train", 5, sampled)
+    assert found.num_pairs == 5 * sampled // 2 and SCRIPT.calls[0][1].samples.shape == (5, sampled)
+    assert [record["prompt"] for record in found.records[::sampled]] == ["b", "c", "d", "bc", "cd"]
 
 
 def test_labelled_columns_are_one_pair_of_each_prompt(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -349,7 +349,7 @@ def reply(example: Any, turns: list[str]) -> str | None:
 def talked(answer: Any, max_positions: int = 64, max_turns: int = 3, max_tokens: int = 3) -> tuple[Rollout, Talker]:
     task = task_of(["a", "bb"], reply=reply, max_turns=max_turns)
     talker = Talker(answer, max_positions=max_positions)
-    batch = encode_prompts(task, TOKENIZER, 64, max_tokens).batch("train", [0, 1])
+    batch = encode_prompts(task, TOKENIZER, 512, max_tokens).batch("train", [0, 1])
     sampling = SamplingConfig(max_tokens=max_tokens)
     return rollout.rollout(talker, task, batch, name_noise(0, 0, [0, 1], range(2)), sampling), talker
 
@@ -389,6 +389,33 @@ def test_a_turn_needs_room_for_all_its_tokens_and_the_limit_is_exact() -> None:
         talked(lambda prompt, sample: "a", max_positions=13)
     with pytest.raises(RunError, match=r"has 7 tokens before its turn 2, .* context is 9"):
         talked(lambda prompt, sample: "a", max_positions=9)
+
+
+def test_an_episode_that_is_over_needs_no_room() -> None:
+    # "a" and its end and "c" after two tokens make 5; the longer prompt's episode is over with 3 + 3 tokens.
+    found, _ = talked(lambda prompt, sample: "aad" if prompt == "bb" else "ad"[sample > 9], max_positions=8)
+    assert found.episodes[0][0].turns == ["a", "d"] and found.episodes[1][0].turns == ["aad"]
+
+
+def test_a_turn_that_was_cut_off_gets_the_first_of_the_stop_tokens() -> None:
+    class Stops(Talker):
+        @property
+        def tokenizer(self) -> CharacterTokenizer:
+            tokenizer = super().tokenizer
+            tokenizer.stop_ids = (2, 1)
+            return tokenizer
+
+    task = task_of(["a"], reply=reply, max_turns=2, demonstrate=lambda example, rng: ["a", "b"])
+    talker, noise = Stops(lambda prompt, sample: "abc"), name_noise(0, 0, [0], [0])
+    batch = encode_prompts(task, TOKENIZER, 64, 3).batch("train", [0])
+    found = rollout.rollout(talker, task, batch, noise, SamplingConfig(max_tokens=3))
+    assert found.episodes[0][0].ids == [A, B, C, END, C, A, B, C]
+    shown = demonstrations(task, batch, noise, talker.tokenizer)
+    assert shown.episodes[0][0].ids == [A, END, C, B, END] and shown.tokens.shape[2] == 6
+
+
+def test_short_episodes_of_long_turns_share_one_shape() -> None:
+    assert talked(lambda prompt, sample: "ad"[sample > 9], max_tokens=20, max_positions=64)[0].tokens.shape[2] == 16
 
 
 # Prompts --------------------------------------------------------------------------------------------------------------
