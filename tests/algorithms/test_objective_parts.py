@@ -113,6 +113,16 @@ def test_a_sampler_that_differs_is_measured_over_the_tokens_that_count(micro: in
     assert metrics["sampling/importance_sampling_ratio/min"] < 1 < metrics["sampling/importance_sampling_ratio/max"]
 
 
+@pytest.mark.parametrize("shift", [-0.2, 0.2])
+def test_the_least_and_the_largest_ratio_are_those_of_tokens_that_count(shift: float) -> None:
+    given = batch(prompts=NUMBERED)
+    own = {"own": given.logprobs + np.float32(shift), "entropy": random()}
+    parts = setup(loss__importance_sampling_mode="token_truncate")
+    _, metrics = make_recompute_logprobs(parts, given_by("own"))(own, {}, None, given)
+    for name in ("min", "mean", "max"):
+        assert float(metrics[f"sampling/importance_sampling_ratio/{name}"]) == pytest.approx(np.exp(shift), rel=1e-4)
+
+
 @pytest.mark.parametrize("micro", [1, 2])
 @pytest.mark.parametrize("whiten", [False, True])
 def test_a_critics_metrics_are_those_of_the_tokens_that_count(micro: int, whiten: bool) -> None:

@@ -72,11 +72,14 @@ def evaluated(
 
 
 def test_it_is_evaluated_on_pairs_of_every_prompt_labelled_by_the_rewards(monkeypatch: pytest.MonkeyPatch) -> None:
-    # The pairs are "aaa" above "b" (or "bb"), and "ca" above "cd". It ranks the first right by 2, and the second wrong by 1.
+    # The pairs are "aaa" above "b" (or "bb"), and "ca" above "cd". It is right about the first by 2, and wrong about
+    # the second by 1.
     values = {"aaa": 3.0, "b": 1.0, "bb": 1.0, "ca": 0.5, "cd": 1.5}
-    found, seen = evaluated(lambda prompt, text: values[text], monkeypatch, evaluation__batch_size=12)
+    found, seen = evaluated(
+        lambda prompt, text: values[text], monkeypatch, evaluation__batch_size=12, sampling__temperature=0.7
+    )
     assert (found.split, found.num_prompts, found.num_samples, found.num_pairs) == ("held_out", 4, 4, 8)
-    assert found.temperature == 1.0 and found.success == 1 / 2
+    assert found.temperature == 0.7 and found.success == 1 / 2  # its completions are sampled as in training
     assert (found.success_low, found.success_high) == success_interval(np.array([[True], [False]] * 4))
     assert found.reward == pytest.approx((3 + 1 + 0.5 + 1.5) / 4)
     assert found.log_loss == pytest.approx((math.log1p(math.exp(-2)) + math.log1p(math.exp(1))) / 2)

@@ -109,6 +109,7 @@ FAILURES: dict[str, tuple[RewardFunction, str]] = {
     "an exception": (raising, r"raised ValueError: no such word \(at test_scoring.py:\d+\)"),
     "a missing column": (lambda *, colour, **_: [0.0], "raised TypeError: .*'colour'"),
     "too few values": (constant(1, 2, 3), "returned 3 values"),
+    "too many values": (constant(1, 2, 3, 4, 5), "returned 5 values"),
     "nothing": (lambda **_: None, "raised TypeError: 'NoneType' object is not iterable"),
     "one number": (lambda **_: 1.0, "raised TypeError: 'float' object is not iterable"),
     "a time-out": (lambda **_: time.sleep(60), r"ran past its time limit of 0\.2 s \(at test_scoring.py:\d+\)"),
@@ -219,6 +220,11 @@ class TestFailure:
         with pytest.raises(RunError, match=rf"raised PatternError|raised error: .* \(at test_scoring.py:{line}\)"):
             score_four({"mine": reward})
 
+    def test_an_error_is_placed_at_the_innermost_line_of_the_rewards_own_file(self) -> None:
+        line = raising.__code__.co_firstlineno + 1
+        with pytest.raises(RunError, match=rf"no such word \(at test_scoring.py:{line}\)"):
+            score_four({"mine": lambda **columns: raising(**columns)})
+
     def test_an_interrupt_is_not_a_failure(self) -> None:
         def interrupted(**_: Any) -> list[float]:
             raise KeyboardInterrupt
@@ -278,7 +284,7 @@ class TestTimeLimit:
             signal.setitimer(signal.ITIMER_REAL, 0.2)
             with pytest.raises(RunError):
                 score_four({"mine": forever}, time_limit=0.05)
-            assert 0 < signal.getitimer(signal.ITIMER_REAL)[0] < 0.2
+            assert 0 < signal.getitimer(signal.ITIMER_REAL)[0] < 0.16  # less what the reward took, at least
             time.sleep(0.3)
         finally:
             signal.signal(signal.SIGALRM, handler)

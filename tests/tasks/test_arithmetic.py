@@ -75,6 +75,10 @@ def test_there_are_3000_sums_to_train_on_600_to_evaluate_and_three_examples() ->
     task = sums()
     assert (len(task.train), len(task.held_out), len(worked_pairs(task))) == (3000, 600, 3)
     assert sums(seed=0).train == task.train
+    # The same ones as ever, since the records of runs are about these.
+    asked = [example["prompt"][at]["content"] for example, at in ((task.train[0], -1), (task.held_out[0], -1))]
+    assert asked == ["Calculate 68 + 12.", "Calculate 30 + 27."]
+    assert task.train[0]["prompt"][1]["content"] == "Calculate 41 + 86."
 
 
 def test_the_seed_decides_and_the_held_out_sums_depend_on_nothing_else() -> None:
