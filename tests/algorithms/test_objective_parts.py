@@ -1,17 +1,21 @@
 """What objectives make of log-probabilities and values that are given by hand: nothing is compiled."""
 
+from types import SimpleNamespace
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import letters
 import numpy as np
 import pytest
 
-from grpo_jax.algorithms import Batch, Setup, algorithm_of
+from grpo_jax.algorithms import ALGORITHMS, PPO, Batch, Setup, algorithm_of, forward
 from grpo_jax.algorithms.forward import HEAD, Forward, head_values, new_head
 from grpo_jax.algorithms.grpo import count_totals, loss_inputs, make_recompute_logprobs
 from grpo_jax.algorithms.pairs import counted_pairs
 from grpo_jax.algorithms.ppo import make_estimate_advantages
-from grpo_jax.experiment import override
+from grpo_jax.errors import UserError
+from grpo_jax.experiment import Method, override
 
 P, G, T = 2, 2, 3
 RNG = np.random.default_rng(3)
@@ -192,6 +196,63 @@ def test_ppos_loss_is_the_policys_and_the_critics_share_of_the_whole() -> None:
     assert float(metrics["policy_loss"]) == pytest.approx(policy, rel=1e-4)
     assert float(result) == float(metrics["loss"]) == pytest.approx(policy + 0.25 * critic, rel=1e-4)
     assert logprobs is not None and logprobs.shape == (P, G, T)
+
+
+@pytest.mark.parametrize("remat", [False, True])
+def test_every_forward_pass_has_the_shared_prefix_the_temperature_and_the_memory(
+    remat: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[Any, ...]] = []
+    hidden = np.arange(2 * 2 * 4 * 2, dtype=np.float32).reshape(2, 2, 4, 2)
+
+    def completion_hidden(model: str, completions: Any, *, after_last: bool, **options: Any) -> np.ndarray:
+        asked.append(("hidden", model, completions, after_last, options))
+        return hidden if after_last else hidden[:, :, :T]
+
+    def logprobs(name: str) -> Any:
+        return lambda model, *arrays, **options: asked.append((name, model, arrays, options)) or ("logprobs", "entropy")
+
+    monkeypatch.setattr(forward, "completion_hidden", completion_hidden)
+    monkeypatch.setattr(forward, "token_logprobs", logprobs("tokens"))
+    monkeypatch.setattr(forward, "packed_logprobs", logprobs("packed"))
+    model = SimpleNamespace(bind=lambda trainable, frozen: f"bound to {sorted({**trainable, **frozen})}")
+    passed = forward.make_forward(model, 17, temperature=0.7, remat=remat)  # type: ignore[arg-type]
+    head, frozen = {HEAD[0]: np.array([1, 10], np.float32), HEAD[1]: np.float32(0.5)}, {"embed": 0}
+    given, bound = batch(), "bound to ['embed', 'value_head.bias', 'value_head.kernel']"
+    of_hidden = ("hidden", bound, given.completions, False, {"shared_prefix_length": 17, "remat": remat})
+
+    assert passed.logprobs(head, frozen, given) == ("logprobs", "entropy")
+    assert asked[0] == of_hidden and asked[1][:2] == ("tokens", bound) and asked[1][3] == {"temperature": 0.7}
+    assert asked[1][2][1] is given.tokens
+    asked.clear()
+    *found, values = passed.logprobs_and_values(head, frozen, given)
+    assert found == ["logprobs", "entropy"] and asked[0] == of_hidden and asked[1][3] == {"temperature": 0.7}
+    np.testing.assert_allclose(values, hidden[:, :, :T] @ [1, 10] + 0.5)
+    asked.clear()
+    scores = passed.scores(head, frozen, given)
+    assert asked == [(*of_hidden[:3], True, of_hidden[4])]
+    # The state after the last of 2, 3, 0 and 1 valid tokens.
+    after = np.array([[hidden[0, 0, 2], hidden[0, 1, 3]], [hidden[1, 0, 0], hidden[1, 1, 1]]])
+    np.testing.assert_allclose(scores, after @ [1, 10] + 0.5)
+    asked.clear()
+    packed = given._replace(segments=np.ones((P, 1, T), int))
+    assert passed.logprobs(head, frozen, packed) == ("logprobs", "entropy")
+    [(name, _, arrays, options)] = asked
+    assert (name, options) == ("packed", {"temperature": 0.7, "remat": remat})
+    assert arrays[0] is packed.tokens and arrays[1] is packed.segments
+
+
+def test_a_method_without_an_algorithm_cannot_be_trained() -> None:
+    class Needs(Method):
+        name = "needs"
+
+    with pytest.raises(UserError, match=r"^Experiment.method = 'needs' says what it needs, but not how it trains"):
+        algorithm_of(override(letters.config, {"method": Needs()}))
+    own = PPO()
+    assert algorithm_of(override(letters.config, {"method": own})) is own
+    assert {name: type(algorithm).__name__ for name, algorithm in ALGORITHMS.items()} == {
+        "grpo": "GRPO", "ppo": "PPO", "sft": "SFT", "rft": "RFT", "dpo": "DPO", "reward_model": "RewardModel",
+    }  # fmt: skip
 
 
 def test_a_new_head_gives_0_and_a_trained_one_its_weights_and_bias() -> None:
