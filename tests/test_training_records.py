@@ -64,7 +64,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Told:
         "optimizer.learning_rate": 0.1,
         "task": replace(letters.task, references={"a good player": 0.75}),
     }  # fmt: skip
-    return told(override(letters.config, changes), tmp_path_factory.mktemp("runs") / "run")
+    directory = tmp_path_factory.mktemp("runs") / "run"
+    return told(override(letters.config, changes), directory, overrides=iter(["steps=3"]))
 
 
 def test_tokens_are_counted_over_the_run_and_divided_by_a_steps_time(run: Told) -> None:
@@ -111,6 +112,7 @@ def test_the_summary_says_what_was_before_and_after_and_what_to_compare_it_with(
             split: each.reward for split, each in of_result.items()
         }
     assert found["before"] != found["after"] and found["control"] == {}
+    assert json.loads((run.run_dir / "run.json").read_text())["overrides"] == ["steps=3"]
     assert found["references"] == {"a good player": 0.75} and found["seconds"] == run.result.seconds > 0
 
 
@@ -177,12 +179,25 @@ def test_a_control_begins_where_the_warm_start_ended_and_a_finished_run_is_gone_
     warm_start, control = {"method": "sft", "steps": 5}, {"method": "sft", "steps": 2}
     changes = {"method": "sft", "steps": 1, "warm_start": warm_start, "control": control}
     config = override(letters.config, changes)
-    first = told(config, tmp_path / "run")
+    shown: list[tuple[str, int, bool]] = []
+    display_of = training.display_of
+
+    def displayed(experiment: Experiment, *, title: str = "", quiet: bool = False) -> Any:
+        shown.append((title, experiment.steps, quiet))
+        return display_of(experiment, title=title, quiet=quiet)
+
+    monkeypatch.setattr(training, "display_of", displayed)
+    right = Scripted(lambda prompt, sample: "aaa")  # what samples completions, in place of the policy
+    first = told(config, tmp_path / "run", make_generator=lambda actor: right)
+    assert shown == [("", 1, True), ("warm start", 5, True), ("control", 2, True)]
+    assert [each["held_out"].success for each in (first.result.before, first.result.after, first.result.control)] == [
+        1
+    ] * 3
     assert ended == {"warm_start": 5, "run": 6, "control": 7}  # the control's 2 steps begin at 5 as well
     files = [tmp_path / "run" / name / "metrics.jsonl" for name in ("", "warm_start", "control")]
     before = [path.read_text() for path in files]
     ended.clear()
-    again = told(config, tmp_path / "run", resume=True)
+    again = told(config, tmp_path / "run", resume=True, make_generator=lambda actor: right)
     assert [path.read_text() for path in files] == before and not ended
     assert again.result.after == first.result.after and again.result.control == first.result.control
     assert not any("training" in note for note in again.notes)
@@ -192,6 +207,12 @@ def test_a_control_begins_where_the_warm_start_ended_and_a_finished_run_is_gone_
     assert "evaluation/success" in rows(files[2])[-1] and "evaluation/success" not in rows(files[1])[-1]
     with pytest.raises(UserError, match="is not empty"):
         train(config, tmp_path / "run", quiet=True)
+
+
+def test_a_run_has_begun_when_anything_of_it_is_there(tmp_path: Path) -> None:
+    assert not training._has_begun(tmp_path) and not training._has_begun(tmp_path / "nowhere")
+    (tmp_path / "metrics.jsonl").touch()
+    assert training._has_begun(tmp_path)
 
 
 @dataclass

@@ -83,7 +83,7 @@ def seeds(tmp_path_factory) -> Path:
     devices = jax.local_devices()[:2]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(jax, "local_devices", lambda: devices)
-        runs = {directory / str(n): (override(CONFIG, {"seed": n}), [f"seed={n}"]) for n in (3, 5, 7)}
+        runs = {directory / str(n): (override(CONFIG, {"seed": n, "devices": None}), [f"seed={n}"]) for n in (3, 5, 7)}
         vectorized.train_seeds(runs, source=Path(__file__))
     return directory
 
@@ -108,7 +108,14 @@ def test_a_seed_is_the_run_of_its_seed_to_the_last_digit(seeds, tmp_path, seed):
 def test_a_seed_samples_as_its_run_and_makes_as_many_updates_of_a_batch(tmp_path):
     # Up to rounding: two updates in one program are fused otherwise than one.
     sampling = {"sampling.temperature": 0.8, "sampling.top_k": 20, "sampling.top_p": 0.5}
-    updates = {"num_iterations": 2, "loss.entropy_coef": 0.1, "steps": 1, "evaluation.every": 0, "warm_start": None}
+    updates = {
+        "num_iterations": 2,
+        "loss.beta": 0.1,
+        "loss.entropy_coef": 0.1,
+        "steps": 1,
+        "evaluation.every": 0,
+        "warm_start": None,
+    }
     config = override(CONFIG, {**sampling, **updates})
     training.train(config, tmp_path / "alone", quiet=True)
     vectorized.train_seeds({tmp_path / "seed": (config, [])})
