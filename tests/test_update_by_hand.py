@@ -131,6 +131,18 @@ def test_a_gradient_that_is_no_number_skips_the_update_of_any_method() -> None:
             assert not np.isfinite(numbers(output)["grad_norm"]) and numbers(output)["skipped_updates"] == 4
 
 
+def test_a_finite_loss_without_a_finite_gradient_skips_the_update_too() -> None:
+    class Edge(OffPolicy):
+        def make_objective(self, setup: Setup) -> Objective:
+            def loss(trainable: Any, *_: Any) -> Any:
+                return jnp.sqrt(trainable["w"] - W), ({}, jnp.zeros((2, G, T)))  # 0, where its slope is infinite
+
+            return super().make_objective(setup)._replace(loss=loss)
+
+    state, output = updated(Edge())
+    assert numbers(output)["loss"] == 0 and float(state.trainable["w"]) == W and int(state.skipped) == 4
+
+
 def test_a_batch_of_which_nothing_counts_has_no_gap() -> None:
     class Nothing(Product):
         def make_objective(self, setup: Setup) -> Objective:
