@@ -60,12 +60,12 @@ def told(config: Experiment, run_dir: Path, **options: Any) -> Told:
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Told:
     changes = {
-        "steps": 3, "evaluation.splits": ("held_out", "train"), "evaluation.every": 2, "evaluation.num_prompts": 3,
+        "steps": 4, "evaluation.splits": ("held_out", "train"), "evaluation.every": 2, "evaluation.num_prompts": 3,
         "optimizer.learning_rate": 0.1,
         "task": replace(letters.task, references={"a good player": 0.75}),
     }  # fmt: skip
     directory = tmp_path_factory.mktemp("runs") / "run"
-    return told(override(letters.config, changes), directory, overrides=iter(["steps=3"]))
+    return told(override(letters.config, changes), directory, overrides=iter(["steps=4"]))
 
 
 def test_tokens_are_counted_over_the_run_and_divided_by_a_steps_time(run: Told) -> None:
@@ -87,7 +87,7 @@ def test_tokens_are_counted_over_the_run_and_divided_by_a_steps_time(run: Told) 
 def test_the_policy_is_evaluated_before_every_so_often_and_after(run: Told) -> None:
     evaluations = [row for row in run.metrics if "grad_norm" not in row]
     assert [(row["step"], "evaluation/success" in row) for row in evaluations] == [
-        (0, True), (0, False), (2, True), (2, False), (3, True), (3, False),
+        (0, True), (0, False), (2, True), (2, False), (4, True), (4, False),
     ]  # fmt: skip
     for row, split, found in zip(
         [*evaluations[:2], *evaluations[-2:]], ["held_out", "train"] * 2,
@@ -112,7 +112,7 @@ def test_the_summary_says_what_was_before_and_after_and_what_to_compare_it_with(
             split: each.reward for split, each in of_result.items()
         }
     assert found["before"] != found["after"] and found["control"] == {}
-    assert json.loads((run.run_dir / "run.json").read_text())["overrides"] == ["steps=3"]
+    assert json.loads((run.run_dir / "run.json").read_text())["overrides"] == ["steps=4"]
     assert found["references"] == {"a good player": 0.75} and found["seconds"] == run.result.seconds > 0
 
 
@@ -130,7 +130,7 @@ def test_a_group_is_shown_of_the_policy_before_and_of_the_policy_after(run: Told
 
 def test_what_happens_is_said_with_its_numbers(run: Told) -> None:
     evaluating = ["run: evaluating 3 held-out prompts", "run: evaluating 3 train prompts"]
-    training_ = "run: training: steps 1 to 3, 4 prompts × 4 completions each; the first compiles"
+    training_ = "run: training: steps 1 to 4, 4 prompts × 4 completions each; the first compiles"
     assert run.notes[1:] == [*evaluating, training_, *evaluating * 2]
     assert run.notes[0] == f"run: writing to {run.run_dir}"
 
@@ -142,7 +142,7 @@ def test_the_policy_that_is_returned_is_that_of_the_last_checkpoint(run: Told) -
         restored = restore(run.run_dir)[1].params
     assert params.keys() == restored.keys()
     assert all(np.array_equal(params[path], restored[path]) for path in params)
-    assert latest_step(run.run_dir / "checkpoints") == 3
+    assert latest_step(run.run_dir / "checkpoints") == 4
 
 
 @pytest.fixture(scope="module")
