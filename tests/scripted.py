@@ -10,7 +10,7 @@ from grpo_jax.algorithms import StepContext
 from grpo_jax.experiment import Experiment, SamplingConfig
 from grpo_jax.policy.tokenizer import CharacterTokenizer
 from grpo_jax.rollout import PromptBatch, encode_prompts
-from grpo_jax.sampler import Generation, Noise
+from grpo_jax.sampler import Generation, Noise, Observation
 
 
 @dataclass
@@ -39,8 +39,30 @@ class Scripted:
                 stopped[p, g] = ids[-1] in self.tokenizer.stop_ids
         return Generation(tokens, mask, np.where(mask, -1.0, 0.0).astype(np.float32), stopped), None
 
-    def continue_generation(self, *_: Any) -> Any:
+    def continue_generation(self, *_: Any) -> tuple[Generation, Any]:
         raise AssertionError("scripted answers have one turn")
+
+
+@dataclass
+class Talker(Scripted):
+    """Answers in its turn k + 1 with `answer(prompt, sample + 10 * k)`, and notes what it was told before each."""
+
+    told: list[tuple[Observation, int]] = field(default_factory=list)
+
+    def generate(self, prompts: PromptBatch, noise: Noise, sampling: SamplingConfig) -> tuple[Generation, Any]:
+        self.told.clear()
+        return super().generate(prompts, noise, sampling)[0], (prompts, 1)
+
+    def continue_generation(
+        self, state: Any, observation: Observation, noise: Noise, sampling: SamplingConfig, turns_left: int
+    ) -> tuple[Generation, Any]:
+        self.told.append((observation, turns_left))
+        prompts, turn = state
+        later = Scripted(lambda prompt, sample: self.answer(prompt, sample + 10 * turn), self.alphabet)
+        said, _ = later.generate(prompts, noise, sampling)
+        live = observation.active
+        arrays = [np.where(live[..., None], x, np.zeros_like(x)) for x in said[:3]]
+        return Generation(*arrays, said.stopped & live), (prompts, turn + 1)
 
 
 def context_of(experiment: Experiment, generator: Scripted) -> StepContext:

@@ -9,7 +9,9 @@ import pytest
 from scipy import stats
 from scripted import Scripted
 
+from grpo_jax import evaluation
 from grpo_jax.confidence import bounded_limits
+from grpo_jax.errors import UserError
 from grpo_jax.evaluation import (
     NOISE_STEP,
     Evaluation,
@@ -18,7 +20,13 @@ from grpo_jax.evaluation import (
     pass_at_k,
     success_interval,
 )
-from grpo_jax.experiment import EvaluationConfig, Experiment, PolicyConfig, SamplingConfig, ScratchConfig
+from grpo_jax.experiment import (
+    EvaluationConfig,
+    Experiment,
+    PolicyConfig,
+    SamplingConfig,
+    ScratchConfig,
+)
 from grpo_jax.policy import Policy, load
 from grpo_jax.rollout import encode_prompts
 from grpo_jax.tasks import Task
@@ -177,6 +185,103 @@ def test_no_more_completions_are_sampled_at_once_than_asked_for():
     evaluate_generator(generator, encode_prompts(task, generator.tokenizer, 64, 4), experiment)
     # 2 prompts of 3 samples are 6 of the 8; the third batch has one prompt and is filled up.
     assert [noise.samples.shape for _, noise, _ in generator.calls] == [(2, 3)] * 3
+
+
+def scripted(
+    answer: Any, *, held_out: tuple[str, ...] = ("a", "bb", "c"), batch_multiple: int = 1, **changes: Any
+) -> tuple[Evaluation, Scripted]:
+    """An evaluation of scripted answers on the held-out prompts, or with `split` on the training prompt "d"."""
+    split = changes.pop("split", "held_out")
+    rewards = changes.pop("rewards", {"length": length})
+    task = Task("letters", [{"prompt": "d"}], [{"prompt": prompt} for prompt in held_out], success=has_an_a)
+    settings = EvaluationConfig(**{"num_samples": 2, "temperature": 1.0} | changes)
+    experiment = Experiment(task, rewards, sampling=SamplingConfig(max_tokens=4), evaluation=settings)
+    generator = Scripted(answer, batch_multiple=batch_multiple)
+    prompts = encode_prompts(task, generator.tokenizer, 64, 4)
+    return evaluate_generator(generator, prompts, experiment, split), generator
+
+
+def test_a_single_prompts_greedy_samples_are_one_and_others_are_what_they_are():
+    def one(temperature: float, answer: Any, held_out: tuple[str, ...] = ("a",)) -> Evaluation:
+        options = dict(num_samples=4, temperature=temperature, held_out=held_out)
+        return scripted(answer, **options)[0]
+
+    always, sometimes = (lambda prompt, sample: "a"), (lambda prompt, sample: "ab"[sample % 2])
+    found = one(0.0, always)
+    assert (found.success_low, found.success_high) == success_interval(np.ones((1, 1), bool))
+    found = one(1.0, sometimes)
+    assert (found.success_low, found.success_high) == success_interval(np.array([[True, False, True, False]]))
+    found = one(0.0, sometimes, ("a", "b"))  # several prompts: the interval is that of the prompts' means
+    assert (found.success_low, found.success_high) == success_interval(np.array([[1, 0, 1, 0]] * 2, bool))
+
+
+def test_an_evaluation_says_what_was_asked_and_how():
+    found, generator = scripted(lambda prompt, sample: "a", split="train", temperature=0.5, num_samples=3)
+    assert (found.split, found.num_prompts, found.num_samples, found.temperature) == ("train", 1, 3, 0.5)
+    assert [record["prompt"] for record in found.records] == ["d"] * 3
+    assert generator.calls[0][0].examples[0]["prompt"] == "d"
+    assert found.to_dict() == {
+        "split": "train", "num_prompts": 1, "num_samples": 3, "temperature": 0.5, "success": 1.0,
+        "success_low": found.success_low, "success_high": found.success_high, "reward": 1.0,
+        "pass_at_k": {1: 1.0, 2: 1.0}, "mean_length": 2.0, "mean_turns": 1.0, "clipped_ratio": 0.0,
+    }  # fmt: skip
+
+
+def test_success_reward_and_length_are_means_of_different_things():
+    # "a" succeeds with one letter, "bcd" fails with three, and a completion of four letters is cut off.
+    found, _ = scripted(lambda prompt, sample: {"a": "a", "bb": "bcd", "c": "bbbbb"}[prompt])
+    assert found.success == 1 / 3 and found.reward == pytest.approx((1 + 3 + 4) / 3)
+    assert found.mean_length == pytest.approx((2 + 4 + 4) / 3) and found.clipped_ratio == 1 / 3
+    assert [(record["ended"], record["length"]) for record in found.records[::2]] == [(True, 2), (True, 4), (False, 4)]
+    assert [record["reward"] for record in found.records[::2]] == [1, 3, 4]
+    none, _ = scripted(
+        lambda prompt, sample: "a", rewards={"none": lambda *, completions, **_: [None] * len(completions)}
+    )
+    assert none.reward is None
+
+
+@pytest.mark.parametrize(
+    ("num_samples", "powers"), [(1, [1]), (2, [1, 2]), (3, [1, 2]), (4, [1, 2, 4]), (8, [1, 2, 4, 8])]
+)
+def test_pass_at_k_is_reported_for_powers_of_two_up_to_the_samples(num_samples, powers):
+    found, _ = scripted(lambda prompt, sample: "ab"[sample > 0], num_samples=num_samples, held_out=("a", "b"))
+    assert list(found.pass_at_k) == powers
+    for k, value in found.pass_at_k.items():
+        assert value == pytest.approx(k / num_samples)  # one of n samples succeeds: C(n - 1, k) / C(n, k) = 1 - k / n
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "multiple", "sizes"), [(64, 4, [8]), (8, 4, [4, 4]), (1, 1, [1] * 5), (1, 2, [2] * 3)]
+)
+def test_batches_are_multiples_of_the_devices(batch_size, multiple, sizes):
+    held_out = ("a", "bb", "c", "dab", "ca")
+    found, generator = scripted(
+        lambda prompt, sample: prompt, held_out=held_out, batch_multiple=multiple, batch_size=batch_size
+    )
+    assert [len(prompts.examples) for prompts, _, _ in generator.calls] == sizes
+    assert [record["completion"] for record in found.records[::2]] == list(held_out)
+    named = [i for _, noise, _ in generator.calls for i in noise.prompt_ids.tolist()]
+    places = [e["prompt"] for prompts, _, _ in generator.calls for e in prompts.examples]
+    assert [named[places.index(prompt)] for prompt in held_out] == [0, 1, 2, 3, 4]
+
+
+def test_a_policy_is_put_on_no_more_devices_than_the_experiment_has(policy, monkeypatch):
+    made = []
+
+    def make_actor(given: Policy, replicas: Any) -> Scripted:
+        made.append((given, replicas.count))
+        return Scripted(lambda prompt, sample: "a", batch_multiple=replicas.count)
+
+    monkeypatch.setattr(evaluation, "make_actor", make_actor)
+    task = Task("letters", [{"prompt": "d"}], [{"prompt": "b"}], success=has_an_a)
+    for devices, count in ((3, 3), (None, 8)):
+        experiment = Experiment(task, {"length": length}, sampling=SamplingConfig(max_tokens=4), devices=devices)
+        assert evaluate(policy, experiment, "train").records[0]["prompt"] == "d"
+        assert evaluate(policy, experiment).records[0]["prompt"] == "b"
+        assert made[-2:] == [(policy, count)] * 2
+    crowded = replace(experiment, sampling=SamplingConfig(max_tokens=2047))
+    with pytest.raises(UserError, match="2047 new ones exceed the policy's context of 2048"):
+        evaluate(policy, crowded)
 
 
 class Repeating(Scripted):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from grpo_jax.errors import UserError
-from grpo_jax.sharding import Replicas, replicas_for, up_to
+from grpo_jax.sharding import Replicas, describe, replicas_for, run_on, up_to
 
 
 def test_all_local_devices_are_used_unless_fewer_are_wanted():
@@ -72,3 +72,20 @@ def test_fetch_takes_one_copy_and_broadcast_makes_them():
 
 def test_evaluations_take_all_devices_but_no_more_than_the_limit():
     assert (up_to(None).count, up_to(3).count, up_to(100).count) == (8, 3, 8)
+
+
+def test_a_program_runs_on_the_device_of_its_number_and_its_results_come_to_the_host():
+    for index in (0, 5):
+        where = []
+        found = run_on(index, lambda x, where=where: where.append((x + jnp.ones(2)).devices()) or x + jnp.ones(2), 2.0)
+        assert where == [{jax.local_devices()[index]}] and isinstance(found, np.ndarray) and found.tolist() == [3, 3]
+
+
+def test_what_a_program_runs_on_is_said():
+    assert describe() == {"platform": "cpu", "kind": "cpu", "count": 8}
+
+
+def test_the_number_of_devices_and_of_micro_batches_is_named_where_they_do_not_fit():
+    with pytest.raises(UserError, match=r"^8 prompts per step in 3 micro-batch\(es\) cannot be shared by 4 devices"):
+        replicas_for(8, 4, 3)
+    assert replicas_for(12, 4, 3).count == 4 and Replicas().count == 1

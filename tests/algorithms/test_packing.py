@@ -33,6 +33,21 @@ def test_a_row_says_which_example_each_token_belongs_to():
         pack([([1, 2, 3], [True] * 3)], 2)
 
 
+def test_a_row_can_be_filled_to_its_last_token():
+    assert first_fit([3, 5, 2, 5], 5) == [[1], [3], [0, 2]]  # the largest first, and 3 + 2 fill a row
+    batch = pack([([4] * 5, [True] * 5), ([5] * 2, [True] * 2), ([6] * 3, [True] * 3)], 5)
+    assert batch.tokens[:2, 0].tolist() == [[4] * 5, [6, 6, 6, 5, 5]]
+    assert batch.sample_mask.all() and not batch.rewards.any() and not batch.logprobs.any()
+
+
+def test_rows_are_a_bucket_of_them_in_a_multiple_and_as_long_as_they_must_be():
+    single = [([4] * n, [True] * n) for n in (3, 5, 4, 2, 1)]
+    assert pack(single, None).tokens.shape == (6, 1, 6)  # five rows of up to five tokens
+    assert pack(single, None, multiple=4).tokens.shape == (8, 1, 6)
+    assert pack(single, 7).tokens.shape == (4, 1, 7)  # 5 + 2, 4 + 3 and 1
+    assert [int(row.sum()) for row in pack(single, None).valid] == [3, 5, 4, 2, 1, 0]
+
+
 def test_a_packed_example_has_the_log_probabilities_that_it_has_alone():
     policy = load("scratch", seed=1, scratch=ScratchConfig("abcdefgh", hidden_size=16, num_layers=2, num_heads=2))
     model = bind(policy.config, {**policy.params, "embed": 10 * policy.params["embed"]})

@@ -65,3 +65,12 @@ def test_calibration_by_hand():
     both = np.concatenate([margins, np.log([9.01, 1 / 9.01])])
     assert calibration_error(both) == pytest.approx(2 / 6 * (9.01 / 10.01 - 0.5), abs=1e-6)
     assert math.isnan(calibration_error(np.zeros(0)))
+
+
+def test_ten_bins_divide_the_confidences_from_a_half_to_one():
+    # .72 and .78 are in different bins (.70 to .75, .75 to .80): one right and one wrong, with gaps of .28 and .78.
+    margins = np.log([0.72 / 0.28, 0.22 / 0.78])
+    assert calibration_error(margins) == pytest.approx((0.28 + 0.78) / 2)
+    # .76 and .78 are in one, whose mean confidence is .77 and whose accuracy is a half.
+    assert calibration_error(np.log([0.76 / 0.24, 0.22 / 0.78])) == pytest.approx(0.77 - 0.5)
+    assert calibration_error(np.array([50.0])) == pytest.approx(0)  # a confidence of 1 is in the last bin

@@ -40,6 +40,82 @@ def test_a_scratch_config_reads_back_as_the_same():
     assert (config.vocab_size, config.head_dim, config.tied) == (29, 16, True)
 
 
+@pytest.mark.parametrize("scratch", [ScratchConfig("abc", 24, 3, 2), ScratchConfig()])
+def test_a_scratch_config_is_a_small_llama_of_its_sizes(scratch):
+    head_dim = scratch.hidden_size // scratch.num_heads
+    assert from_scratch(scratch) == ModelConfig(
+        len(scratch.alphabet) + 3, scratch.hidden_size, 4 * scratch.hidden_size, scratch.num_layers, scratch.num_heads,
+        scratch.num_heads, head_dim, 2048, sliding_layers=(False,) * scratch.num_layers, query_scale=head_dim**-0.5,
+        tied=True,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("name", sorted(path.name for path in GOLDEN.iterdir() if path.is_dir()))
+def test_what_is_written_is_what_was_read(name):
+    given = json.loads((GOLDEN / name / "config.json").read_text())
+    written = to_hf(from_hf(given))
+    other = ("rope_scaling", "rope_parameters", "max_window_layers")  # the same thing said in another way
+    known = {key: value for key, value in written.items() if key in given and key not in other}
+    assert known == {key: given[key] for key in known} and len(known) > 12
+    assert written["architectures"] == given["architectures"]
+
+
+REQUIRED = {key: SIZES[key] for key in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")}
+
+
+@pytest.mark.parametrize(
+    ("family", "expected"),
+    [
+        # Positions, heads of keys and values, size of a head, window, caps, scale of the query, tied.
+        ("llama", (2048, 32, 1, None, None, None, 1.0, False)),
+        ("mistral", (131072, 8, 1, 4096, None, None, 1.0, False)),
+        ("qwen2", (32768, 32, 1, None, None, None, 1.0, False)),
+        ("qwen3", (32768, 32, 128, None, None, None, 128**-0.5, False)),
+        ("gemma2", (8192, 4, 256, 4096, 50.0, 30.0, 1 / 16, True)),
+        ("gemma3_text", (131072, 4, 256, 4096, None, None, 1 / 16, True)),
+    ],
+)
+def test_what_a_config_leaves_out_is_what_transformers_assumes(family, expected):
+    given = {"model_type": family, **REQUIRED, "num_attention_heads": 32}
+    if family in ("llama", "mistral", "qwen2"):
+        given["head_dim"] = 2  # 32 heads of 1 would be odd
+        expected = (*expected[:2], 2, *expected[3:6], 2**-0.5, expected[7])
+    config = from_hf(given)
+    found = (
+        config.max_positions, config.num_kv_heads, config.head_dim, config.sliding_window, config.attention_softcap,
+        config.final_softcap, config.query_scale, config.tied,
+    )  # fmt: skip
+    assert found == expected
+    assert config.norm_eps == 1e-6 and config.family == family
+    gemma = family.startswith("gemma")
+    assert config.activation == ("gelu_tanh" if gemma else "silu")
+    assert (config.post_norms, config.norm_offset) == (gemma, float(gemma))
+    assert config.embed_scale == (32**0.5 if gemma else 1.0)
+    assert config.qk_norm == (family in ("qwen3", "gemma3_text"))
+    assert (config.qkv_bias, config.o_bias, config.mlp_bias) == (family == "qwen2", False, False)
+
+
+def test_what_a_config_says_is_read():
+    said = {
+        "rms_norm_eps": 1e-5, "tie_word_embeddings": True, "head_dim": 10, "hidden_act": "gelu", "attention_bias": True,
+        "num_key_value_heads": None,
+    }  # fmt: skip
+    config = read("llama", **said)
+    assert (config.norm_eps, config.tied, config.head_dim, config.activation) == (1e-5, True, 10, "gelu")
+    assert (config.num_kv_heads, config.max_positions, config.query_scale) == (4, 64, 10**-0.5)
+    assert (config.vocab_size, config.hidden_size, config.intermediate_size, config.num_layers) == (64, 32, 48, 4)
+    assert read("qwen3", attention_bias=True).o_bias and read("qwen3", attention_bias=True).qkv_bias
+    assert read("gemma2", query_pre_attn_scalar=64).query_scale == 1 / 8
+    assert read("gemma2", attn_logit_softcapping=None, final_logit_softcapping=7.0).attention_softcap is None
+    assert read("gemma2", final_logit_softcapping=7.0).final_softcap == 7.0
+    assert [read("llama", hidden_act=name).activation for name in ("swish", "gelu_new")] == ["silu", "gelu_tanh"]
+    with pytest.raises(UserError, match="num_hidden_layers = True: it must be a positive integer"):
+        read("llama", num_hidden_layers=True)
+    for wrong in (0, -1):
+        with pytest.raises(UserError, match=f"config.json of model_type 'llama' has vocab_size = {wrong}"):
+            read("llama", vocab_size=wrong)
+
+
 def test_old_and_new_spelling_of_rotary_embeddings_mean_the_same():
     old = read("llama", rope_theta=5e5, rope_scaling={"type": "linear", "factor": 2.0})
     new = read("llama", rope_parameters={"rope_type": "linear", "rope_theta": 5e5, "factor": 2.0})

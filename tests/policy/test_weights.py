@@ -13,6 +13,7 @@ from safetensors.numpy import load_file, save_file
 from grpo_jax import policy
 from grpo_jax.errors import UserError
 from grpo_jax.experiment import LoRAConfig, ScratchConfig
+from grpo_jax.policy import lora as lora_module
 from grpo_jax.policy import weights
 from grpo_jax.policy.config import RopeConfig, inverse_frequencies
 from grpo_jax.policy.gguf import unpermute
@@ -71,6 +72,64 @@ def test_a_large_export_is_sharded(tmp_path):
     shards = sorted(path.name for path in (tmp_path / "out").glob("*.safetensors"))
     assert len(shards) > 2 and shards[0] == f"model-00001-of-{len(shards):05d}.safetensors"
     assert same(policy.load(tmp_path / "out"), original)
+
+
+def test_shards_keep_their_limit_and_the_index_says_where_everything_is(tmp_path):
+    original = policy.load(GOLDEN / "qwen3")
+    weights.export(tmp_path / "out", original.config, original.params, None, shard_bytes=20_000)
+    index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
+    stored = {path.name: load_file(path) for path in (tmp_path / "out").glob("*.safetensors")}
+    assert index["weight_map"] == {name: file for file, tensors in stored.items() for name in tensors}
+    assert index["metadata"]["total_size"] == sum(x.nbytes for tensors in stored.values() for x in tensors.values())
+    sizes = {file: sum(x.nbytes for x in tensors.values()) for file, tensors in stored.items()}
+    assert all(size <= 20_000 or len(stored[file]) == 1 for file, size in sizes.items())
+    assert len({(tmp_path / "out" / file).stat().st_mode for file in (*stored, "config.json")}) == 1
+    assert "generation_config.json" not in {path.name for path in (tmp_path / "out").iterdir()}
+
+
+def test_an_export_says_its_dtype_and_its_special_tokens(tmp_path):
+    scratch = policy.load("scratch", scratch=ScratchConfig(alphabet="abc", hidden_size=16, num_layers=1, num_heads=2))
+    weights.export(tmp_path / "one", scratch.config, scratch.params, scratch.tokenizer)
+    ids = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    config = json.loads((tmp_path / "one" / "config.json").read_text())
+    assert {name: config[name] for name in ids} == ids and config["dtype"] == "float32"
+    assert json.loads((tmp_path / "one" / "generation_config.json").read_text()) == ids
+    scratch.tokenizer.stop_ids = (2, 1)
+    weights.export(tmp_path / "two", scratch.config, scratch.params, scratch.tokenizer)
+    assert json.loads((tmp_path / "two" / "config.json").read_text())["eos_token_id"] == [2, 1]
+    weights.export(tmp_path / "none", scratch.config, scratch.params, None)
+    config = json.loads((tmp_path / "none" / "config.json").read_text())
+    assert {name: config[name] for name in ids} == dict.fromkeys(ids)
+
+
+def test_adapters_stay_in_float32_and_everything_else_has_the_computes_dtype():
+    lora = LoRAConfig(rank=1, alpha=3.0, targets=("q",))
+    scratch = ScratchConfig("abcd", hidden_size=16, num_layers=1, num_heads=2)
+    narrow = policy.load("scratch", dtype="bfloat16", lora=lora, scratch=scratch)
+    trainable, frozen = lora_module.split(narrow.params, lora)
+    assert set(trainable) == {"layers.q.lora_a", "layers.q.lora_b"} and set(frozen) == set(narrow.params) - set(
+        trainable
+    )
+    model = lora_module.Model(narrow.config, lora, "bfloat16")
+    assert {path: str(x.dtype) for path, x in model.params(trainable, frozen).items()} == {
+        path: "float32" if ".lora_" in path else "bfloat16" for path in narrow.params
+    }
+    whole, nothing = lora_module.split(policy.load("scratch", dtype="bfloat16", scratch=scratch).params, None)
+    assert not nothing and {str(x.dtype) for x in whole.values()} == {"float32"}
+    params = {**narrow.params, "layers.q.lora_b": np.full((1, 1, 16), 0.5, np.float32)}
+    merged = policy.merge(params, lora)
+    kernel, a = (np.asarray(params[f"layers.q.{name}"], np.float32) for name in ("kernel", "lora_a"))
+    assert str(merged["layers.q.kernel"].dtype) == "bfloat16"
+    np.testing.assert_allclose(np.asarray(merged["layers.q.kernel"], np.float32), kernel + 3 * 0.5 * a, atol=0.02)
+    assert policy.merge(params, None).keys() == merged.keys() == frozen.keys()
+
+
+def test_a_scratch_policy_is_named_by_its_seed_and_has_its_alphabet():
+    scratch = ScratchConfig("abcd", hidden_size=16, num_layers=1, num_heads=2)
+    one, again, other = (policy.load("scratch", seed=seed, scratch=scratch) for seed in (1, 1, 2))
+    assert same(one, again) and not np.array_equal(one.params["embed"], other.params["embed"])
+    assert one.require_tokenizer().alphabet == "abcd" and one.lora is None  # type: ignore[attr-defined]
+    assert policy.load("scratch").config.vocab_size == 29 and policy.load("scratch").params["embed"].dtype == np.float32
 
 
 def test_a_bfloat16_policy_is_exported_as_bfloat16(tmp_path):
@@ -233,7 +292,11 @@ def test_a_hub_name_is_downloaded_and_a_failure_is_one_clear_sentence(monkeypatc
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
     assert same(policy.load("someone/llama"), policy.load(GOLDEN / "llama"))
-    assert "*.safetensors" in asked[0][1] and not any(".bin" in pattern for pattern in asked[0][1])
+    assert asked[0][0] == "someone/llama" and not any(".bin" in pattern for pattern in asked[0][1])
+    assert set(asked[0][1]) == {
+        "config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json", "tokenizer*",
+        "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "*.jinja",
+    }  # fmt: skip
     assert "'someone/else'" in message("someone/else") and "no route" in message("someone/else")
 
 

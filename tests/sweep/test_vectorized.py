@@ -78,10 +78,13 @@ def test_a_compiled_reward_rounds_as_the_python_reward(reward):
 def seeds(tmp_path_factory) -> Path:
     """Three seeds on two devices: seeds 3 and 7 on one, 5 on the other."""
     directory = tmp_path_factory.mktemp("seeds")
+    (directory / "5").mkdir()
+    (directory / "5" / "of a run that was not finished").touch()
     devices = jax.local_devices()[:2]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(jax, "local_devices", lambda: devices)
-        vectorized.train_seeds({directory / str(seed): (override(CONFIG, {"seed": seed}), []) for seed in (3, 5, 7)})
+        runs = {directory / str(n): (override(CONFIG, {"seed": n, "devices": None}), [f"seed={n}"]) for n in (3, 5, 7)}
+        vectorized.train_seeds(runs, source=Path(__file__))
     return directory
 
 
@@ -105,7 +108,14 @@ def test_a_seed_is_the_run_of_its_seed_to_the_last_digit(seeds, tmp_path, seed):
 def test_a_seed_samples_as_its_run_and_makes_as_many_updates_of_a_batch(tmp_path):
     # Up to rounding: two updates in one program are fused otherwise than one.
     sampling = {"sampling.temperature": 0.8, "sampling.top_k": 20, "sampling.top_p": 0.5}
-    updates = {"num_iterations": 2, "loss.entropy_coef": 0.1, "steps": 1, "evaluation.every": 0, "warm_start": None}
+    updates = {
+        "num_iterations": 2,
+        "loss.beta": 0.1,
+        "loss.entropy_coef": 0.1,
+        "steps": 1,
+        "evaluation.every": 0,
+        "warm_start": None,
+    }
     config = override(CONFIG, {**sampling, **updates})
     training.train(config, tmp_path / "alone", quiet=True)
     vectorized.train_seeds({tmp_path / "seed": (config, [])})
@@ -129,11 +139,52 @@ def test_a_seed_leaves_a_finished_run_with_a_checkpoint(seeds):
     assert (seeds / "3" / "checkpoints" / "4").is_dir() and (seeds / "3" / "warm_start" / "checkpoints" / "3").is_dir()
 
 
+def test_a_seeds_directory_explains_its_run(seeds):
+    for seed in (3, 5, 7):
+        info = json.loads((seeds / str(seed) / "run.json").read_text())
+        assert (info["seed"], info["overrides"], info["source"]) == (seed, [f"seed={seed}"], str(Path(__file__)))
+        assert json.loads((seeds / str(seed) / "warm_start" / "run.json").read_text())["status"] == "finished"
+        summary = json.loads((seeds / str(seed) / "summary.json").read_text())
+        metrics = rows(seeds / str(seed) / "metrics.jsonl")
+        evaluations = [row for row in metrics if "evaluation/success" in row]
+        assert [row["step"] for row in evaluations] == [0, 2, 4]
+        for row, when in ((evaluations[0], "before"), (evaluations[-1], "after")):
+            assert row["evaluation/success_low"] == summary[when]["held_out"]["success_low"]
+            assert row["evaluation/mean_length"] == summary[when]["held_out"]["mean_length"]
+        assert summary["control"] == {} and summary["seconds"] > 0
+    assert not (seeds / "5" / "of a run that was not finished").exists()
+
+
+def test_a_steps_time_is_its_share_of_its_calls(seeds):
+    # The 4 steps are made in two calls of two steps, for all seeds at once.
+    for seed in (3, 5, 7):
+        summary = json.loads((seeds / str(seed) / "summary.json").read_text())
+        lines = (seeds / str(seed) / "metrics.jsonl").read_text().splitlines()
+        steps = [row for row in map(json.loads, lines) if "step_time" in row]
+        times = [row["step_time"] for row in steps]
+        assert times[0] == times[1] and times[2] == times[3] and 0 < sum(times) < summary["seconds"]
+        for row in steps:
+            sampled = 8 * row["completions/mean_length"]
+            assert row["tokens_per_second"] * row["step_time"] == pytest.approx(sampled)
+
+
+@pytest.mark.parametrize(
+    ("steps", "every", "chunk"),
+    [(40, 0, 20), (30, 0, 15), (23, 0, 1), (7, 0, 7), (21, 0, 7), (40, 6, 2), (40, 8, 8), (4, 2, 2), (0, 0, 1)],
+)
+def test_a_call_makes_whole_stretches_between_evaluations(steps, every, chunk):
+    config = override(CONFIG, {"steps": steps, "evaluation.every": every})
+    assert vectorized._chunk(config) == chunk
+
+
 def test_a_form_that_pays_something_else_ends_the_run(monkeypatch, tmp_path):
     wrong = {**array_rewards.FORMS, wordle.binary: lambda guess, secret: 1.0 - array_rewards.binary(guess, secret)}
     monkeypatch.setattr(array_rewards, "FORMS", wrong)
     config = override(CONFIG, {"rewards": {"binary": wordle.binary}, "group_size": 256, "warm_start": None})
-    with pytest.raises(RunError, match="their JAX form is wrong"):
+    message = (
+        r"step 0: '[A-Z]*' was trained on with a reward of 0\.5, but the experiment's rewards pay 0: their JAX form"
+    )
+    with pytest.raises(RunError, match=message):
         vectorized.train_seeds({tmp_path / "run": (override(config, {"steps": 1, "evaluation.every": 0}), [])})
 
 
@@ -148,8 +199,24 @@ def test_a_form_that_pays_something_else_ends_the_run(monkeypatch, tmp_path):
         ({"reward.combine": "normalize_then_sum", "advantages.scale": "none"}, "reward.combine is not 'sum'"),
         ({"reward.weights": {}, "rewards": {"v": wordle.valid_word}}, "reward 'v' has no JAX form"),
         ({"policy.scratch.alphabet": ALPHABET.lower()}, "an alphabet of capital letters alone"),
+        ({"method": "ppo"}, "its method is ppo, neither grpo nor sft"),
+        ({"method": "rft"}, "its method is rft, neither grpo nor sft"),
+        ({"method": "sft", "sft.packing": True, "sft.max_length": 16}, "its demonstrations are packed"),
+        ({"token_budget": 100}, "token_budget is set"),
+        ({"loss.beta": 0.1, "loss.sync_ref_model": True}, "loss.sync_ref_model is on"),
+        ({"loss.mask_truncated_completions": True}, "loss.mask_truncated_completions is on"),
+        ({"loss.importance_sampling_mode": "token_truncate"}, "loss.importance_sampling_mode is not None"),
+        ({"warm_start": {"method": "rft", "steps": 1}}, "its method is rft, neither grpo nor sft"),
     ],
 )
 def test_what_cannot_be_vectorised_is_refused_with_the_reason(overrides, says):
     with pytest.raises(UserError, match=says):
         vectorized.require_vectorizable(override(CONFIG, overrides))
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [{}, {"warm_start": None}, {"loss.beta": 0.1}, {"method": "sft"}, {"num_iterations": 2}, {"reward.weights": {}}],
+)
+def test_what_can_be_vectorised_is_not_refused(overrides):
+    vectorized.require_vectorizable(override(CONFIG, overrides))

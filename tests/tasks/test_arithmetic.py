@@ -7,7 +7,7 @@ import pytest
 
 from grpo_jax.errors import UserError
 from grpo_jax.tasks import Example, Task
-from grpo_jax.tasks.arithmetic import sums
+from grpo_jax.tasks.arithmetic import INSTRUCTION, sums
 
 ALL_PAIRS = 90 * 91 // 2  # unordered pairs of 10..99
 
@@ -57,6 +57,28 @@ def test_the_worked_examples_are_right_and_tagged() -> None:
     prompt = sums(shots=4).train[0]["prompt"]
     for question, answer in zip(prompt[1:-1:2], prompt[2:-1:2], strict=True):
         assert answer["content"] == f"<answer> {sum(addends(question['content']))} </answer>"
+
+
+def test_a_prompt_is_the_instruction_the_examples_and_a_question_in_these_words() -> None:
+    task = sums(num_train=2, num_held_out=1, shots=1)
+    system, question, answer, last = task.train[0]["prompt"]
+    assert system == {"role": "system", "content": INSTRUCTION}
+    a, b = addends(question["content"])
+    assert question == {"role": "user", "content": f"Calculate {a} + {b}."}
+    assert answer == {"role": "assistant", "content": f"<answer> {a + b} </answer>"}
+    a, b = addends(last["content"])
+    assert last == {"role": "user", "content": f"Calculate {a} + {b}."} and task.train[0]["answer"] == a + b
+    assert (task.name, task.max_turns, task.reply, task.references) == ("sums", 1, None, {})
+
+
+def test_there_are_3000_sums_to_train_on_600_to_evaluate_and_three_examples() -> None:
+    task = sums()
+    assert (len(task.train), len(task.held_out), len(worked_pairs(task))) == (3000, 600, 3)
+    assert sums(seed=0).train == task.train
+    # The same ones as ever, since the records of runs are about these.
+    asked = [example["prompt"][at]["content"] for example, at in ((task.train[0], -1), (task.held_out[0], -1))]
+    assert asked == ["Calculate 68 + 12.", "Calculate 30 + 27."]
+    assert task.train[0]["prompt"][1]["content"] == "Calculate 41 + 86."
 
 
 def test_the_seed_decides_and_the_held_out_sums_depend_on_nothing_else() -> None:

@@ -195,6 +195,39 @@ class TestSixTurns:
         assert six_turns().success(completions=games, secret=["POUND"] * 2) == [True, False]
 
 
+class TestReferences:
+    def test_they_are_the_win_rates_of_the_two_players_on_the_training_secrets(self) -> None:
+        task = six_turns(30, 10, seed=3)
+        known = [example["secret"] for example in task.train]
+        players = {"blind": blind(known), "random consistent": random_consistent(known)}
+        assert task.references == {name: win_rate(player, known, 1000) for name, player in players.items()}
+        assert task.references["blind"] < task.references["random consistent"]
+        assert dict(single_guess().references) == {}
+
+    def test_the_defaults_are_200_secrets_of_either_kind_in_the_plain_style(self) -> None:
+        task = six_turns()
+        assert (len(task.train), len(task.held_out), task.name) == (200, 200, "wordle_six_turns_plain")
+        assert task.train == six_turns(seed=0).train and {e["prompt"] for e in task.train} == {""}
+        assert six_turns(1, 1, style="chat").name == "wordle_six_turns_chat"
+
+    def test_a_win_rate_is_that_of_its_own_games(self) -> None:
+        wins = iter([True, False, False, True])
+        games: list[str] = []
+
+        def player(history: object, rng: random.Random) -> str:
+            if not history:
+                games.append("won" if next(wins) else "lost")
+            return "CRANE" if games[-1] == "won" else "POUND"
+
+        assert win_rate(player, ["CRANE"], 4) == 1 / 2 and len(games) == 4
+        player = random_consistent(answers())
+        assert win_rate(player, answers()[:9], 20, seed=1) == win_rate(player, answers()[:9], 20, seed=1)
+
+    def test_a_single_guess_may_have_a_prompt(self) -> None:
+        task = single_guess("crane", prompt="Guess.")
+        assert task.train == task.held_out == [{"prompt": "Guess.", "secret": "CRANE"}] and task.name == "wordle_crane"
+
+
 class TestPlayers:
     """The intervals are 3.5 standard errors around the known win rates, so the tests do not depend on the seeds."""
 
