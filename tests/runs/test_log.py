@@ -305,6 +305,96 @@ def test_what_a_section_was_resumed_with_is_its_last_value(tmp_path):
     assert changed_since(json.loads((tmp_path / "run.json").read_text()), "optimizer") == {}
 
 
+def test_a_visit_says_what_has_changed_and_where_it_writes(tmp_path):
+    def visit(**options) -> list[str]:
+        console = screen()
+        with open_log(tmp_path / "run", quiet=False, console=console, **options):
+            pass
+        return console.file.getvalue().splitlines()
+
+    assert visit() == [f"writing to {tmp_path / 'run'}"]
+    changed = replace(experiment(), steps=9, group_size=3)
+    assert visit(experiment=changed, resume=True) == [
+        f"writing to {tmp_path / 'run'}",
+        "changed since the run began: steps was 4, and is 9 from here on",
+        "changed since the run began: group_size was 8, and is 3 from here on",
+    ]
+    assert visit(experiment=experiment(), resume=True, title="control") == [
+        "control: changed since the run began: steps was 9, and is 4 from here on",
+        "control: changed since the run began: group_size was 3, and is 8 from here on",
+    ]
+
+
+def test_a_run_that_is_resumed_is_running_again_until_it_ends(tmp_path):
+    interrupted_run(tmp_path)
+    with open_log(tmp_path, resume=True) as log:
+        info = json.loads((tmp_path / "run.json").read_text())
+        assert (info["status"], info["finished"]) == ("running", None)
+        log.step(4, {"reward": 1.0})
+    assert json.loads((tmp_path / "run.json").read_text())["status"] == "finished"
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "warm_start").mkdir()  # one that was given to a run that has not begun
+    with open_log(tmp_path / "other", resume=True):
+        pass
+    assert "resumed" not in json.loads((tmp_path / "other" / "run.json").read_text())
+
+
+def test_an_evaluation_of_another_split_is_replaced_by_one_of_that_split_alone(tmp_path):
+    with open_log(tmp_path) as log:
+        log.evaluation(2, Evaluation(success=0.1))
+        log.evaluation(2, Evaluation(success=0.2, split="train"))
+        log.evaluation(4, Evaluation(success=0.3, split="train"))
+    with open_log(tmp_path, resume=True) as log:
+        log.evaluation(2, Evaluation(success=0.9, split="train"))
+    found = [(row["step"], row.get("evaluation/success"), row.get("evaluation/train/success"))
+             for row in rows(tmp_path / "metrics.jsonl")]  # fmt: skip
+    assert sorted(found, key=str) == sorted([(2, 0.1, None), (2, None, 0.9), (4, None, 0.3)], key=str)
+
+
+def test_what_an_evaluation_says_of_itself_is_logged_under_its_split(tmp_path):
+    with open_log(tmp_path) as log:
+        log.evaluation(3, Evaluation(split="train", pass_at_k={1: 0.5, 4: 0.75}))
+    expected = {f"evaluation/train/{name}": value for name, value in asdict(Evaluation()).items()}
+    del expected["evaluation/train/split"], expected["evaluation/train/pass_at_k"]
+    expected |= {"step": 3, "evaluation/train/pass_at_k/1": 0.5, "evaluation/train/pass_at_k/4": 0.75}
+    assert rows(tmp_path / "metrics.jsonl") == [expected]
+    assert scalars(tmp_path, "evaluation/train/pass_at_k/4") == {3: 0.75} and scalars(tmp_path, "step") == {}
+
+
+def test_a_summary_is_what_it_was_given_and_the_directory_is_the_runs(tmp_path):
+    with open_log(tmp_path) as log:
+        log.summary({"after": 0.5, "control": None, "nan": float("nan")})
+        assert log.run_dir == tmp_path
+    assert json.loads((tmp_path / "summary.json").read_text()) == {"after": 0.5, "control": None, "nan": None}
+
+
+def test_the_display_gets_the_step_its_metrics_and_the_first_prompts_group(tmp_path):
+    shown = []
+    display = SimpleNamespace(
+        title="", note=lambda message: None, close=lambda: shown.append("closed"),
+        update=lambda *arguments: shown.append(arguments), evaluation=lambda *arguments: shown.append(arguments),
+    )  # fmt: skip
+    found = Evaluation()
+    with RunLog(tmp_path, experiment(), display=display) as log:
+        log.step(2, {"reward": 1.0}, [row | {"prompt_id": row["prompt_id"] + 5} for row in completions()])
+        log.evaluation(3, found)
+        log.step(3, {"reward": 2.0})
+    (step, metrics, group), evaluated, bare, closed = shown
+    assert (step, metrics, [(row["prompt_id"], row["sample"]) for row in group]) == (
+        2,
+        {"reward": 1.0},
+        [(5, 0), (5, 1)],
+    )
+    assert evaluated == (3, found) and bare == (3, {"reward": 2.0}, []) and closed == "closed"
+
+
+def test_a_runs_display_has_its_steps_or_its_budget():
+    plain = display_of(experiment(steps=7), title="control")
+    assert (plain.total, plain.token_budget, plain.title, plain.quiet) == (7, None, "control", False)
+    budgeted = display_of(replace(experiment(steps=7), token_budget=90), quiet=True)
+    assert (budgeted.total, budgeted.token_budget, budgeted.title, budgeted.quiet) == (7, 90, "", True)
+
+
 # When the disk is full -----------------------------------------------------------------------------------------------
 
 
