@@ -409,3 +409,74 @@ def test_each_curve_of_a_band_is_taken_at_the_steps_that_all_have():
     np.testing.assert_allclose(found.values, [(0.5 + 0.25) / 2, (1.0 + 0.75) / 2])
     expected = statistics.mean([0.5, 0.25], (0, 1), noise=(0 + 0.15) / 2)
     np.testing.assert_allclose((found.low[0], found.high[0]), (expected.low, expected.high))
+
+
+ABLATION = """
+from grpo_jax.experiment import Ablation, Experiment
+from grpo_jax.tasks import Task
+
+def length(*, completions, **_):
+    return [float(len(c)) for c in completions]
+
+task = Task("toy", [{"prompt": "p"}], [{"prompt": "p"}], success=length)
+base = Experiment(task=task, rewards={"length": length}, steps=3)
+ablation = Ablation(base, arms={"new": {"loss.beta": 0.1}, "old": {}}, seeds=(3, 1), baseline="old", metric="kl")
+"""
+
+
+def test_a_sweep_of_the_first_versions_is_found_by_the_arms_and_seeds_of_its_runs(tmp_path):
+    for arm, seed in (("new", 1), ("old", 3), ("old", 1)):
+        write(tmp_path / f"{arm}{seed}" / "metrics.jsonl", [])
+        info = {"overrides": [f"arm={arm}", "budget=tokens", f"seed={seed}"], "seed": seed, "source": None}
+        (tmp_path / f"{arm}{seed}" / "run.json").write_text(json.dumps(info))
+        (tmp_path / f"{arm}{seed}" / "experiment.py").write_text(ABLATION)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "run.json").write_text('{"overrides": []}')
+    found = page.read_sweep(tmp_path)
+    assert found.arms == {"old": [tmp_path / "old3", tmp_path / "old1"], "new": [tmp_path / "new1"]}
+    assert list(found.arms) == ["new", "old"] and found.seeds[tmp_path / "old3"] == 3
+    assert (found.metric, found.baseline, found.missing) == ("kl", "old", ["new, seed 3 has not begun."])
+
+
+def test_the_plots_of_a_directory_are_those_of_a_run_or_of_a_sweep(tmp_path, drawn):
+    run = tmp_path / "run"
+    write(run / "metrics.jsonl", [evaluation(0, 0.5), {"step": 0, "reward": 0.5}])
+    (run / "run.json").write_text("{}")
+    assert page.draw(run, "svg") == [run / "learning_curve.svg"]
+    write(run / "completions.jsonl", [row(2, 0.5), row(2, 1.0), row(7, 0.5), row(5, 0.5)])
+    names = ["learning_curve", "reward_histograms", "advantage_map", "group_2", "group_5"]
+    assert page.draw(run) == [run / f"{name}.png" for name in names]
+    sweep = tmp_path / "sweep"
+    make_sweep(sweep, {("new", 4): 0.5, ("old", 4): 0.25})
+    assert page.draw(sweep, "pdf") == [sweep / "evaluation_success.pdf"]
+    write(sweep / "old-4" / "metrics.jsonl", [evaluation(0, 0.5), {"step": 0, "reward": 0.5}])
+    assert page.draw(sweep) == [sweep / "evaluation_success.png", sweep / "reward.png"]
+
+
+def test_the_page_of_a_sweep_names_its_runs_what_differs_and_what_is_not_finished(tmp_path):
+    sweep = make_sweep(tmp_path, {("new", 4): 0.5, ("old", 4): 0.25, ("old", 2): 0.75})
+    for name, config in (("new-4", {"a": 1, "seed": 4}), ("old-4", {"a": 2, "seed": 4}), ("old-2", {"a": 9})):
+        (tmp_path / name / "config.json").write_text(json.dumps({**config, "method": "grpo"}))
+    write(tmp_path / "old-2" / "completions.jsonl", [row(0, 0.5)])
+    (tmp_path / "new-4" / "run.json").write_text('{"status": "failed"}')
+    found = page.ablation_page(tmp_path, sweep)
+    counted, made = found["facts"]
+    assert counted == "2 arms, 3 runs, compared by evaluation/success"
+    assert made == "method grpo · ? × unknown device · no commit known"
+    assert found["warnings"] == ["new, seed 4 is failed."] and found["title"] == f"Ablation {tmp_path.name}"
+    assert found["difference"] == {
+        "title": "Config: what differs from the baseline (old)", "columns": ["old", "new"], "rows": [["a", "2", "1"]],
+    }  # fmt: skip
+    assert found["data"]["completions"]["runs"] == ["old, seed 2"] and found["command"] is None
+    assert json.loads(found["configs"]["the config of new"])["a"] == 1
+
+
+def test_the_page_goes_to_the_directory_or_to_a_file_or_folder_of_choice(tmp_path):
+    run = tmp_path / "run"
+    write(run / "metrics.jsonl", [evaluation(0, 0.5)])
+    (run / "run.json").write_text('{"status": "finished"}')
+    (run / "config.json").write_text('{"method": "grpo"}')
+    assert page.report(run) == run / "report.html"
+    assert page.report(run, tmp_path / "x.html") == tmp_path / "x.html"
+    assert page.report(run, tmp_path) == tmp_path / "report.html"
+    assert all("grpo" in path.read_text() for path in (run / "report.html", tmp_path / "x.html"))
