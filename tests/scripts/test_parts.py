@@ -1,6 +1,7 @@
 """The parts of the scripts, called in this process: what they count, compare and print, by hand."""
 
 import importlib.util
+import io
 import json
 import sys
 import types
@@ -10,6 +11,7 @@ from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
+from rich.console import Console
 from scipy import stats
 
 from grpo_jax import statistics
@@ -431,6 +433,61 @@ def test_the_designs_of_evaluations(coverage):
     assert asked == [1000, 50, 1000, 50] and coverage.repetitions_of(31, 8, 5) == 1
 
 
+def test_the_table_of_means_has_a_row_for_each_distribution_and_number_of_seeds(coverage, monkeypatch):
+    asked = []
+
+    def sampler(rng, shape):
+        asked.append((shape, rng.random()))
+        return np.tile(np.arange(float(shape[1])), (shape[0], 1))
+
+    def whole(rows, bounds):
+        asked.append(bounds)
+        return rows.min(1), rows.max(1)
+
+    monkeypatch.setattr(coverage, "OF_MEANS", {"one": whole, "other": lambda rows, bounds: (rows[:, 0], rows[:, 0])})
+    monkeypatch.setattr(coverage, "SEEDS", (3, 5))
+    found = list(coverage.means_table({"x": (sampler, 3.0)}, (0, 9), 7))
+    assert found == [["values", "seeds", "one", "other"], ["x", "3", "0.0% (2)", "0.0% (0)"],
+                     ["x", "5", "100.0% (4)", "0.0% (0)"]]  # fmt: skip
+    draws = [np.random.default_rng(n).random() for n in (3, 5)]
+    assert asked == [((7, 3), draws[0]), (0, 9), ((7, 5), draws[1]), (0, 9)]
+
+
+def test_the_table_of_calls_has_student_the_test_and_both(coverage, monkeypatch):
+    """Of 40 repetitions two are tested. Eight equal differences are shown by the test, not by the interval."""
+    spread = 1e-3 * np.arange(8)
+    rows = {"small": 0.1 + spread, "large": 0.9 - spread, "none": np.tile([0.5, -0.5], 4)}
+    monkeypatch.setattr(coverage, "SEEDS", (8,))
+    sources_of = {name: (lambda *_, row=row: np.tile(row, (40, 1)), 0.0) for name, row in rows.items()}
+    monkeypatch.setattr(coverage, "DIFFERENCES", sources_of)
+    assert list(coverage.calls_table(40)) == [
+        ["differences", "seeds", "Student's interval excludes 0", "p ≤ .05", "the verdict"],
+        ["small", "8", "100.0%", "100.0%", "0.0%"],
+        ["large", "8", "100.0%", "100.0%", "100.0%"],
+        ["none", "8", "0.0%", "0.0%", "0.0%"],
+    ]
+
+
+def test_the_tables_of_evaluations_have_a_row_for_each_design(coverage, monkeypatch):
+    monkeypatch.setattr(coverage, "OF_SUCCESS", {"x": lambda shares, samples: (shares.min(1), shares.min(1) + samples)})
+    found = list(coverage.success_table((1, 40), 20))
+    assert found[0] == ["questions", "samples", "success", "correlation", "x"]
+    assert [row[:4] for row in found[1:]] == [
+        [f"{q}", f"{s}", f"{p:g}", f"{a:g}"] for q, s, p, a in coverage.question_designs((1, 40))]  # fmt: skip
+    assert {row[1]: row[4].split("(")[1] for row in found[1:]} == {"1": "1)", "8": "8)"}
+    differences = list(coverage.question_table((1, 12), 20))
+    designs = [row[:4] for row in differences[1:]]
+    assert ["1", "8", "0.5", "0"] in designs and not [row for row in designs if row[:2] == ["1", "1"]]
+    assert len(differences[1]) == 6 and designs[-1] == ["12", "8", "0.98", "0.3"]
+    shared = list(coverage.shared_prompts_table(20))
+    assert [row[0] for row in shared] == ["seeds", "3", "5", "10", "20"]
+    alone, wide = (float(cell.split("(")[1][:-1]) for cell in shared[-1][1:])
+    assert wide > alone
+    monkeypatch.setattr(coverage, "SEEDS", (4,))
+    monkeypatch.setattr(coverage, "OUTCOMES", {"same": (lambda rng, shape: np.full(shape, 0.5), 0.5)})
+    assert list(coverage.iqm_table(10)) == [["values", "4 seeds"], ["same", "100.0%"]]
+
+
 # estimator_bench.py, benchmark.py, docs_docstrings.py ----------------------------------------------------------------
 
 
@@ -470,6 +527,26 @@ def test_the_benchmark_compares_trees_by_their_largest_entry_and_repeats_prompts
     noise = Noise(jnp.int32(0), jnp.int32(0), jnp.array([5, 6]), jnp.array([[0, 1], [0, 1]]))
     rows = benchmark.noise_of_rows(noise, 2)
     assert rows.prompt_ids.tolist() == [5, 5, 6, 6] and rows.samples.tolist() == [[0], [1], [0], [1]]
+
+
+def test_the_benchmark_prints_medians_and_their_ratios_to_the_first(monkeypatch):
+    """The first way takes 1, 5 and 2 s, the second 4, 3 and 9 s: medians of 2 and 4."""
+    benchmark = script("benchmark")
+    ends, now = iter([1.0, 4.0, 5.0, 3.0, 2.0, 9.0]), [0.0, False]
+
+    def clock() -> float:
+        now[0] += next(ends) if now[1] else 0.0
+        now[1] = not now[1]
+        return now[0]
+
+    console = Console(file=io.StringIO(), width=120)
+    monkeypatch.setattr(benchmark, "console", console)
+    monkeypatch.setattr(benchmark.time, "perf_counter", clock)
+    found = benchmark.compare("a title", {"one": (lambda x: x + 1, (1.0,)), "two": (lambda x: x * 3, (2.0,))}, 3)
+    assert {name: float(value) for name, value in found.items()} == {"one": 2.0, "two": 6.0}
+    lines = [line.split("│")[1:4] for line in console.file.getvalue().splitlines() if line.startswith("│")]
+    assert [[cell.strip() for cell in line] for line in lines] == [
+        ["one", "2,000.00 ms", "1.00"], ["two", "4,000.00 ms", "2.00"]]  # fmt: skip
 
 
 def test_an_entry_of_several_names_becomes_one_for_each(monkeypatch):
