@@ -184,6 +184,11 @@ def test_a_place_that_cannot_be_written_is_one_sentence(tmp_path):
         checkpoints.save(tmp_path / "file", 4, {"w": np.zeros(3)})
 
 
+def test_why_it_cannot_be_written_is_the_first_line_or_the_kind_of_the_error():
+    assert checkpoints._first_line(OSError("\n the disk is full \n and more")) == "the disk is full "
+    assert checkpoints._first_line(ValueError()) == "ValueError"
+
+
 def test_orbax_prints_nothing(tmp_path, capfd, caplog):
     checkpoints.save(tmp_path, 1, make_state())
     checkpoints.restore(tmp_path, make_state())

@@ -217,3 +217,11 @@ def test_the_summary_has_every_number_in_its_column():
     row = [cell.strip() for cell in next(line for line in lines if "after" in line).split("│")[1:-1]]
     assert header == ["", "success", "95 % interval", "reward", "tokens", "turns"]
     assert row == ["after", "25.0 %", "20.0 – 31.0 %", "–", "7.2", "1.50"]
+
+
+def test_a_long_completion_is_whole_beside_another_policys_and_cut_while_a_run_goes_on():
+    rows = completions("x" * 200, group=1)
+    for groups, letters in (({"before": rows, "after": []}, 200), ({"": rows}, 119)):
+        text = shown(display.group_table(groups))  # 120 wide
+        assert text.count("x") == 200 if letters == 200 else 0 < text.count("x") < letters
+        assert ("…" in text) == (letters < 200)

@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from rich.console import Console
+from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event
 
 from grpo_jax.errors import RunError, UserError
@@ -405,6 +406,22 @@ def test_a_full_disk_is_one_sentence(tmp_path):
         (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
         log.step(0, {"reward": 1.0})
     assert json.loads((tmp_path / "run.json").read_text())["status"] == "failed"
+
+
+def test_events_that_cannot_be_written_are_one_sentence_about_the_run(tmp_path, monkeypatch):
+    close = EventsWriter.close
+
+    def full(self):
+        close(self)
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(EventsWriter, "close", full)
+    with pytest.raises(RunError) as caught, open_log(tmp_path) as log:
+        log.step(0, {"reward": 1.0})
+    assert str(caught.value) == f"cannot write {tmp_path}: No space left on device."
+    with pytest.raises(RuntimeError, match="the real reason"), open_log(tmp_path / "other") as log:
+        log.step(0, {"reward": 1.0})
+        raise RuntimeError("the real reason")
 
 
 def test_a_directory_that_cannot_be_made_is_one_sentence(tmp_path):

@@ -111,6 +111,8 @@ def test_a_sweep_makes_what_is_not_finished_seed_by_seed_and_says_of_each_why_it
     assert {(p.order["source"], p.order["budget"], *p.order["overrides"]) for p in started} == {
         ("toy.py", "steps", "a=b")
     }
+    if hasattr(os, "sched_getaffinity"):  # one at a time, so each has all cores
+        assert [p.order["cores"] for p in started] == [sorted(os.sched_getaffinity(0))] * 3
     assert str(caught.value) == (
         "3 of 4 runs failed (base = same seed 5, base = same seed 3, hot seed 3) and the others are finished: the same "
         "command tries the failed ones again."
