@@ -191,6 +191,9 @@ def test_rewards_reads_completions_that_are_saved_or_restores_a_runs_policy(plai
     assert json.loads(Path("r2/run.json").read_text())["source"] is None
     assert cli.main(["rewards", str(plain)]) == 0
     assert [path.name[:13] for path in Path("runs").iterdir()] == ["rewards-toy-2"]
+    os.chdir(run)
+    assert cli.main(["rewards", "."]) == 0
+    assert [path.name[:13] for path in Path("runs").iterdir()] == ["rewards-run-2"]
 
 
 @pytest.mark.parametrize(

@@ -77,6 +77,8 @@ def test_the_main_plots_of_a_run_are_made_of_the_metrics_with_these_names(tmp_pa
         "warm start": ([-4, 0], [0.0, 0.1], 5), "control": ([5], [0.3], 1),
         "of the training samples": ([0, 1], [0.2, 0.2], 2),
     }  # fmt: skip
+    control = next(curve for curve in charts[0]["series"] if curve["name"] == "control")
+    assert (control["low"], control["high"]) == ([0.2], [0.35])
     assert charts[0]["percent"] and charts[2]["percent"] and "percent" not in charts[1]
     assert charts[0]["rules"] == [{"name": "blind", "value": 0.05}, {"name": "perfect", "value": 0.9}]
     lines = [{curve["name"]: (curve["y"][0], curve["colour"]) for curve in chart["series"]} for chart in charts[1:]]
