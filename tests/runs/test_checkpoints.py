@@ -156,6 +156,15 @@ def test_a_damaged_checkpoint_is_refused_and_the_one_before_it_is_named(tmp_path
     assert checkpoints.restore(tmp_path, {"w": jnp.zeros(1000)}, step=1)[0] == 1
 
 
+def test_the_newest_of_several_checkpoints_before_a_damaged_one_is_named(tmp_path):
+    for step in (3, 5, 8):
+        checkpoints.save(tmp_path, step, {"w": np.ones(1)}, keep=9)
+    (tmp_path / "9").mkdir()
+    (tmp_path / "9" / "weights.bin").write_bytes(b"not of Orbax")
+    with pytest.raises(UserError, match=r"of step 9 in .* cannot be read.*to go back to step 8\)\.$"):
+        checkpoints.restore(tmp_path, {"w": np.zeros(1)})
+
+
 def test_a_save_that_is_killed_leaves_the_checkpoint_before_it(tmp_path):
     # The process dies as soon as Orbax has begun to write the second step, before it can rename it into place.
     code = f"""

@@ -144,6 +144,14 @@ def test_the_last_step_of_a_budget_is_the_one_that_uses_it_up():
     ]
 
 
+def test_the_last_step_of_all_is_shown_though_a_budget_is_not_used_up():
+    display = Display(3, 1000, console=screen(), clock=lambda: 0.0)
+    for step, tokens in enumerate((10, 20, 30)):
+        display.update(step, {"reward": 0.5, "num_sampled_tokens": tokens})
+    assert [line.split("  ")[0] for line in lines_of(display)] == [
+        "training step 1 (10 of 1,000 tokens)", "training step 3 (30 of 1,000 tokens)"]  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("rewards", "metrics", "figures"),
     [
