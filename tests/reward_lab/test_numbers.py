@@ -424,3 +424,13 @@ def test_a_reward_that_applies_to_no_completion_is_studied_and_drawn_without_num
     reward_study.save(found, tmp_path)
     assert json.loads((tmp_path / "rewards.json").read_text())["readings"][0]["signals"]["nothing"]["mean"] is None
     reward_study.show(found, Console(file=io.StringIO()))
+
+
+@pytest.mark.parametrize(("budget", "texts"), [(10, 1), (105, 5)])
+def test_a_budget_of_completions_is_shared_by_the_examples_that_a_text_is_tried_on(monkeypatch, budget, texts):
+    asked = []
+    monkeypatch.setattr(attacks, "families", lambda *arguments: {})
+    monkeypatch.setattr(attacks, "search", lambda value, starts, symbols, allowed, rng: asked.append(allowed))
+    config = AttackConfig(TASK.train, TASK.held_out, [], ["ab"], max_tokens=6, budget=budget)
+    attacks.attack(Target(make_experiment(), {}, TOKENIZER), ["length"], config)
+    assert asked == [texts]  # of 20 examples
