@@ -277,6 +277,9 @@ def _draw_rewards(axes: Axes, readings: Sequence[Reading], name: str, colours: S
     axes.set_title(f"{name}: rewards")
     values = [reading.rewards[name][~np.isnan(reading.rewards[name])] for reading in readings]
     levels = np.unique(np.round(np.concatenate(values), 6))
+    if not len(levels):  # the reward applies to none of the completions
+        axes.set_axis_off()
+        return
     bins = np.linspace(levels.min(), levels.max(), 25)
     if len(levels) <= 24:  # a bin around each value that occurs
         half = np.diff(levels).min() / 2 if len(levels) > 1 else 0.05

@@ -1,6 +1,8 @@
 """Loading an experiment from a file, checking it, and overriding its fields."""
 
 import dataclasses
+import functools
+import hashlib
 import json
 import subprocess
 import sys
@@ -14,6 +16,7 @@ from hypothesis import strategies as st
 from grpo_jax import experiment
 from grpo_jax.errors import UserError
 from grpo_jax.experiment import Experiment, LoRAConfig, LossConfig, OptimizerConfig, PolicyConfig, RewardConfig
+from grpo_jax.experiment.fingerprint import fingerprint
 
 FILE = """
     from types import SimpleNamespace
@@ -319,6 +322,220 @@ def test_one_arm_of_an_ablation_loads_as_an_experiment(write):
 )
 def test_a_wrong_ablation_is_one_sentence(fields, says):
     assert says in message(lambda: experiment.Ablation(**{"base": toy(), "arms": {"base": {}}, **fields}))
+
+
+def test_an_ablation_has_ten_seeds_and_is_about_held_out_success_at_equal_steps_unless_it_says_otherwise():
+    ablation = experiment.Ablation(base=toy(), arms={"first": {}, "second": {"group_size": 2}})
+    assert (list(ablation.seeds), ablation.metric, ablation.budget) == (list(range(10)), "evaluation/success", "steps")
+    assert (ablation.baseline, ablation.baseline_arm) == (None, "first")
+    assert dataclasses.replace(ablation, baseline="second").baseline_arm == "second"
+
+
+def test_an_arm_at_a_seed_is_the_base_with_its_overrides_and_that_seed():
+    ablation = experiment.Ablation(base=toy(seed=9), arms={"base": {}, "other": {"loss.beta": 0.25}}, seeds=(4, 5))
+    configs = {(arm, seed): ablation.experiment(arm, seed) for arm in ("base", "other") for seed in (4, 5)}
+    assert {key: (config.loss.beta, config.seed) for key, config in configs.items()} == {
+        ("base", 4): (0.0, 4), ("base", 5): (0.0, 5), ("other", 4): (0.25, 4), ("other", 5): (0.25, 5),
+    }  # fmt: skip
+    assert [run.config for run in ablation.runs()] == [configs[arm, s] for s in (4, 5) for arm in ("base", "other")]
+
+
+def test_a_run_is_named_by_its_config_and_by_its_config_without_files():
+    arms = {"a": {}, "b": {"loss.beta": 0.5}, "c": {"loss.beta": 0.0}, "d": {}}
+    ablation = experiment.Ablation(base=toy(rewards={"r": lambda **_: 1}), arms=arms, seeds=(7,))
+    first, second = ablation.runs()
+    assert (first.arms, second.arms, first.seed) == (("a", "c", "d"), ("b",), 7)
+    for run in (first, second):
+        assert run.key == fingerprint(run.config) != run.config_key == fingerprint(run.config, files=False)
+    ablation.runs().clear()
+    assert len(ablation.runs()) == 2
+
+
+def test_a_budget_of_tokens_gives_every_arm_the_steps_that_the_shortest_completions_need():
+    """The base has room for 3 x 4 x 5 x 7 = 420 tokens. An arm of 4 groups of 8 needs at most 420 / 32 = 13.1 steps."""
+    base = toy(steps=3, prompts_per_step=4, group_size=5, sampling=experiment.SamplingConfig(max_tokens=7))
+    arms = {"base": {}, "wide": {"group_size": 8}, "long": {"sampling.max_tokens": 70, "prompts_per_step": 2}}
+    ablation = experiment.Ablation(base=base, arms=arms, seeds=[0], budget="tokens")
+    found = {run.arms[0]: (run.config.token_budget, run.config.steps) for run in ablation.runs()}
+    assert found == {"base": (420, 21), "wide": (420, 14), "long": (420, 42)}
+
+
+def test_a_warm_start_keeps_the_steps_that_it_names_under_a_budget_of_tokens():
+    base = toy(steps=7, warm_start={"steps": 3, "group_size": 4})
+    arms = {"base": {}, "other": {"warm_start": {"loss.beta": 0.1}}}
+    runs = experiment.Ablation(base=base, arms=arms, seeds=[0], budget="tokens").runs()
+    starts = [experiment.variant_of(run.config, run.config.warm_start) for run in runs]
+    assert [(start.steps, start.token_budget, start.loss.beta) for start in starts] == [(3, None, 0.0), (7, None, 0.1)]
+
+
+@pytest.mark.parametrize(
+    ("field", "instead"),
+    [
+        ("seed", "`seeds`"),
+        ("steps", "`budget`, which gives every arm its steps"),
+        ("token_budget", "`budget`, which gives every arm its tokens"),
+    ],
+)
+def test_what_is_the_ablations_is_not_for_an_arm(field, instead):
+    said = message(lambda: experiment.Ablation(base=toy(), arms={"base": {}, "bad": {field: 5}}))
+    assert said == f"arm 'bad' sets {field!r}: that is for the ablation's {instead}."
+
+
+def test_a_mistake_that_only_an_arm_makes_is_named_with_the_arm():
+    said = message(lambda: experiment.Ablation(base=toy(), arms={"base": {}, "small": {"group_size": 1}}))
+    assert said.startswith("arm 'small': Experiment.group_size = 1 is out of range: it must be at least 2")
+    said = message(lambda: experiment.Ablation(base=toy(), arms={"b": {}, "a": {}}, baseline="c"))
+    assert said == "Ablation.baseline = 'c' is out of range: it must be None or one of ['a', 'b']."
+
+
+def test_assignments_of_an_ablation_are_for_its_base_and_an_arm_keeps_what_it_sets(write):
+    path = write(ABLATION)
+    ablation = experiment.load_ablation(path, None, ["group_size=6", "loss.beta=0.5", "prompts_per_step=3"])
+    sizes = {run.arms[0]: run.config.group_size for run in ablation.runs()}
+    assert sizes == {"base": 6, "same": 6, "small": 2} and ablation.budget == "steps"
+    betas = {run.arms: run.config.loss.beta for run in ablation.runs()}
+    assert betas == {("base",): 0.5, ("same",): 0.0, ("small",): 0.5}
+    assert all(run.config.prompts_per_step == 3 for run in ablation.runs())
+    tokens = write(ABLATION.replace("seeds=(3, 4))", 'seeds=(3, 4), budget="tokens")'), name="tokens.py")
+    assert experiment.load_ablation(tokens).budget == "tokens"
+    assert experiment.load_ablation(tokens, "steps").budget == "steps"
+
+
+def test_an_arm_is_loaded_with_the_bases_seed_and_with_assignments_of_its_own(write):
+    path = write(ABLATION.replace("steps=7", "steps=7, seed=6"))
+    config = experiment.load(path, ["loss.beta=0.5", "arm=small", "steps=9"])
+    assert (config.group_size, config.seed, config.loss.beta, config.steps) == (2, 6, 0.5, 9)
+    assert "wrong type" in message(lambda: experiment.load(path, ["arm=small", "budget=time"]))
+    assert "choose one of its arms" in message(lambda: experiment.load(path, ["arm=smal"]))
+
+
+# Runs ----------------------------------------------------------------------------------------------------------------
+
+
+def run_of(tmp_path, info: dict, name: str = "one"):
+    run_dir = tmp_path / name
+    run_dir.mkdir(parents=True)
+    (run_dir / "run.json").write_text(json.dumps(info))
+    return run_dir
+
+
+def test_the_assignments_of_a_run_are_those_that_it_began_with_and_then_those_of_every_visit(write, tmp_path):
+    visits = [{"overrides": ["steps=9", "seed=2"], "code": None}, {"overrides": ["steps=11"], "code": None}]
+    info = {"source": None, "overrides": ["seed=1", "loss.beta=0.5"], "resumed": visits}
+    assert experiment.all_overrides(info) == ["seed=1", "loss.beta=0.5", "steps=9", "seed=2", "steps=11"]
+    assert experiment.all_overrides({"overrides": ["seed=1"]}) == ["seed=1"]
+    run = run_of(tmp_path, info)
+    (run / "experiment.py").write_text(textwrap.dedent(FILE))
+    config = experiment.load_run(run, ["loss.beta=0.25"])
+    assert (config.steps, config.seed, config.loss.beta) == (11, 2, 0.25)
+
+
+def test_the_files_of_a_run_are_those_of_its_last_visit_that_changed_them(write, tmp_path):
+    def code(name: str) -> dict:
+        return {"directory": name, "entry": "sub/toy.py", "paths": ["."], "files": {}}
+
+    none, two, three = {"code": None}, {"code": code("code-2")}, {"code": code("code-3")}
+    assert experiment.code_of({"code": code("code")}) == code("code")
+    assert experiment.code_of({"code": code("code"), "resumed": [none]}) == code("code")
+    info = {"source": "x", "overrides": [], "code": code("code"), "resumed": [two, three, none]}
+    assert experiment.code_of(info) == code("code-3") and experiment.code_of({"resumed": []}) is None
+    run = run_of(tmp_path, {**info, "resumed": [{**visit, "overrides": []} for visit in info["resumed"]]})
+    assert experiment.code_folder(run) == run / "code-3" / "sub"
+    old = run_of(tmp_path, {"source": None}, "old")
+    assert experiment.code_folder(old) == old
+    for number, folder in enumerate(("code", "code-2", "code-3")):
+        (run / folder / "sub").mkdir(parents=True)
+        text = FILE.replace("steps=7", f"steps={number}")
+        (run / folder / "sub" / "toy.py").write_text(textwrap.dedent(text))
+    assert experiment.load_run(run).steps == 2
+
+
+def test_a_warm_start_and_a_control_are_variants_of_the_run_that_they_lie_in(tmp_path):
+    text = FILE.replace("steps=7", 'steps=7, warm_start={"steps": 2}, control={"loss.beta": 0.5}')
+    run = run_of(tmp_path, {"source": None, "overrides": ["seed=4"]})
+    (run / "experiment.py").write_text(textwrap.dedent(text))
+    for name in ("warm_start", "control"):
+        run_of(run, {"source": None, "overrides": []}, name)
+    start, control = (experiment.load_run(run / name, ["group_size=3"]) for name in ("warm_start", "control"))
+    assert (start.steps, start.loss.beta, start.seed, start.group_size) == (2, 0.0, 4, 3)
+    assert (control.steps, control.loss.beta, control.seed, control.group_size) == (7, 0.5, 4, 3)
+    assert start.warm_start is None and control.control is None
+    named = run_of(tmp_path, {"source": str(run / "experiment.py"), "overrides": ["seed=5"]}, "control")
+    (named / "experiment.py").write_text(textwrap.dedent(text))
+    assert experiment.load_run(named).seed == 5  # a run that is only called so
+
+
+def test_a_directory_without_a_run_and_one_with_a_damaged_record_are_told_apart(tmp_path):
+    said = message(lambda: experiment.read_run(tmp_path))
+    assert said == f"{str(tmp_path)!r} is not the directory of a run: there is no run.json in it."
+    (tmp_path / "run.json").write_text("{")
+    said = message(lambda: experiment.read_run(tmp_path))
+    assert said == f"{str(tmp_path)!r} is not the directory of a run: its run.json cannot be read."
+
+
+def test_a_config_becomes_json_with_all_its_parts():
+    class Mine(experiment.Method):
+        name = "mine"
+
+        def __init__(self):
+            self.strength = 3
+
+    found = experiment.to_dict(toy(method=Mine(), rewards={"half": functools.partial(max, 1, key=2)}))
+    assert found["method"]["name"] == "mine" and found["method"]["strength"] == 3
+    assert found["method"]["class"].endswith(
+        "test_experiment.test_a_config_becomes_json_with_all_its_parts.<locals>.Mine"
+    )
+    assert found["rewards"]["half"] == {"function": "builtins.max", "args": [1], "keywords": {"key": 2}}
+    rows = [{"prompt": "a"}, {"prompt": "b"}]
+    one = SimpleNamespace(name="toy", train=rows, held_out=rows[:1])
+    described = experiment.to_dict(one)
+    assert (described["name"], described["train"], described["held_out"]) == ("toy", 2, 1)
+    text = json.dumps({"train": rows, "held_out": rows[:1]}, sort_keys=True)
+    assert described["sha256"] == hashlib.sha256(text.encode()).hexdigest()[:16]
+    assert experiment.to_dict((1, [2, {3: None}])) == [1, [2, {"3": None}]]
+
+
+# Checks --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        ({"steps": -1}, "Experiment.steps = -1 is out of range: it must be 0 or above."),
+        ({"token_budget": 0}, "Experiment.token_budget = 0 is out of range: it must be None, or positive"),
+        ({"prompts_per_step": 0}, "Experiment.prompts_per_step = 0 is out of range: it must be positive."),
+        ({"num_iterations": 0}, "Experiment.num_iterations = 0 is out of range: it must be positive, and 1 for"),
+        ({"num_iterations": 2, "loss": LossConfig("reinforce")}, "Experiment.num_iterations = 2 is out of range"),
+        ({"dynamic_sampling_rounds": -1}, "dynamic_sampling_rounds = -1 is out of range: it must be 0 (off) or above."),
+        ({"gradient_accumulation_steps": 0}, "it must be a number that divides prompts_per_step = 8."),
+        ({"seed": -1}, "Experiment.seed = -1 is out of range: it must be between 0 and 2**31 - 1."),
+        ({"seed": 2**31}, "is out of range: it must be between 0 and 2**31 - 1."),
+        ({"devices": 0}, "Experiment.devices = 0 is out of range: it must be positive, or None for all local devices."),
+        ({"checkpoint_every": 0}, "Experiment.checkpoint_every = 0 is out of range: it must be positive."),
+        ({"method": "grppo"}, "there is no method 'grppo'; did you mean 'grpo'?"),
+        ({"method": "sft", "dynamic_sampling_rounds": 1}, "dynamic_sampling_rounds is set, but method 'sft'"),
+        ({"reward": RewardConfig(weights={"z": 1.0, "b": 1.0})}, "names 'b', which is no reward of this experiment"),
+        ({"policy": PolicyConfig(lora=LoRAConfig()),
+          "loss": LossConfig(beta=0.1, sync_ref_model=True, ref_model_mixup_alpha=0.5)}, "ref_model_mixup_alpha = 0.5"),
+        ({"steps": "7"}, "Experiment.steps = '7' has the wrong type: it must be int."),
+        ({"devices": 1.5}, "Experiment.devices = 1.5 has the wrong type: it must be int | None."),
+    ],
+)  # fmt: skip
+def test_what_is_out_of_range_is_named_with_what_would_be_right(fields, says):
+    assert says in message(lambda: toy(**fields))
+
+
+def test_the_ends_of_the_ranges_are_in_them():
+    lora = PolicyConfig(lora=LoRAConfig())
+    for fields in (
+        {"steps": 0, "seed": 2**31 - 1, "devices": 1, "checkpoint_every": 1, "prompts_per_step": 1},
+        {"token_budget": 1}, {"num_iterations": 2}, {"num_iterations": 1, "loss": LossConfig("reinforce")},
+        {"gradient_accumulation_steps": 8}, {"dynamic_sampling_rounds": 0}, {"loss": len, "num_iterations": 2},
+        {"policy": lora, "loss": LossConfig(beta=0.1, sync_ref_model=True, ref_model_mixup_alpha=1.0)},
+        {"loss": LossConfig(beta=0.1, sync_ref_model=True, ref_model_mixup_alpha=0.5)},
+    ):  # fmt: skip
+        assert toy(**fields).rewards == {"length": len}
+    assert toy(loss=len).loss_config == LossConfig() and toy(loss=LossConfig(beta=0.5)).loss_config.beta == 0.5
 
 
 def test_a_file_without_an_ablation_says_what_it_lacks(write):

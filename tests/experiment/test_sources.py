@@ -241,3 +241,147 @@ def test_libraries_are_not_the_users():
 
     assert not any(map(sources.is_users, (numpy.__file__, json.__file__, grpo_jax.rewards.wordle.__file__, "<string>")))
     assert sources.code_digest(numpy.__file__) is None and sources.is_users(__file__)
+
+
+def write(folder, files: dict[str, str]):
+    for name, text in files.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(textwrap.dedent(text))
+
+
+def used(folder, name: str) -> set[str]:
+    return {path.relative_to(folder).as_posix() for path in sources.files_of(folder / name)}
+
+
+def test_only_the_modules_named_here_make_no_number(monkeypatch, tmp_path):
+    shown = [f"{folder}/x.py" for folder in ("cli", "report", "statistics", "reward_lab", "research")] + ["errors.py"]
+    shown += [f"experiment/{name}.py" for name in ("ablation", "sources", "fingerprint", "files")]
+    shown += [f"runs/{name}.py" for name in ("log", "record", "display", "files")]
+    shown += [f"sweep/{name}.py" for name in ("processes", "progress", "worker")]
+    made = [f"{name}.py" for name in ("advantages", "confidence", "evaluation", "training", "update", "losses/x")]
+    made += [f"experiment/{name}.py" for name in ("experiment", "overrides", "configs", "methods", "requirements")]
+    made += ["runs/checkpoints.py", "runs/restore.py", "sweep/vectorized.py", "sweep/warm_starts.py", "rewards/x.py"]
+    for name in (*shown, *made):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("x = 1")
+    monkeypatch.setattr(sources, "PACKAGE", tmp_path)
+    digest = sources.package_digest.__wrapped__
+    before = digest()
+    assert len(before) == 12
+
+    def counts(name: str) -> bool:
+        (tmp_path / name).write_text("x = 2")
+        changed = digest() != before
+        (tmp_path / name).write_text("x = 1")
+        return changed
+
+    assert [name for name in (*shown, *made) if counts(name)] == made
+    (tmp_path / "update.py").rename(tmp_path / "updates.py")  # a name counts, too
+    assert digest() != before
+
+
+def test_imports_that_are_relative_to_their_package_are_followed(tmp_path):
+    deep = "from . import other\nfrom ..top import b\nfrom .far import c as d\n"
+    inner = {"__init__.py": "from .beside import a\n", "deep.py": deep, "beside.py": "a = 1\n", "other.py": "",
+             "far.py": "c = 3\n", "not_used.py": ""}  # fmt: skip
+    toy = EXPERIMENT.replace("from my_rewards import graded", "from my_pkg2.inner import deep\n    graded = len")
+    top = {"pkg_toy.py": toy, "my_pkg2/__init__.py": "", "my_pkg2/top.py": "b = 2\n", "my_pkg2/beside.py": ""}
+    write(tmp_path, top | {f"my_pkg2/inner/{name}": text for name, text in inner.items()})
+    load(tmp_path / "pkg_toy.py")
+    assert used(tmp_path, "pkg_toy.py") == {
+        "pkg_toy.py", "my_pkg2/__init__.py", "my_pkg2/top.py",
+        *(f"my_pkg2/inner/{name}.py" for name in ("__init__", "deep", "beside", "other", "far")),
+    }  # fmt: skip
+    described = sources.describe(tmp_path / "pkg_toy.py")
+    assert (described["entry"], described["paths"], described["not_copied"]) == ("pkg_toy.py", ["."], [])
+
+
+READER = """
+    from pathlib import Path
+    HERE = Path(__file__).parent
+    WORDS = (HERE / "words.txt").read_text()
+    with open(str(HERE / "plain.txt")) as file:
+        PLAIN = file.read()
+    (HERE / "written.txt").write_text("x")
+    with (HERE / "log.txt").open("a") as file:
+        file.write("x")
+    (HERE / ".hidden").read_text()
+    if (HERE / "absent.txt").exists():
+        pass
+"""
+LETTERS = """
+    from types import SimpleNamespace
+    from grpo_jax.experiment import Experiment
+    from my_reader import WORDS
+
+    def length(*, completions, **columns):
+        return [float(len(WORDS)) for _ in completions]
+
+    config: Experiment = Experiment(
+        task=SimpleNamespace(name="t", train=[], held_out=[]), rewards={"length": length}, steps=7)
+"""
+
+
+@pytest.fixture
+def reader(tmp_path):
+    write(tmp_path, {"my_reader.py": READER, "one.py": LETTERS, "two.py": LETTERS})
+    for name in ("words.txt", "plain.txt", ".hidden", "log.txt"):
+        (tmp_path / name).write_text("abc")
+    yield tmp_path
+    sys.modules.pop("my_reader", None)
+
+
+def test_data_are_files_that_are_read_and_not_those_that_are_written_or_hidden(reader):
+    load(reader / "one.py")
+    expected = {"one.py", "my_reader.py", "words.txt", "plain.txt"}
+    assert used(reader, "one.py") == expected
+    load(reader / "two.py")  # its reader was imported already, and not executed again
+    assert used(reader, "two.py") == expected - {"one.py"} | {"two.py"}
+    load(reader / "one.py")
+    assert used(reader, "one.py") == expected
+
+
+def test_data_that_were_edited_or_removed_are_read_again(reader):
+    def value() -> list[float]:
+        return load(reader / "one.py").rewards["length"](completions=["x"])
+
+    assert value() == [3.0]
+    (reader / "words.txt").write_text("abcde")
+    assert value() == [5.0]
+    (reader / "words.txt").unlink()
+    with pytest.raises(Exception, match="FileNotFoundError"):
+        value()
+
+
+def test_the_variables_that_hold_a_config_do_not_count_whichever_way_they_are_written(reader):
+    digests = []
+    for old, new in (("7", "7"), ("steps=7", "steps=8"), ("float(len", "2.0 * float(len"), ("steps=8", "steps=9")):
+        text = (reader / "one.py").read_text()
+        assert old in text
+        (reader / "one.py").write_text(text.replace(old, new))
+        load(reader / "one.py")
+        digests.append(sources.code_digest(reader / "one.py"))
+    assert digests[0] == digests[1] != digests[2] == digests[3]
+
+
+def test_words_alone_leave_a_files_digest_as_it_is(tmp_path):
+    def digest(text: str) -> str | None:
+        (tmp_path / "file.py").write_text(text)
+        sources.record(tmp_path / "file.py")
+        return sources.code_digest(tmp_path / "file.py")
+
+    empty = digest('class A:\n    """One."""\n')
+    assert empty == digest('class A:\n    """Two."""\n') == digest("class A:\n    pass\n")
+    assert empty != digest("class B:\n    pass\n") != digest('x = """One."""\n') != digest('x = """Two."""\n')
+    assert digest("x = 1 +") is not None  # not Python, and named by its bytes
+
+
+def test_what_lies_among_libraries_is_not_the_users(tmp_path):
+    for folder, expected in (("site-packages", False), ("dist-packages", False), ("mine", True)):
+        path = tmp_path / folder / "module.py"
+        path.parent.mkdir()
+        path.write_text("x = 1")
+        assert sources.is_users(path) is expected
+    (tmp_path / "mine" / "data.txt").write_text("x")
+    assert not sources.is_users(tmp_path / "mine" / "data.txt") and not sources.is_users(tmp_path / "mine" / "none.py")

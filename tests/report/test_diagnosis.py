@@ -72,3 +72,58 @@ def test_plain_prompts_for_a_chat_model_are_said(tmp_path):
     assert diagnose(write(tmp_path / "run"), has_chat_template=False) == []
     chat = [{"role": "user", "content": "a"}]
     assert diagnose(write(tmp_path / "run", prompt=chat), has_chat_template=True) == []
+
+
+def signs(run: Path, steps: list[dict], held_out: tuple[float, ...] = ()) -> list[str]:
+    """The signs of a run with these steps, and with evaluations before them and after."""
+    rows = [{"step": step, "step_time": 1.0, **metrics} for step, metrics in enumerate(steps)]
+    rows = [{"step": 0, "evaluation/success": success} for success in held_out[:1]] + rows
+    rows += [{"step": 99, "evaluation/success": success} for success in held_out[1:]]
+    run.mkdir(exist_ok=True)
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return [sign.split(":")[0] for sign in diagnose(run)]
+
+
+EQUAL, SUCCESS, CUT = "frac_reward_zero_std", "success", "completions/clipped_ratio"
+
+
+@pytest.mark.parametrize(
+    ("steps", "held_out", "said"),
+    [
+        # Of eight steps, the last two count.
+        ([{EQUAL: 0.0, SUCCESS: 0.5, "reward": 0}] * 6 + [{EQUAL: 0.95, SUCCESS: 0.5}] * 2, (), ["In 95% of the last"]),
+        ([{EQUAL: 0.0, SUCCESS: 0.5, "reward": 0}] * 6 + [{EQUAL: 0.94, SUCCESS: 0.5}] * 2, (), []),
+        ([{EQUAL: 0.0, SUCCESS: 0.5, "reward": 0}] * 6 + [{EQUAL: 0.95, SUCCESS: 0.95}] * 2, (), []),
+        ([{EQUAL: 1.0, "reward": 2.5}], (), ["No group had rewards that differ (every completion earned 2.5)"]),
+        ([{EQUAL: 1.0, "reward": 2.5}, {EQUAL: 0.9, "reward": 2.5}], (), []),  # without success nothing is said
+        ([{CUT: 0.0}] * 3 + [{CUT: 0.9}], (), ["90% of the last completions were cut off by sampling.max_tokens"]),
+        ([{CUT: 1.0}] * 3 + [{CUT: 0.89}], (), []),
+        ([{"completions/mean_length": 1.5}] * 3 + [{"completions/mean_length": 1.25}], (),
+         ["The last completions have 1.2 tokens on average"]),
+        ([{"completions/mean_length": 1.4}] * 3 + [{"completions/mean_length": 1.25}], (), []),  # it began like that
+        ([{"completions/mean_length": 9}] * 3 + [{"completions/mean_length": 1.5}], (), []),
+        ([{"entropy": 2.0}, {"entropy": 3.1}], (), ["The entropy rose from 2.00 to 3.10 nats"]),
+        ([{"entropy": 2.0}, {"entropy": 3.0}], (), []),
+        ([{"entropy": 0.1}, {"entropy": 1.4}], (), []),  # less than 1.5 nats are not random
+        ([{"entropy": 0.1}, {"entropy": 1.6}], (), ["The entropy rose from 0.10 to 1.60 nats"]),
+        ([{"reward": 0.0}, {"reward": 0.5}], (0.25, 0.25), ["The training reward rose from 0 to 0.5, but held-out"]),
+        ([{"reward": 0.0}, {"reward": 0.5}], (0.25, 0.9, 0.2), ["The training reward rose from 0 to 0.5, but"]),
+        ([{"reward": 0.0}, {"reward": 0.5}], (0.25, 0.26), []),
+        ([{"reward": 0.0}, {"reward": 0.5}], (0.25,), []),
+        ([{"reward": 0.0}, {"reward": 0.02}], (0.25, 0.2), []),
+        ([{"reward": 0.0}, {"reward": 9.0}, {"reward": 0.9}], (0.25, 0.2), []),  # a tenth of the range
+        ([{"reward": 0.0}, {"reward": 9.0}, {"reward": 0.95}], (0.25, 0.2), ["The training reward rose from 0 to"]),
+    ],
+)  # fmt: skip
+def test_where_a_sign_begins(tmp_path, steps, held_out, said):
+    found = signs(tmp_path / "run", steps, held_out)
+    assert len(found) == len(said) and all(sign.startswith(part) for sign, part in zip(found, said, strict=True))
+
+
+def test_signs_come_in_the_order_in_which_they_matter(tmp_path):
+    first = {EQUAL: 1.0, "reward": 0.0, CUT: 1.0, "completions/mean_length": 5.0, "entropy": 0.5}
+    last = first | {"reward": 1.0, "completions/mean_length": 1.0, "entropy": 5.0}
+    write(tmp_path / "run")
+    found = signs(tmp_path / "run", [first, last], (0.5, 0.5))
+    assert [sign.split()[0] for sign in found] == ["No", "100%", "The", "The", "The"]
+    assert [sign.split()[1] for sign in found[2:]] == ["last", "entropy", "training"]

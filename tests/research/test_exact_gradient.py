@@ -9,8 +9,10 @@ from grpo_jax.errors import UserError
 from grpo_jax.experiment import AdvantageConfig, LossConfig
 from grpo_jax.research.exact_gradient import (
     Estimator,
+    Moments,
     compare,
     completions,
+    every_batch,
     exact_moments,
     family,
     make_game,
@@ -119,3 +121,91 @@ def test_the_ratio_makes_up_for_a_sampler_that_has_drifted():
 def test_too_many_batches_to_list_are_refused():
     with pytest.raises(UserError, match="batches to list, more than 2,000,000: sample them instead"):
         exact_moments(make_game(3, 3, 2), FAMILY["GRPO"], 8)
+
+
+# The comparison itself -----------------------------------------------------------------------------------------------
+
+
+def test_what_is_said_of_an_estimator_by_hand():
+    """Its mean is 3 times the truth of prompt 0, and once that of prompt 1; further parts are 0."""
+    game = make_game(vocabulary=3, horizon=2, num_prompts=2, seed=1)
+    truth = true_gradient(game).astype(np.float64)
+    first, second = ((truth[p] ** 2).sum() for p in (0, 1))
+    mean = np.stack([3 * truth[0], truth[1]])
+    found = compare(game, Moments(mean, np.full_like(mean, 0.01), 4.0))
+    scale = (3 * first + second) / (first + second)
+    excess = np.stack([(3 / scale - 1) * truth[0], (1 / scale - 1) * truth[1]])
+    size = np.sqrt(first + second)
+    lengths = true_gradient(game, np.tile(game.mask.sum(-1), (2, 1))).astype(np.float64)
+    assert found == pytest.approx(
+        {
+            "scale": scale,
+            "scale error": 1.96 * 0.01 * size / (first + second),
+            "bias": np.linalg.norm(excess) / size,
+            "bias error": 1.96 * 0.01 * np.sqrt(mean.size) / scale / size,
+            "noise": 2 / np.linalg.norm(mean),
+            "length": (excess * lengths).sum() / size / np.linalg.norm(lengths),
+            "weight 0": 3 / scale,
+            "weight 1": 1 / scale,
+        },
+        rel=1e-6,
+    )
+    assert found["bias"] > 0.1 and abs(found["length"]) > 1e-3
+
+
+def test_the_gradient_of_other_values_is_an_average_over_the_prompts():
+    game = make_game(vocabulary=3, horizon=1, num_prompts=2)
+    values = np.array([[1.0, 0.0, 0.0], [0.0, 0.0, 3.0]], np.float32)
+    p = np.asarray(probabilities(game, game.logits))
+    expected = [p[i] * (values[i] - p[i] @ values[i]) / 2 for i in (0, 1)]
+    np.testing.assert_allclose(true_gradient(game, values)[:, 0], expected, atol=1e-6)
+
+
+def test_every_batch_has_the_probability_that_the_sampler_draws_it_in_any_order():
+    game = make_game(vocabulary=2, horizon=1, num_prompts=2, drift=1.0)
+    chosen, weights = every_batch(game, 2)
+    (a, b), (c, d) = np.asarray(probabilities(game, game.behaviour), np.float64)
+    groups = {(0, 0): (a * a, c * c), (0, 1): (2 * a * b, 2 * c * d), (1, 1): (b * b, d * d)}
+    expected = {(one, two): groups[one][0] * groups[two][1] for one in groups for two in groups}
+    found = {tuple(map(tuple, batch.tolist())): weight for batch, weight in zip(chosen, weights, strict=True)}
+    assert found == pytest.approx(expected) and sum(found.values()) == pytest.approx(1)
+    assert not np.allclose(game.behaviour, game.logits)
+    same = make_game(vocabulary=2, horizon=1, num_prompts=2)
+    np.testing.assert_array_equal(same.behaviour, same.logits)
+    np.testing.assert_array_equal(same.logits, game.logits)  # drift is of the sampler alone
+
+
+def test_prompts_become_harder_and_a_seed_makes_a_game():
+    game = make_game(vocabulary=4, horizon=2, num_prompts=3, seed=5)
+    success = (np.asarray(probabilities(game, game.logits)) * game.rewards).sum(-1)
+    for share, wanted in zip(success, (0.5, 0.25, 0.125), strict=True):
+        assert wanted - 0.1 < share <= wanted + 0.05 + 1e-6
+    assert set(np.unique(game.rewards)) == {0, 1}
+    assert not np.array_equal(make_game(4, 2, 3, seed=6).logits, game.logits)
+
+
+def test_the_estimators_of_the_literature_are_these():
+    found = {
+        name: (e.advantages.scale, e.advantages.baseline, e.loss.loss_type, e.loss.importance_sampling_level)
+        for name, e in family(5).items()
+    }
+    assert found == {
+        "REINFORCE, no baseline": ("none", "none", "reinforce", "token"),
+        "REINFORCE, group mean": ("none", "mean", "reinforce", "token"),
+        "RLOO": ("none", "leave_one_out", "reinforce", "token"),
+        "REINFORCE++": ("whiten", "none", "reinforce", "token"),
+        "REINFORCE++-baseline": ("whiten", "mean", "reinforce", "token"),
+        "Dr. GRPO": ("none", "mean", "dr_grpo", "token"),
+        "GRPO": ("group", "mean", "grpo", "token"),
+        "GRPO, delta 1.3": ("group", "mean", "grpo", "token"),
+        "DAPO": ("group", "mean", "dapo", "token"),
+        "Lite PPO": ("batch", "mean", "dapo", "token"),
+        "GSPO": ("group", "mean", "grpo", "sequence"),
+        "LUSPO": ("group", "mean", "luspo", "sequence"),
+        "CISPO": ("group", "mean", "cispo", "token"),
+        "SAPO": ("group", "mean", "sapo", "token"),
+        "VESPO": ("group", "mean", "vespo", "token"),
+    }
+    losses = {name: e.loss for name, e in family(5).items()}
+    assert (losses["Dr. GRPO"].max_completion_length, losses["GRPO, delta 1.3"].delta) == (5, 1.3)
+    assert (losses["DAPO"].epsilon_high, losses["CISPO"].epsilon_high) == (0.28, 5.0)

@@ -107,6 +107,39 @@ def test_a_state_that_differs_is_named_leaf_by_leaf(tmp_path, like, says):
         checkpoints.restore(tmp_path, like())
 
 
+def test_a_part_of_what_was_saved_is_read_alone(tmp_path):
+    checkpoints.save(tmp_path, 1, {"trainable": {"w": jnp.arange(3.0)}, "optimizer": jnp.ones(2), "step": 4})
+    step, found = checkpoints.restore(tmp_path, {"trainable": {"w": jnp.zeros(3)}}, partial=True)
+    assert step == 1 and list(found) == ["trainable"]
+    np.testing.assert_array_equal(found["trainable"]["w"], np.arange(3.0))
+    with pytest.raises(UserError, match="holds 'optimizer', which this policy and optimizer do not have"):
+        checkpoints.restore(tmp_path, {"trainable": {"w": jnp.zeros(3)}, "step": 0})
+    with pytest.raises(UserError, match="holds no 'trainable/b': it was saved by a different policy or optimizer"):
+        checkpoints.restore(tmp_path, {"trainable": {"b": jnp.zeros(3)}}, partial=True)
+
+
+def test_the_saved_leaves_are_those_of_the_newest_checkpoint(tmp_path):
+    assert checkpoints.saved_leaves(tmp_path / "none") == set()
+    checkpoints.save(tmp_path, 1, {"a": {"b": np.ones(1)}})
+    checkpoints.save(tmp_path, 2, {"a": {"b": np.ones(1), "c": 3}, "empty": np.zeros((0, 2))})
+    assert checkpoints.saved_leaves(tmp_path) == {"a/b", "a/c"}
+    (tmp_path / "3").mkdir()
+    (tmp_path / "3" / "weights.bin").write_bytes(b"not of Orbax")
+    assert checkpoints.saved_leaves(tmp_path) == set()
+
+
+def test_as_many_checkpoints_remain_as_are_to_be_kept(tmp_path):
+    for step in (1, 2, 3, 4):
+        checkpoints.save(tmp_path, step, {"w": np.ones(1)}, keep=3)
+    assert sorted(os.listdir(tmp_path)) == ["2", "3", "4"]
+
+
+def test_numbers_come_back_as_their_kind(tmp_path):
+    checkpoints.save(tmp_path, 1, {"i": 7, "f": 0.5, "b": True})
+    _, found = checkpoints.restore(tmp_path, {"i": 0, "f": 0.0, "b": False})
+    assert found == {"i": 7, "f": 0.5, "b": True} and [type(value) for value in found.values()] == [bool, float, int]
+
+
 @pytest.mark.parametrize("harm", ["truncated", "foreign"])
 def test_a_damaged_checkpoint_is_refused_and_the_one_before_it_is_named(tmp_path, harm):
     for step in (1, 2):
@@ -121,6 +154,15 @@ def test_a_damaged_checkpoint_is_refused_and_the_one_before_it_is_named(tmp_path
         checkpoints.restore(tmp_path, {"w": jnp.zeros(1000)})
     assert "\n" not in str(caught.value)
     assert checkpoints.restore(tmp_path, {"w": jnp.zeros(1000)}, step=1)[0] == 1
+
+
+def test_the_newest_of_several_checkpoints_before_a_damaged_one_is_named(tmp_path):
+    for step in (3, 5, 8):
+        checkpoints.save(tmp_path, step, {"w": np.ones(1)}, keep=9)
+    (tmp_path / "9").mkdir()
+    (tmp_path / "9" / "weights.bin").write_bytes(b"not of Orbax")
+    with pytest.raises(UserError, match=r"of step 9 in .* cannot be read.*to go back to step 8\)\.$"):
+        checkpoints.restore(tmp_path, {"w": np.zeros(1)})
 
 
 def test_a_save_that_is_killed_leaves_the_checkpoint_before_it(tmp_path):
@@ -149,6 +191,11 @@ def test_a_place_that_cannot_be_written_is_one_sentence(tmp_path):
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(RunError, match="the checkpoint of step 4 cannot be written to"):
         checkpoints.save(tmp_path / "file", 4, {"w": np.zeros(3)})
+
+
+def test_why_it_cannot_be_written_is_the_first_line_or_the_kind_of_the_error():
+    assert checkpoints._first_line(OSError("\n the disk is full \n and more")) == "the disk is full "
+    assert checkpoints._first_line(ValueError()) == "ValueError"
 
 
 def test_orbax_prints_nothing(tmp_path, capfd, caplog):

@@ -1,6 +1,7 @@
 """The live display of a run and its tables, with hostile completions."""
 
 import io
+import math
 import re
 import sys
 from types import ModuleType, SimpleNamespace
@@ -174,3 +175,121 @@ def test_a_notebooks_cell_is_drawn_over_and_keeps_the_last_state(monkeypatch):
         display.update(step, {"reward": step / 2}, completions("[bold]abc" if step == 2 else "first"))
     assert len(drawn) == 1
     assert "[bold]abc" in drawn[0] and "3/3" in drawn[0] and "reward 1.00" in drawn[0]
+
+
+def lines_of(display: Display) -> list[str]:
+    return display.console.file.getvalue().splitlines()
+
+
+def test_a_line_comes_with_the_first_step_then_only_when_its_time_has_come_and_with_the_last():
+    now = [100.0]
+    display = Display(5, console=screen(), every=10, clock=lambda: now[0])
+    for step, second in enumerate((103.0, 112.9, 113.0, 114.0, 115.0)):
+        now[0] = second
+        display.update(step, {"reward": 0.5})
+    assert lines_of(display) == [
+        "training step 1/5  reward 0.50  3 s",
+        "training step 3/5  reward 0.50  13 s",
+        "training step 5/5  reward 0.50  15 s",
+    ]
+
+
+def test_the_last_step_of_a_budget_is_the_one_that_uses_it_up():
+    display = Display(9, 1000, console=screen(), clock=lambda: 0.0)
+    for step, tokens in enumerate((400, 999, 1000)):
+        display.update(step, {"reward": 0.5, "num_sampled_tokens": tokens})
+    assert lines_of(display) == [
+        "training step 1 (400 of 1,000 tokens)  reward 0.50  0 s",
+        "training step 3 (1,000 of 1,000 tokens)  reward 0.50  0 s",
+    ]
+
+
+def test_the_last_step_of_all_is_shown_though_a_budget_is_not_used_up():
+    display = Display(3, 1000, console=screen(), clock=lambda: 0.0)
+    for step, tokens in enumerate((10, 20, 30)):
+        display.update(step, {"reward": 0.5, "num_sampled_tokens": tokens})
+    assert [line.split("  ")[0] for line in lines_of(display)] == [
+        "training step 1 (10 of 1,000 tokens)", "training step 3 (30 of 1,000 tokens)"]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("rewards", "metrics", "figures"),
+    [
+        # The mean of the last five, 2 to 6, against that of the ones before them (at most five).
+        ([1.0, 2.0, 3.0, 4.0, 5.0, 6.0], {}, "reward 6.00 (+3.00)"),
+        ([9.0, 1.0, 1.0, 1.0, 1.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0], {}, "reward 0.00 (-1.00)"),
+        ([1.0, 2.0, 3.0, 4.0, 5.0], {}, "reward 5.00"),
+        ([0.5], {"loss": 1.0, "success": 0.256}, "reward 0.50  success 26%"),
+        ([math.nan], {"loss": 1.25, "tokens_per_second": 12345.6}, "loss 1.250  12,346 tokens/s"),
+        ([math.nan], {}, ""),
+    ],
+)
+def test_the_figures_of_a_step(rewards, metrics, figures):
+    display = Display(len(rewards), console=screen(), clock=lambda: 0.0)
+    for step, reward in enumerate(rewards):
+        display.update(step, {"reward": reward, **(metrics if step == len(rewards) - 1 else {})})
+    assert lines_of(display)[-1] == f"training step {len(rewards)}/{len(rewards)}  {figures}  0 s"
+
+
+def test_the_success_that_is_shown_is_that_of_the_step_or_else_of_the_last_evaluation():
+    display = Display(3, title="control", console=screen(), every=0, clock=lambda: 0.0)
+    display.update(0, {})
+    display.evaluation(1, evaluation(0.25, 0.2, 0.3, split="train"))
+    display.update(1, {})
+    display.update(2, {"success": 0.75})
+    assert lines_of(display) == [
+        "control step 1/3    0 s",
+        "control: after 1 steps: train success 25.0 % [20.0, 30.0]",
+        "control step 2/3  success 25%  0 s",
+        "control step 3/3  success 75%  0 s",
+    ]
+
+
+def test_a_group_is_a_row_for_each_completion_with_its_numbers():
+    def cells(groups, **options):
+        lines = shown(display.group_table(groups, **options)).splitlines()
+        return [[c.strip() for c in line.split("│")[1:-1]] for line in lines if line.startswith("│")]
+
+    rows = completions(group=3)
+    assert cells({"": rows[:2]}) == [["abc", "1.000", "-0.50"], ["abc", "2.000", "+0.50"]]
+    assert cells({"a": rows[:1], "b": rows[1:]}) == [
+        ["a", "abc", "1.000", "-0.50"], ["b", "abc", "2.000", "+0.50"], ["", "abc", "3.000", "+1.50"]]  # fmt: skip
+    assert cells({"a": rows}, limit=2)[1:] == [["", "abc", "2.000", "+0.50"], ["", "and 1 more", "", ""]]
+    assert cells({"a": rows}, limit=3)[-1] == ["", "abc", "3.000", "+1.50"]
+    empty = shown(display.group_table({"a": [], "b": [row | {"prompt": "second"} for row in rows]}))
+    assert "prompt: second" in empty and "prompt:" not in shown(display.group_table({"": []}))
+
+
+def test_the_prompt_of_a_chat_is_its_last_message_and_a_long_one_is_cut():
+    chat = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "why?"}]
+    text = shown(display.group_table({"": [completions(group=1)[0] | {"prompt": chat}]}))
+    assert "prompt: why?" in text and "brief" not in text
+    table = display.group_table({"": [completions(group=1)[0] | {"prompt": "x" * 300}]})
+    assert table.title.plain == "prompt: " + "x" * 159 + "…"
+
+
+def test_markdown_of_a_group_has_every_number_in_its_column():
+    rows = completions("a b", group=2)
+    rows[1] |= {"reward": None, "completion": [{"content": "c"}, {"content": "d"}]}
+    assert display.markdown_table(rows).splitlines() == [
+        "say", "", "| completion | reward | advantage |", "|---|---|---|", "| a b | 1.000 | -0.50 |",
+        "| c&#9166;d | – | +0.50 |",
+    ]  # fmt: skip
+
+
+def test_the_summary_has_every_number_in_its_column():
+    one = evaluation(0.25, 0.2, 0.31, num_prompts=1, split="train", mean_turns=1.5, reward=None, mean_length=7.25)
+    lines = shown(display.summary_table({"before": None, "after": one})).splitlines()
+    assert lines[0].strip() == "1 train prompt, greedy"
+    header = [cell.strip() for cell in lines[2].split("┃")[1:-1]]
+    row = [cell.strip() for cell in next(line for line in lines if "after" in line).split("│")[1:-1]]
+    assert header == ["", "success", "95 % interval", "reward", "tokens", "turns"]
+    assert row == ["after", "25.0 %", "20.0 – 31.0 %", "–", "7.2", "1.50"]
+
+
+def test_a_long_completion_is_whole_beside_another_policys_and_cut_while_a_run_goes_on():
+    rows = completions("x" * 200, group=1)
+    for groups, letters in (({"before": rows, "after": []}, 200), ({"": rows}, 119)):
+        text = shown(display.group_table(groups))  # 120 wide
+        assert text.count("x") == 200 if letters == 200 else 0 < text.count("x") < letters
+        assert ("…" in text) == (letters < 200)

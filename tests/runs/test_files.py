@@ -84,3 +84,56 @@ def test_what_cannot_be_replaced_stays_as_it_was(tmp_path, monkeypatch):
         files.write_json(path, {"a": 2})
     assert json.loads(path.read_text()) == {"a": 1}
     assert os.listdir(tmp_path) == ["run.json"]
+
+
+def test_numbers_keep_their_kind_and_what_is_not_finite_is_none():
+    value = {
+        "b": True,
+        "i": 3,
+        "f": 0.5,
+        "inf": float("-inf"),
+        "t": (1, [float("nan")]),
+        "a": np.array([[1.5], [np.inf]]),
+    }
+    assert files.jsonable(value) == {"b": True, "i": 3, "f": 0.5, "inf": None, "t": [1, [None]], "a": [[1.5], [None]]}
+    assert files.jsonable(True) is True and files.jsonable(None) is None
+    assert files.json_line({"step": 1, "x": np.float32(0.5)}) == '{"step": 1, "x": 0.5}\n'
+
+
+def test_a_missing_and_a_damaged_file_are_empty(tmp_path):
+    assert files.read_json(tmp_path / "none.json") == {} == files.read_json(tmp_path)
+    (tmp_path / "bad.json").write_text("{")
+    (tmp_path / "good.json").write_text('{"a": "é"}', encoding="utf-8")
+    assert files.read_json(tmp_path / "bad.json") == {} and files.read_json(tmp_path / "good.json") == {"a": "é"}
+
+
+def test_assignments_are_read_by_field_and_the_last_one_wins():
+    info = {"overrides": ["arm=a=b", "seed=1", "seed=2", "nothing"]}
+    assert files.assigned(info) == {"arm": "a=b", "seed": "2"} and files.assigned({}) == {}
+
+
+def test_what_a_section_was_resumed_with_is_of_that_section_alone():
+    visits = [{"changes": {"sampling.top_k": [0, 4], "steps": [1, 2]}}, {"changes": {"sampling.temperature": [1, 2]}},
+              {"changes": {"sampling.top_k": [4, 5], "sampling_x.top_p": [1, 2]}}, {}]  # fmt: skip
+    assert files.changed_since({"resumed": visits}, "sampling") == {"top_k": 5, "temperature": 2}
+    assert files.changed_since({}, "sampling") == {}
+
+
+def test_rows_are_appended_in_order_and_a_last_line_without_its_end_is_left_out(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    assert list(files.read_rows(path)) == []
+    files.append_rows(path, [{"a": 1}, {"a": "é"}])
+    files.append_rows(path, [])
+    files.append_rows(path, [{"a": None}])
+    assert list(files.read_rows(path)) == [{"a": 1}, {"a": "é"}, {"a": None}]
+    with path.open("a") as file:
+        file.write('{"a": 4}')
+    assert [row["a"] for row in files.read_rows(path)] == [1, "é", None]
+
+
+def test_a_file_is_written_as_it_is_read(tmp_path):
+    files.write_json(tmp_path / "a.json", {"é": [1.0, float("nan")]})
+    assert (tmp_path / "a.json").read_text("utf-8") == '{\n  "é": [\n    1.0,\n    null\n  ]\n}\n'
+    files.write_text(tmp_path / "b", "one")
+    files.write_text(tmp_path / "b", "two\ud800")
+    assert (tmp_path / "b").read_text() == "two\\ud800" and sorted(os.listdir(tmp_path)) == ["a.json", "b"]

@@ -14,6 +14,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from rich.console import Console
+from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event
 
 from grpo_jax.errors import RunError, UserError
@@ -326,6 +327,96 @@ def test_what_a_section_was_resumed_with_is_its_last_value(tmp_path):
     assert changed_since(json.loads((tmp_path / "run.json").read_text()), "optimizer") == {}
 
 
+def test_a_visit_says_what_has_changed_and_where_it_writes(tmp_path):
+    def visit(**options) -> list[str]:
+        console = screen()
+        with open_log(tmp_path / "run", quiet=False, console=console, **options):
+            pass
+        return console.file.getvalue().splitlines()
+
+    assert visit() == [f"writing to {tmp_path / 'run'}"]
+    changed = replace(experiment(), steps=9, group_size=3)
+    assert visit(experiment=changed, resume=True) == [
+        f"writing to {tmp_path / 'run'}",
+        "changed since the run began: steps was 4, and is 9 from here on",
+        "changed since the run began: group_size was 8, and is 3 from here on",
+    ]
+    assert visit(experiment=experiment(), resume=True, title="control") == [
+        "control: changed since the run began: steps was 9, and is 4 from here on",
+        "control: changed since the run began: group_size was 3, and is 8 from here on",
+    ]
+
+
+def test_a_run_that_is_resumed_is_running_again_until_it_ends(tmp_path):
+    interrupted_run(tmp_path)
+    with open_log(tmp_path, resume=True) as log:
+        info = json.loads((tmp_path / "run.json").read_text())
+        assert (info["status"], info["finished"]) == ("running", None)
+        log.step(4, {"reward": 1.0})
+    assert json.loads((tmp_path / "run.json").read_text())["status"] == "finished"
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "warm_start").mkdir()  # one that was given to a run that has not begun
+    with open_log(tmp_path / "other", resume=True):
+        pass
+    assert "resumed" not in json.loads((tmp_path / "other" / "run.json").read_text())
+
+
+def test_an_evaluation_of_another_split_is_replaced_by_one_of_that_split_alone(tmp_path):
+    with open_log(tmp_path) as log:
+        log.evaluation(2, Evaluation(success=0.1))
+        log.evaluation(2, Evaluation(success=0.2, split="train"))
+        log.evaluation(4, Evaluation(success=0.3, split="train"))
+    with open_log(tmp_path, resume=True) as log:
+        log.evaluation(2, Evaluation(success=0.9, split="train"))
+    found = [(row["step"], row.get("evaluation/success"), row.get("evaluation/train/success"))
+             for row in rows(tmp_path / "metrics.jsonl")]  # fmt: skip
+    assert sorted(found, key=str) == sorted([(2, 0.1, None), (2, None, 0.9), (4, None, 0.3)], key=str)
+
+
+def test_what_an_evaluation_says_of_itself_is_logged_under_its_split(tmp_path):
+    with open_log(tmp_path) as log:
+        log.evaluation(3, Evaluation(split="train", pass_at_k={1: 0.5, 4: 0.75}))
+    expected = {f"evaluation/train/{name}": value for name, value in asdict(Evaluation()).items()}
+    del expected["evaluation/train/split"], expected["evaluation/train/pass_at_k"]
+    expected |= {"step": 3, "evaluation/train/pass_at_k/1": 0.5, "evaluation/train/pass_at_k/4": 0.75}
+    assert rows(tmp_path / "metrics.jsonl") == [expected]
+    assert scalars(tmp_path, "evaluation/train/pass_at_k/4") == {3: 0.75} and scalars(tmp_path, "step") == {}
+
+
+def test_a_summary_is_what_it_was_given_and_the_directory_is_the_runs(tmp_path):
+    with open_log(tmp_path) as log:
+        log.summary({"after": 0.5, "control": None, "nan": float("nan")})
+        assert log.run_dir == tmp_path
+    assert json.loads((tmp_path / "summary.json").read_text()) == {"after": 0.5, "control": None, "nan": None}
+
+
+def test_the_display_gets_the_step_its_metrics_and_the_first_prompts_group(tmp_path):
+    shown = []
+    display = SimpleNamespace(
+        title="", note=lambda message: None, close=lambda: shown.append("closed"),
+        update=lambda *arguments: shown.append(arguments), evaluation=lambda *arguments: shown.append(arguments),
+    )  # fmt: skip
+    found = Evaluation()
+    with RunLog(tmp_path, experiment(), display=display) as log:
+        log.step(2, {"reward": 1.0}, [row | {"prompt_id": row["prompt_id"] + 5} for row in completions()])
+        log.evaluation(3, found)
+        log.step(3, {"reward": 2.0})
+    (step, metrics, group), evaluated, bare, closed = shown
+    assert (step, metrics, [(row["prompt_id"], row["sample"]) for row in group]) == (
+        2,
+        {"reward": 1.0},
+        [(5, 0), (5, 1)],
+    )
+    assert evaluated == (3, found) and bare == (3, {"reward": 2.0}, []) and closed == "closed"
+
+
+def test_a_runs_display_has_its_steps_or_its_budget():
+    plain = display_of(experiment(steps=7), title="control")
+    assert (plain.total, plain.token_budget, plain.title, plain.quiet) == (7, None, "control", False)
+    budgeted = display_of(replace(experiment(steps=7), token_budget=90), quiet=True)
+    assert (budgeted.total, budgeted.token_budget, budgeted.title, budgeted.quiet) == (7, 90, "", True)
+
+
 # When the disk is full -----------------------------------------------------------------------------------------------
 
 
@@ -336,6 +427,22 @@ def test_a_full_disk_is_one_sentence(tmp_path):
         (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
         log.step(0, {"reward": 1.0})
     assert json.loads((tmp_path / "run.json").read_text())["status"] == "failed"
+
+
+def test_events_that_cannot_be_written_are_one_sentence_about_the_run(tmp_path, monkeypatch):
+    close = EventsWriter.close
+
+    def full(self):
+        close(self)
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(EventsWriter, "close", full)
+    with pytest.raises(RunError) as caught, open_log(tmp_path) as log:
+        log.step(0, {"reward": 1.0})
+    assert str(caught.value) == f"cannot write {tmp_path}: No space left on device."
+    with pytest.raises(RuntimeError, match="the real reason"), open_log(tmp_path / "other") as log:
+        log.step(0, {"reward": 1.0})
+        raise RuntimeError("the real reason")
 
 
 def test_a_directory_that_cannot_be_made_is_one_sentence(tmp_path):

@@ -180,6 +180,49 @@ def test_a_difference_that_is_as_large_as_the_range_cannot_be_detected():
     assert found.detectable == pytest.approx(1 / w - 1, abs=3e-4)
 
 
+def test_the_noise_of_the_evaluations_makes_a_detectable_difference_larger():
+    """Unbounded: in quadrature, with noise .3 / 1.96 of which 1.96 and .84 more are needed.
+
+    Bounded, ten equal differences: the shift s whose lower limit s - sqrt(((1 - w)(1 + s))² + .1²) is 0, and .84
+    standard errors of .1 / 1.96 more.
+    """
+    alone = statistics.paired_difference([1.0, -1.0, 2.0, -2.0], [0.0] * 4)
+    deviation = math.sqrt((1 + 1 + 4 + 4) / 3)
+    assert alone.detectable == pytest.approx(statistics.detectable_difference(deviation, 4))
+    noisy = statistics.paired_difference([1.0, -1.0, 2.0, -2.0], [0.0] * 4, noise=0.3)
+    assert noisy.detectable == pytest.approx(math.hypot(alone.detectable, 0.3 * (1 + 0.841621 / 1.959964)))
+    w = 0.025 ** (1 / 10)
+    shifts = np.linspace(0, 1, 100_001)
+    shift = shifts[shifts > np.hypot((1 - w) * (1 + shifts), 0.1)][0]
+    found = statistics.paired_difference([0.5] * 10, [0.4] * 10, (0, 1), noise=0.1)
+    assert found.detectable == pytest.approx(shift + 0.841621 * 0.1 / 1.959964, abs=5e-4)
+
+
+def test_one_pair_has_an_interval_only_if_it_is_bounded_and_detects_nothing():
+    """Its lower limit is w (1 + d) - 1 with w = .025: the interval of one Dirichlet weight."""
+    found = statistics.paired_difference([0.9], [0.4], (0, 1))
+    assert (found.value, found.p_value, found.num_pairs, found.detectable) == (0.5, 1, 1, math.inf)
+    assert found.low == pytest.approx(0.025 * 1.5 - 1)
+    unbounded = statistics.paired_difference([9.0], [4.0])
+    assert (unbounded.value, unbounded.low, unbounded.high, unbounded.limit) == (5, -math.inf, math.inf, math.inf)
+
+
+def test_a_range_that_is_not_one_limits_the_differences():
+    found = statistics.paired_difference([5.0, 4.0], [1.0, 2.0], (1, 5))
+    assert (found.value, found.limit) == (3, 4)
+    assert (found.low, found.high) == bounded_limits([4.0, 2.0], (-4, 4))
+
+
+def test_a_corrected_difference_keeps_the_rest_and_says_of_how_many_it_is_one():
+    one = statistics.paired_difference([9.0, 8.5] * 3, [1.0] * 6)  # 2 / 2^6 = .03125
+    other = statistics.paired_difference([0.5, 0.6, 0.4], [0.4, 0.5, 0.5], (0, 1))
+    first, second = statistics.adjusted([other, one])
+    assert (first.p_value, second.p_value) == (other.p_value, one.p_value) == (1.0, 2 / 64)
+    assert (first.adjusted_p, second.adjusted_p) == (1.0, 4 / 64)
+    assert [each.num_comparisons for each in (first, second)] == [2, 2] and one.num_comparisons == 1
+    assert (second.low, second.num_higher) == (one.low, 6) and one.is_shown and not second.is_shown
+
+
 # Evaluations on the same questions -----------------------------------------------------------------------------------
 
 
@@ -200,6 +243,29 @@ def test_the_samples_of_a_question_are_one_cluster():
     clusters = np.repeat(np.arange(12), 4)  # the same error by the formula for clusters, but for the divisor n - 1
     clustered = statistics.clustered_standard_error(scores.ravel(), clusters)
     assert clustered == pytest.approx(stats.sem(means) * math.sqrt(11 / 12), rel=0.02)
+
+
+def test_from_ten_questions_on_a_question_is_a_pair_and_below_a_sample_is():
+    rng = np.random.default_rng(0)
+    for questions, pairs in ((9, 18), (10, 10)):
+        scores = (rng.random((questions, 2)) < 0.5).astype(float)
+        found = statistics.question_difference(scores, np.zeros((questions, 2)))
+        assert (found.num_pairs, found.value) == (pairs, pytest.approx(scores.mean()))
+        expected = scores if questions == 9 else scores.mean(1)
+        assert found.num_higher == (expected > 0).sum()
+
+
+def test_samples_that_are_not_0_or_1_are_compared_by_the_sign_flip_test():
+    scores, baseline = np.linspace(0.1, 0.9, 12), np.linspace(0.2, 0.8, 12)[::-1].copy()
+    found = statistics.question_difference(scores, baseline)
+    assert found.p_value == found.adjusted_p == statistics.sign_flip_test(scores - baseline)
+    shares = statistics.question_difference(np.tile([[1.0, 0.0]], (12, 1)), np.zeros((12, 2)))
+    assert (shares.value, shares.num_higher, shares.p_value) == (0.5, 12, 2 / 2**12)  # a mean of 2 is no outcome
+    lost = statistics.question_difference([0, 0, 1] * 4, [1, 1, 1] * 4)
+    assert (lost.num_lower, lost.num_higher, lost.value) == (8, 0, pytest.approx(-2 / 3))
+    assert lost.p_value == lost.adjusted_p == pytest.approx(2 / 2**8)
+    points = statistics.question_difference(100 * scores, 100 * baseline, bounds=(0, 100))
+    assert points.limit == 100 and points.low == pytest.approx(100 * found.low, abs=1e-6)
 
 
 def test_the_samples_of_a_single_question_are_compared_with_each_other():

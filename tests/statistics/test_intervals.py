@@ -9,6 +9,7 @@ import pytest
 from scipy import stats
 
 from grpo_jax import statistics
+from grpo_jax.confidence import bounded_limits
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "statistics.json").read_text())
 SCORES, BASELINE = np.array(GOLDEN["scores"]), np.array(GOLDEN["baseline"])
@@ -120,6 +121,37 @@ def test_values_must_be_numbers_and_there_must_be_some():
             statistics.mean(values)
 
 
+def test_an_interval_of_another_level_has_noise_of_that_level():
+    """Half a width of .2 at 95 % is .2 x 1.645 / 1.96 at 90 %."""
+    values = np.array([0.2, 0.4, 0.5])
+    centre, low, high = statistics.interval(values, (0, 1), 0.2, level=0.9)
+    alone_low, alone_high = bounded_limits(values, (0, 1), level=0.9)
+    noise = 0.2 * 1.644854 / 1.959964
+    assert low == pytest.approx(max(centre - math.hypot(centre - alone_low, noise), 0))
+    assert high == pytest.approx(centre + math.hypot(alone_high - centre, noise))
+    _, low, high = statistics.interval(values, None, level=0.9)
+    assert (low, high) == pytest.approx(tuple(stats.ttest_1samp(values, 0).confidence_interval(0.9)))
+
+
+def test_each_row_has_the_noise_of_its_own_and_stays_within_its_bounds():
+    rows = np.array([[0.0, 0.1], [0.9, 1.0]])
+    _, low, high = statistics.interval(rows, (0, 1), np.array([0.5, 0.0]))
+    alone = bounded_limits(rows, (0, 1))
+    assert low[0] == 0 and (low[1], high[1]) == pytest.approx((alone[0][1], alone[1][1]))
+    assert high[0] == pytest.approx(0.05 + math.hypot(alone[1][0] - 0.05, 0.5))
+
+
+def test_the_probability_of_improvement_is_of_the_first_over_the_second():
+    assert statistics.probability_of_improvement([3, 4], [1, 2, 3]) == (1 + 1 + 0.5 + 1 + 1 + 1) / 6
+
+
+def test_the_seed_of_the_bootstrap_makes_its_draws():
+    values = np.random.default_rng(0).normal(size=7)
+    one = statistics.stratified_bootstrap(values, np.mean)
+    assert one == statistics.stratified_bootstrap(values, np.mean, seed=0)
+    assert one != statistics.stratified_bootstrap(values, np.mean, seed=1)
+
+
 def test_one_run_has_no_bootstrap_interval():
     assert statistics.stratified_bootstrap([1.0]).low == -math.inf
 
@@ -136,12 +168,24 @@ def test_one_run_has_no_bootstrap_interval():
         "frac_dropped",
         "clip_ratio/low_mean",
         "rewards/accuracies",
+        "win_rate",
+        "evaluation/win_rate",
+        "accuracy",
+        "evaluation/accuracy",
+        "pass_at_k/2",
+        "completions/top_share",
+        "completions/clipped_ratio",
+        "completions/unique_fraction",
     ],
 )
 def test_shares_are_bounded(metric):
     assert statistics.bounds_of(metric) == (0, 1)
 
 
-@pytest.mark.parametrize("metric", ["reward", "evaluation/mean_length", "rewards/success_bonus/mean", "kl", "entropy"])
+@pytest.mark.parametrize(
+    "metric",
+    ["reward", "evaluation/mean_length", "rewards/success_bonus/mean", "kl", "entropy", "success/count", "my_success",
+     "clip_ratios", "rewards/frac/std", "completions/mean_length"],
+)  # fmt: skip
 def test_rewards_and_lengths_are_not(metric):
     assert statistics.bounds_of(metric) is None

@@ -17,6 +17,7 @@ from grpo_jax import cli
 from grpo_jax.confidence import bounded_limits
 from grpo_jax.errors import UserError
 from grpo_jax.experiment import Ablation, Experiment, load_ablation, to_dict
+from grpo_jax.experiment.fingerprint import fingerprint
 from grpo_jax.statistics import layouts, tables
 
 TASK = SimpleNamespace(name="toy", train=[{"prompt": "a"}], held_out=[{"prompt": "b"}])
@@ -280,6 +281,155 @@ def test_runs_of_the_same_configs_by_other_code_of_the_user_are_compared_only_wi
     assert [row.seeds for row in collect(tmp_path).rows] == [3, 3, 3]
     shutil.rmtree(tmp_path / ABLATION.runs()[0].key)
     assert collect(tmp_path).missing[0].endswith("made by other code")
+
+
+def test_only_a_finished_run_of_the_same_config_stands_for_one_that_other_code_has_made(tmp_path):
+    """Of base's seed 0 there is one by other code, of flat's seed 1 an unfinished one, of flat's seed 2 none."""
+    write_runs(tmp_path)
+    runs = {(run.arms[0], run.seed): run for run in ABLATION.runs()}
+    for seed, arm in ((0, "base"), (1, "flat")):
+        (tmp_path / runs[arm, seed].key).rename(tmp_path / f"old{seed}")
+    shutil.rmtree(tmp_path / runs["flat", 2].key)
+    info = json.loads((tmp_path / "old1" / "run.json").read_text())
+    (tmp_path / "old1" / "run.json").write_text(json.dumps(info | {"status": "running"}))
+    table = collect(tmp_path)
+    base, flat = (f"base seed 0 ({runs['base', 0].key})", [f"flat seed {s} ({runs['flat', s].key})" for s in (1, 2)])
+    assert table.missing == [f"{base}: made by other code", f"{flat[0]}: not run", f"{flat[1]}: not run"]
+    table = collect(tmp_path, allow_mixed=True)
+    assert table.missing == [f"{flat[0]}: not run", f"{flat[1]}: not run"]
+    assert [(row.seeds, row.mean.value) for row in table.rows] == [
+        (3, pytest.approx(0.2)), (3, pytest.approx(0.41)), (1, pytest.approx(0.3))]  # fmt: skip
+
+
+def test_how_many_runs_other_code_has_made_is_said_also_of_the_first_versions(tmp_path):
+    """Those named a run by its config alone, and run.json had no `config_key`."""
+    (tmp_path / "toy.py").write_text(FILE)
+    ablation, runs = load_ablation(tmp_path / "toy.py"), tmp_path / "runs"
+    runs.mkdir()
+    write_runs(runs, ablation)
+    for number, run in enumerate(ablation.runs()):
+        path = runs / run.key / "run.json"
+        info = json.loads(path.read_text())
+        del info["config_key"]
+        path.write_text(json.dumps(info))
+        assert run.key != run.config_key
+        if number < 2:
+            (runs / run.key).rename(runs / run.config_key)
+        else:
+            shutil.rmtree(runs / run.key)
+    with pytest.raises(UserError) as caught:
+        collect(runs, ablation)
+    assert str(caught.value) == (
+        f"none of the 6 runs in {str(runs)!r} is finished (other code has made 2 of them, which --allow-mixed "
+        f"compares): run `{COMMAND}` first."
+    )
+    assert [row.seeds for row in collect(runs, ablation, allow_mixed=True).rows] == [1, 1]
+
+
+def test_a_run_that_was_trained_on_other_data_than_the_file_describes_is_refused(tmp_path):
+    write_runs(tmp_path)
+    path = tmp_path / ABLATION.runs()[1].key / "config.json"
+    config = json.loads(path.read_text())
+    config["task"]["sha256"] = "0" * 16
+    path.write_text(json.dumps(config))
+    for allow in (False, True):
+        with pytest.raises(UserError, match="was trained on other data than its ablation's file now describes"):
+            collect(tmp_path, allow_mixed=allow)
+
+
+def test_a_run_whose_files_changed_on_resumption_is_refused_at_the_first_such_step(tmp_path):
+    write_runs(tmp_path)
+    path = tmp_path / ABLATION.runs()[2].key / "run.json"
+    code = {"directory": "code-2", "entry": "toy.py", "paths": ["."], "files": {}}
+    visits = [{"step": 3, "changes": {}, "code": code}, {"step": 5, "changes": {"steps": [1, 2]}, "code": None}]
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"resumed": visits}))
+    with pytest.raises(UserError, match=r"resumed with another config or other files at step 3: it is compared only"):
+        collect(tmp_path)
+
+
+def edit_info(directory: Path, edits: dict[int, dict]) -> None:
+    """Changes the run.json of the runs with these numbers."""
+    for number, run in enumerate(ABLATION.runs()):
+        path = directory / run.key / "run.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | edits.get(number, {})))
+
+
+def test_the_notes_name_the_machines_the_runs_and_the_budget(tmp_path):
+    write_runs(tmp_path)
+    wide = {"name": "Apple M9", "instructions": ["avx512f", "avx2"], "cores": 4}
+    edit_info(tmp_path, {0: {"processor": wide}, 4: {"device": {"kind": "TPU v9"}}, 5: {"processor": None}})
+    table = collect(tmp_path)
+    keys = [run.key for run in ABLATION.runs()]
+    assert table.notes == [
+        ("command", COMMAND),
+        ("code", "c0ffee"),
+        ("machine", "Apple M9 (avx512f, avx2), 4 cores; TPU v9; Zilog Z80 (avx2), 2 cores; cpu"),
+        ("seeds", "0, 1, 2"),
+        ("budget", "equal steps"),
+        ("config", fingerprint(keys)),
+        *((f"runs of {arm}", " ".join(keys[number::3])) for number, arm in enumerate(ABLATION.arms)),
+    ]
+    tokens = dataclasses.replace(ABLATION, budget="tokens")
+    (tmp_path / "tokens").mkdir()
+    write_runs(tmp_path / "tokens", tokens)
+    assert ("budget", "equal tokens") in collect(tmp_path / "tokens", tokens).notes
+
+
+def test_the_code_of_the_first_versions_is_their_commit(tmp_path):
+    write_runs(tmp_path)
+    edit_info(tmp_path, {number: {"package": None, "git": {"commit": "abc", "dirty": False}} for number in range(9)})
+    assert ("code", "abc") in collect(tmp_path).notes
+    edit_info(tmp_path, {0: {"git": {"commit": "abc", "dirty": True}}, 1: {"git": None}})
+    with pytest.raises(
+        UserError, match=r"the code of a_b & c seed 0 is none \(outside of a git repository\), that of "
+    ):
+        collect(tmp_path)
+    found = dict(collect(tmp_path, allow_mixed=True).notes)["code"]
+    assert found == "abc, abc with uncommitted changes, none (outside of a git repository)"
+
+
+def test_an_evaluations_interval_is_of_the_last_row_with_the_metric_and_half_of_its_width(tmp_path, monkeypatch):
+    """One run of base alone has an interval, of width .3: the mean of the arm's three half widths is .05."""
+    write_runs(tmp_path)
+    assert not collect(tmp_path).has_noise
+    path = tmp_path / ABLATION.runs()[0].key / "metrics.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    interval = {"evaluation/success_low": 0.0, "evaluation/success_high": 0.3}
+    rows[0] |= {"evaluation/success_low": -9.0}
+    path.write_text("".join(json.dumps(row) + "\n" for row in [*rows[:-1], rows[-1] | interval]))
+    table = collect(tmp_path)
+    _, high = limits(SUCCESS["base"], (0, 1))
+    assert table.has_noise and table.rows[0].mean.high == pytest.approx(0.2 + math.hypot(high - 0.2, 0.05))
+    assert table.rows[2].mean.high == pytest.approx(limits(SUCCESS["flat"], (0, 1))[1])
+
+
+def test_the_last_value_of_a_run_is_that_of_the_last_row_that_has_one(tmp_path):
+    rows = [{"step": 0, "reward": 1.0}, {"step": 1, "reward": 2}, {"step": 2, "reward": None}, {"step": 3, "kl": 0.5}]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert tables.last_value(tmp_path, "reward") == 2.0
+    with pytest.raises(UserError) as caught:
+        tables.last_value(tmp_path, "loss")
+    assert str(caught.value) == f"{str(tmp_path)!r} has no metric 'loss'; it has kl, reward."
+
+
+def test_the_baseline_is_the_arm_that_the_ablation_names(tmp_path):
+    """Seed by seed, base - flat is -.2, .1 and .1; of the nine pairs of runs base is higher in 3 and equal in 3."""
+    write_runs(tmp_path)
+    base, better, flat = collect(tmp_path, dataclasses.replace(ABLATION, baseline="flat")).rows
+    assert flat.difference is None and base.difference.value == pytest.approx(0.0, abs=1e-12)
+    assert (base.difference.num_higher, base.difference.num_lower, base.better) == (2, 1, (3 + 3 / 2) / 9)
+    assert better.difference.value == pytest.approx(0.41 - 0.2) and better.better == 17 / 18
+
+
+def test_a_run_that_is_not_finished_is_named_with_its_status_and_its_arms(tmp_path):
+    alike = dataclasses.replace(ABLATION, arms={"base": {}, "again": {}, "flat": {"group_size": 2}})
+    write_runs(tmp_path, alike)
+    first = alike.runs()[0]
+    (tmp_path / first.key / "run.json").write_text('{"status": "interrupted", "error": null}')
+    table = collect(tmp_path, alike)
+    assert table.missing == [f"base = again seed 0 ({first.key}): interrupted"]
+    assert [row.seeds for row in table.rows] == [2, 2, 3]
+    assert (table.metric, table.baseline, table.margin) == ("evaluation/success", "base", None)
 
 
 def test_a_run_that_was_resumed_with_changes_is_compared_only_with_allow_mixed(tmp_path):

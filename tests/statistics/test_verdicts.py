@@ -104,3 +104,60 @@ def test_the_explanation_says_which_interval_it_is():
     assert "Gaffke's" in rates and "added in quadrature" in rates and "±0.05" in rates
     other = statistics.explanation(None, has_noise=False)
     assert "Student's" in other and "quadrature" not in other and "margin" not in other
+    assert "P(better)" not in other and other == (
+        "Intervals: 95 %, over seeds; Student's, which needs roughly normal values: where runs collapse it is too "
+        "narrow. Each is of one comparison. Differences are paired by seed with the baseline. p: exact sign-flip test, "
+        "corrected by Holm for all arms. Better or worse: p ≤ .05 and the interval excludes 0."
+    )
+    assert rates.endswith("excludes 0. The same: the 90 % interval is within ±0.05.")
+
+
+def test_pairs_have_the_same_seed_whatever_the_order_and_each_interval_the_noise_of_its_own_seeds():
+    """New has the noises .1, .3 and .8 at seeds 2, 0 and 9, and old .2 and .4 at 0 and 2.
+
+    Of new alone the mean noise is .4. Of the pairs, seeds 0 and 2, it is .2 and .3.
+    """
+    new = {2: Score(0.9, 0.1), 0: Score(0.5, 0.3), 9: Score(0.1, 0.8)}
+    old = {0: Score(0.4, 0.2), 2: Score(0.2, 0.4)}
+    found = statistics.compare_arms({"new": new, "old": old}, "old", (0, 1))
+    expected = statistics.paired_difference([0.9, 0.5], [0.2, 0.4], (0, 1), noise=(0.2**2 + 0.3**2) ** 0.5)
+    difference = found["new"].difference
+    for name in ("value", "low", "high", "inner_low", "inner_high", "detectable", "p_value", "num_higher"):
+        assert getattr(difference, name) == pytest.approx(getattr(expected, name)), name
+    assert expected.value == pytest.approx((0.7 + 0.1) / 2)
+    assert found["new"].mean.low == pytest.approx(statistics.mean([0.9, 0.5, 0.1], (0, 1), noise=0.4).low)
+    assert found["old"].mean.high == pytest.approx(statistics.mean([0.4, 0.2], (0, 1), noise=0.3).high)
+    reward = statistics.compare_arms({"new": new, "old": old}, "old", None)
+    assert reward["new"].difference.limit == np.inf
+    assert reward["old"].mean.high == pytest.approx(statistics.mean([0.4, 0.2], noise=0.3).high)
+
+
+def test_a_score_has_no_noise_unless_it_is_given():
+    found = statistics.compare_arms({"old": {0: Score(0.4), 1: Score(0.6)}}, "old", (0, 1))
+    assert found["old"].mean == statistics.mean([0.4, 0.6], (0, 1))
+
+
+def test_limits_of_a_verdict_are_where_they_are_said_to_be():
+    """At p = .05 exactly the test rejects; an interval that touches 0 does not exclude it; nor is ±margin inside."""
+    shown = replace(statistics.paired_difference([0.9] * 8, [0.1] * 8, (0, 1)), adjusted_p=0.05)
+    assert shown.is_shown and not replace(shown, low=0.0).is_shown
+    worse = replace(shown, value=-0.8, low=-0.9, high=-0.1)
+    assert worse.is_shown and not replace(worse, high=0.0).is_shown
+    assert statistics.verdict(worse) == "worse than the baseline"
+    inner = replace(shown, low=-0.1, inner_low=-0.04, inner_high=0.05)
+    assert statistics.verdict(inner, 0.06, points=True) == "the same as the baseline within ±6 points"
+    for margin in (0.05, 0.04):
+        assert statistics.verdict(inner, margin) == "higher at 8 of 8 seeds; the mean is not shown to be"
+    assert statistics.verdict(replace(inner, inner_low=-0.05, inner_high=0.04), 0.05).startswith("higher")
+
+
+def test_a_difference_that_could_not_be_shown_says_so_in_its_unit():
+    few = statistics.paired_difference([0.5, 0.6], [0.1, 0.1], (0, 1))
+    assert statistics.verdict(few, unit="samples") == "2 samples cannot show a difference (6 are needed)"
+    assert verdict([0.4], unit="samples") == "1 sample cannot show a difference (6 are needed)"
+    plain = replace(statistics.paired_difference([1.0, 0.0] * 4, [0.5] * 8, (0, 1)), detectable=0.305)
+    assert statistics.verdict(plain, points=True) == "no difference shown (could have seen ≥ 30.5 points)"
+    assert statistics.verdict(plain) == "no difference shown (could have seen ≥ 0.3)"
+    none = "no difference shown (8 seeds with this spread could not have shown any)"
+    assert statistics.verdict(replace(plain, detectable=1.0)) == none
+    assert statistics.verdict(replace(plain, detectable=np.inf, limit=np.inf)) == none
