@@ -37,6 +37,7 @@ if TYPE_CHECKING:
         SFTConfig,
         load_ablation,
         override,
+        recipes,
     )
     from grpo_jax.experiment import load as load_experiment
     from grpo_jax.policy import Policy
@@ -87,6 +88,7 @@ __all__ = [
     "load_experiment",
     "load_run",
     "override",
+    "recipes",
     "sample",
     "train",
 ]
@@ -112,6 +114,8 @@ def __getattr__(name: str) -> Any:
         return version("grpo_jax")
     if name not in __all__:
         raise AttributeError(f"module 'grpo_jax' has no attribute {name!r}")
+    if name == "recipes":
+        return import_module("grpo_jax.experiment.recipes")
     home = next((module for module, names in _HOMES.items() if name in names), "experiment")
     found = getattr(import_module(f"grpo_jax.{home}"), "load" if name == "load_experiment" else name)
     globals()[name] = found  # so that it is looked up once

@@ -1,5 +1,6 @@
 """What a run writes and shows: its directory, metrics, completions, its callbacks, and the progress display."""
 
+import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any, Self
 import numpy as np
 from rich.console import Console
 
-from grpo_jax.errors import UserError
+from grpo_jax.errors import RunError, UserError
 from grpo_jax.experiment import Experiment, to_dict
 from grpo_jax.runs import checkpoints, record
 from grpo_jax.runs.callbacks import Callbacks, EndEvent, EvaluationEvent, StartEvent, Status, StepEvent
@@ -31,7 +32,8 @@ class RunLog:
     interrupted run had written from s on, and an evaluation replaces an earlier one at its step. The record of how the
     run began stays: `config.json` is not written again, and run.json lists each visit under `resumed`, with the fields
     and files that have changed since (see `grpo_jax.runs.record`). The status in run.json ends as `finished`,
-    `stopped` (a callback ended training early, which run.json names), `interrupted` (KeyboardInterrupt) or `failed`.
+    `stopped` (a callback ended training early, which run.json names), `interrupted` (KeyboardInterrupt) or `failed`. A
+    run that is refused before its first step (`UserError`) leaves no directory behind.
     Raises `UserError` for a directory that holds another run, and
     `RunError` when something cannot be written.
 
@@ -61,11 +63,13 @@ class RunLog:
         self._result: Result | None = None
         self._info: dict[str, Any] = {}
         self._rewound = not resume
+        self._is_new = False
         self._board = TensorBoard(self.run_dir / "events", text_every=max(1, experiment.num_steps // SAMPLE_TEXTS))
         self._callbacks = Callbacks(callbacks)
 
     def __enter__(self) -> Self:
         with writing(self.run_dir):
+            self._is_new = not self.run_dir.exists()
             self.run_dir.mkdir(parents=True, exist_ok=True)
             occupied = any(self.run_dir.iterdir())
         if occupied and not self.resume:
@@ -108,11 +112,19 @@ class RunLog:
                 self._write_status("failed", finished=record.now(), error=str(failure))
                 raise
             return
+        refused = isinstance(error, UserError) and not isinstance(error, RunError)
+        if refused and self._is_new and not self._has_begun():
+            shutil.rmtree(self.run_dir, ignore_errors=True)  # refused before anything was done: nothing is left of it
+            return
         status: Status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
         try:
             self._end(status, error=None if status == "interrupted" else str(error))
         except UserError:  # the disk is full, say: what went wrong first is what must be told
             pass
+
+    def _has_begun(self) -> bool:
+        """Whether the run has anything to show: a step, an evaluation, or a warm start that was trained."""
+        return any((self.run_dir / name).exists() for name in ("metrics.jsonl", "checkpoints", "warm_start"))
 
     def _end(self, status: Status, *, error: str | None = None) -> None:
         """Writes how the run ended and tells its callbacks."""

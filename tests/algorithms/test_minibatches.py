@@ -86,12 +86,15 @@ def test_what_the_devices_find_comes_back_to_its_completion(count, m):
     np.testing.assert_array_equal(layout.gather_first(first), expected)
 
 
-def test_batches_that_cannot_be_shared_out_are_refused_before_training():
+def test_batches_that_cannot_be_shared_out_are_refused_before_training(tmp_path):
     config = changed(prompts_per_step=3, group_size=5, devices=2)
     with pytest.raises(
         UserError, match=r"3 groups of 5 completions cannot be shared equally by 2 devices .* multiple of 2"
     ):
         shared_out(config)
+    with pytest.raises(UserError, match="cannot be shared equally"):
+        train(config, tmp_path / "run", quiet=True)
+    assert not (tmp_path / "run").exists()  # nor is anything left of a run that was refused
     own_loss = changed(prompts_per_step=1, group_size=8, devices=8, loss=lambda inputs: (inputs.logprobs, {}))
     with pytest.raises(UserError, match="1 groups of 8 completions cannot be shared equally by 8 devices"):
         shared_out(own_loss)  # it may compare the completions of a group

@@ -132,7 +132,7 @@ def test_a_method_of_the_users_own_leaves_behind_what_it_does_not_read():
         ("reward_model", "dynamic_sampling_rounds advantages loss ppo sft rft dpo"),
         (Method(), "dynamic_sampling_rounds advantages loss ppo sft rft preferences dpo reward_model"),
     ],
-    ids=str,
+    ids=["grpo", "ppo", "sft", "rft", "dpo", "reward_model", "one of the user's own"],
 )
 def test_what_a_method_does_not_read(method, unread):
     assert [field.name for field in unread_fields(Experiment, method)] == unread.split()

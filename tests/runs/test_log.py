@@ -142,6 +142,30 @@ def test_the_commit_of_the_experiments_repository_is_recorded_and_whether_it_is_
         assert len(recorded["commit"]) == 40 and recorded["dirty"] == (name == "dirty")
 
 
+@pytest.mark.parametrize(
+    ("error", "made", "kept"),
+    [
+        (UserError("a prompt is too long"), [], False),
+        (UserError("a prompt is too long"), ["metrics.jsonl"], True),  # something was done
+        (UserError("a prompt is too long"), ["warm_start"], True),
+        (RunError("a reward failed"), [], True),  # it is a run that failed, not one that was refused
+        (KeyboardInterrupt(), [], True),
+    ],
+)
+def test_a_run_that_is_refused_before_it_begins_leaves_no_directory(tmp_path, error, made, kept):
+    run_dir = tmp_path / "run"
+    with pytest.raises(type(error)), open_log(run_dir):
+        for name in made:
+            (run_dir / name).mkdir()
+        raise error
+    assert run_dir.exists() == kept
+    own = tmp_path / "own"
+    own.mkdir()
+    with pytest.raises(UserError), open_log(own):
+        raise UserError("refused")
+    assert own.exists()  # a directory that was there before stays
+
+
 def test_a_directory_with_a_run_in_it_is_not_touched(tmp_path):
     (tmp_path / "precious").write_text("x")
     with pytest.raises(UserError, match="is not empty: choose another with --run-dir, or add --resume"):

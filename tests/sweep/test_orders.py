@@ -15,7 +15,8 @@ from grpo_jax import sweep, training
 from grpo_jax.errors import UserError
 from grpo_jax.experiment import Ablation, Experiment, RewardConfig, SamplingConfig, load_ablation, override, sources
 from grpo_jax.sweep import processes, vectorized, worker
-from grpo_jax.sweep.progress import TAIL, SweepProgress, latest_metrics
+from grpo_jax.sweep.progress import SweepProgress
+from grpo_jax.sweep.stages import TAIL, latest_metrics
 from grpo_jax.sweep.warm_starts import adopt_warm_start, warm_start_fingerprint
 
 ABLATION = Ablation(
