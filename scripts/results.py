@@ -3,6 +3,7 @@
 
     python scripts/results.py temperature            the sweep, the same sweep from perturbed weights, and the page
     python scripts/results.py --check                whether each page is what today's code would make
+    python scripts/results.py temperature --repeat 2 two seeds of each arm with today's code: are they still the same?
     python scripts/results.py my_ablation.py --output DIR    a page about an ablation of your own
 
 A page `NAME.md` has two parts. What stands above the line `<!-- made by scripts/results.py -->` is written by hand, and
@@ -12,13 +13,17 @@ seed, and the processor, the versions and the code that it was measured with.
 A task may be chaotic: the last digit of a sum decides whether a run succeeds. So every sweep is made again from weights
 that are perturbed by 1e-6 (`policy.perturbation`), and the page says which verdicts stand in both. What is finished is
 not run again, so the same command continues a sweep that was stopped.
+
+`--repeat` is for code that has changed without changing a number: it trains some seeds of every arm anew and compares
+what they came to with the page, to the last digit. Where they are the same, the page says so, and is current again.
 """
 
 import argparse
 import json
 import sys
+import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -33,6 +38,7 @@ ABLATIONS = ROOT / "experiments" / "ablations"
 PAGES = ROOT / "docs" / "results"
 MARK = "<!-- made by scripts/results.py -->"
 PERTURBATION = 1e-6
+REPEATED = "Repeated"
 KINDS: dict[str, list[str]] = {"as it is": [], "perturbed": [f"policy.perturbation={PERTURBATION}"]}
 """How the sweep of a page is made, and with which overrides of the ablation."""
 
@@ -62,6 +68,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("page", nargs="?", help="the name of a page, or an ablation's file")
     parser.add_argument("--check", action="store_true", help="say of each page (or of this one) whether it is stale")
+    parser.add_argument(
+        "--repeat", type=int, metavar="N", help="train N seeds of each arm of a page again, and compare"
+    )
     parser.add_argument("--output", type=Path, default=PAGES, help="where the page goes (default: docs/results)")
     parser.add_argument("--dir", type=Path, help="where the runs go (default: runs/ABLATION)")
     parser.add_argument("--jobs", type=int, default=1, help="how many runs at the same time")
@@ -74,7 +83,10 @@ def main() -> None:
         parser.error("name a page, or say --check")
     source = Path(options.page) if options.page.endswith(".py") else ABLATIONS / f"{options.page}.py"
     directory = options.dir or Path("runs") / source.stem
-    make(Plan(source, directory, options.output, options.jobs, options.vectorize))
+    plan = Plan(source, directory, options.output, options.jobs, options.vectorize)
+    if options.repeat is not None:
+        sys.exit(repeat(plan, options.repeat))
+    make(plan)
 
 
 def make(plan: Plan) -> None:
@@ -114,6 +126,53 @@ def make(plan: Plan) -> None:
     above = page.read_text().split(MARK)[0].rstrip() if page.is_file() else f"# {plan.name}"
     write_text(page, f"{above}\n\n{MARK}\n\n{below(record, found)}")
     print(page)
+
+
+def repeat(plan: Plan, num_seeds: int) -> int:
+    """Trains the first seeds of every arm of a page again, and says whether they come to what the page has.
+
+    Returns:
+      0 if all are the same to the last digit; the page's record then names today's code too. Else 1.
+
+    Raises:
+      UserError: if there is no such page, or if its runs have other names now, so that they are other runs.
+    """
+    from grpo_jax.sweep import sweep
+
+    path = plan.output / f"{plan.name}.json"
+    if other := [reason for reason in why_stale(path) if not reason.startswith("made by earlier")]:
+        raise UserError(f"{plan.name} cannot be repeated: {other[0]}.")
+    record, differ, count = json.loads(path.read_text()), [], 0
+    vectorize = record["command"].endswith("--vectorize")
+    with tempfile.TemporaryDirectory() as place:
+        for kind, overrides in KINDS.items():
+            ablation = load_ablation(plan.source, None, overrides)
+            ablation = replace(ablation, seeds=tuple(ablation.seeds)[:num_seeds])
+            how: dict[str, Any] = {"jobs": plan.jobs, "vectorize": vectorize, "overrides": overrides}
+            sweep(plan.source, ablation, Path(place), **how)
+            for arm, by_seed in values(ablation, Path(place)).items():
+                for seed, run in by_seed.items():
+                    was, count = record["runs"][kind][arm][seed]["value"], count + 1
+                    if run["value"] != was:
+                        differ.append(f"{arm}, seed {seed}, {kind}: {was} on the page, {run['value']} now")
+    print("\n".join([*differ, f"{count - len(differ)} of {count} runs of {plan.name} are the same to the last digit."]))
+    if differ:
+        return 1
+    record["repeated"] = {"package": sources.package_digest(), "date": date.today().isoformat(), "runs": count}
+    write_text(path, json.dumps(record, indent=1, ensure_ascii=False) + "\n")
+    page = path.with_suffix(".md")
+    kept = page.read_text().split(REPEATED)[0].rstrip()
+    write_text(page, f"{kept}\n\n{repeated(record)}\n")
+    return 0
+
+
+def repeated(record: Mapping[str, Any]) -> str:
+    """What a page says of the runs that were made again."""
+    again = record["repeated"]
+    return (
+        f"{REPEATED} on {again['date']} by training code `{again['package']}`: {again['runs']} of the runs above, the "
+        "first seeds of every arm in both sweeps, came to the same to the last digit."
+    )
 
 
 def drawn(metric: str) -> str:
@@ -204,7 +263,8 @@ def why_stale(path: Path) -> list[str]:
         changed = [arm for arm in now.keys() | then.keys() if now.get(arm) != then.get(arm)]
         if changed:
             reasons.append(f"stale, the runs of {', '.join(sorted(changed))} ({kind}) have other names now")
-    if record["package"] != sources.package_digest():
+    known = {record["package"], record.get("repeated", {}).get("package")}
+    if sources.package_digest() not in known:
         reasons.append(f"made by earlier training code ({record['package']}, now {sources.package_digest()})")
     return reasons
 
