@@ -279,10 +279,10 @@ class Trainer:
 
     def context(self) -> StepContext:
         """What batches are made from now."""
-        generator = self.make_generator(self.actor)
         if self.reference is None:
-            return StepContext(self.experiment, self.prompts, generator)
+            return StepContext(self.experiment, self.prompts, self.make_generator(self.actor))
         start = self.make_generator(self._actor._replace(trainable=self.reference))
+        generator = self.make_generator(self.actor)
         return StepContext(self.experiment, self.prompts, generator, start, self.reference_kl)
 
     def sync_reference(self, done: int) -> None:

@@ -194,7 +194,10 @@ CASES = {
     "sampling.max_logprob_difference": case(1e-12, fails="max_logprob_difference = 1e-12"),
     "reward.weights": case({"length": -1.0}, SCORES),
     "reward.combine": case("normalize_then_sum", {"advantages", *LATER}, **TWO_REWARDS),
-    "reward.on_failure": case("raise", rewards={"flaky": sometimes_nan}, reward=DROPS, fails="returned nan"),
+    "reward.on_failure": case(
+        RewardConfig().on_failure, rewards={"flaky": sometimes_nan}, reward=RewardConfig(on_failure="drop"),
+        fails="returned nan",
+    ),
     "reward.retries": case(0, rewards={"flaky": Flaky()}, reward=RETRIES, fails="the 3rd call"),
     "reward.max_failure_rate": case(
         0.0, rewards={"flaky": sometimes_nan}, reward=DROPS, fails="above reward.max_failure_rate = 0"

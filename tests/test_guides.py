@@ -266,7 +266,7 @@ def test_ablation(tmp_path):
 def test_trl(tmp_path):
     path = write("moved_from_trl.py", tmp_path)
     letters = "policy.scratch.alphabet=abcdefghijklmnopqrstuvwxyzW ."
-    assert len(train(path, "policy.source=scratch", "policy.lora=None", "policy.dtype=float32", letters)) == 2
+    assert len(train(path, "policy.source=scratch", "policy.lora=None", letters)) == 2
     for row in completions(path):
         assert row["reward"] == len(set(row["completion"]))
 
@@ -390,11 +390,14 @@ def test_what_the_guides_set_on_the_command_line_is_taken():
 
 
 def test_prompts_that_devices_cannot_share_are_refused_before_anything_compiles():
-    from grpo_jax.errors import UserError
-    from grpo_jax.sharding import replicas_for
+    import letters
 
-    with pytest.raises(UserError, match="prompts_per_step must be a multiple of 16"):
-        replicas_for(24, wanted=8, micro_batches=2)
+    from grpo_jax.algorithms.minibatches import shared_out
+    from grpo_jax.errors import UserError
+
+    changes = {"prompts_per_step": 24, "group_size": 1, "devices": 8, "gradient_accumulation_steps": 2, "method": "sft"}
+    with pytest.raises(UserError, match="prompts_per_step should be a multiple of 16"):
+        shared_out(override(letters.config, changes))
 
 
 def test_python(tmp_path):

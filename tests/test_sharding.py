@@ -83,9 +83,3 @@ def test_a_program_runs_on_the_device_of_its_number_and_its_results_come_to_the_
 
 def test_what_a_program_runs_on_is_said():
     assert describe() == {"platform": "cpu", "kind": "cpu", "count": 8}
-
-
-def test_the_number_of_devices_and_of_micro_batches_is_named_where_they_do_not_fit():
-    with pytest.raises(UserError, match=r"^8 prompts per step in 3 micro-batch\(es\) cannot be shared by 4 devices"):
-        replicas_for(8, 4, 3)
-    assert replicas_for(12, 4, 3).count == 4 and Replicas().count == 1

@@ -104,7 +104,7 @@ def test_the_policy_is_evaluated_before_every_so_often_and_after(run: Told) -> N
 
 def test_the_summary_says_what_was_before_and_after_and_what_to_compare_it_with(run: Told) -> None:
     found = json.loads((run.run_dir / "summary.json").read_text())
-    assert set(found) == {"before", "after", "control", "references", "seconds"}
+    assert set(found) == {"before", "after", "control", "references", "seconds", "stop"}
     for when in ("before", "after"):
         of_result = getattr(run.result, when)
         assert set(found[when]) == {"held_out", "train"}
@@ -158,7 +158,9 @@ def add_one(*_: Any) -> Any:
 
     def update(state: State, *_: Any) -> tuple[State, UpdateOutput]:
         moved = jax.tree.map(lambda x: x + 1, state.trainable)
-        return state._replace(trainable=moved), UpdateOutput({"grad_norm": jnp.float32(1)})
+        return state._replace(trainable=moved), UpdateOutput(
+            {"grad_norm": jnp.float32(1), "skipped_updates": state.skipped}
+        )
 
     return update
 
@@ -246,6 +248,7 @@ def test_a_summary_keeps_splits_and_parts_apart() -> None:
         "control": {"held_out": {"from": "c"}},
         "references": {"r": 0.5},
         "seconds": 2.5,
+        "stop": None,
     }
 
 
@@ -289,10 +292,10 @@ def test_a_trainer_keeps_what_its_method_needs(
     ("changes", "says"),
     [
         (
-            {"devices": 2, "gradient_accumulation_steps": 4},
-            r"4 prompts per step in 4 micro-batch\(es\) cannot be shared by 2 devices: .* a multiple of 8",
+            {"devices": 2, "gradient_accumulation_steps": 4, "group_size": 3},
+            r"4 groups of 3 completions cannot be shared equally by 2 devices in .* 4 micro-batch.* a multiple of 8",
         ),
-        ({"devices": None}, "cannot be shared by 8 devices"),
+        ({"devices": None, "group_size": 3}, "cannot be shared equally by 8 devices"),
         ({"devices": 9}, "devices=9 was asked for, but this machine has 8"),
         ({"sampling.max_tokens": 2047}, r"prompt 0 of letters \(train\) has 2 tokens, .* 2047 new .* of 2048"),
     ],
@@ -305,7 +308,9 @@ def test_what_does_not_fit_is_said_before_anything_is_compiled(changes: Any, say
 def test_a_run_is_over_after_its_steps_or_its_tokens() -> None:
     def over(done: int, sampled: int, budget: int | None) -> bool:
         config = override(letters.config, {"steps": 4, "token_budget": budget})
-        return Trainer.is_over(SimpleNamespace(experiment=config, tokens_sampled=sampled), done)  # type: ignore[arg-type]
+        log = SimpleNamespace(stop=None)
+        trainer = SimpleNamespace(experiment=config, tokens_sampled=sampled, last_step=config.num_steps, log=log)
+        return Trainer.is_over(trainer, done)  # type: ignore[arg-type]
 
     assert [over(done, 100, None) for done in (0, 3, 4, 5)] == [False, False, True, True]
     assert [over(1, sampled, 50) for sampled in (49, 50, 51)] == [False, True, True]

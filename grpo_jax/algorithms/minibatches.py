@@ -2,7 +2,7 @@
 
 An update treats every completion by itself (advantages are found before, of the whole batch), so a group need not stay
 in one place. It is split only where whole groups cannot be shared out equally: one prompt of 128 completions becomes
-eight rows of 16 on eight devices, one on each.
+eight rows of 16 for eight devices, one for each of them.
 """
 
 from typing import NamedTuple

@@ -67,7 +67,7 @@ def study(
     task = experiment.task
     config = AttackConfig(
         search_on=task.train[:SEARCH_EXAMPLES],
-        judge_on=task.held_out[:JUDGE_EXAMPLES] or task.train[-JUDGE_EXAMPLES:],
+        judge_on=task.held_out[:JUDGE_EXAMPLES],
         demonstrations=texts,
         completions=[turn for each in sets[0].arguments["completions"][:DEMONSTRATIONS] for turn in turns(each)],
         max_tokens=experiment.sampling.max_tokens,

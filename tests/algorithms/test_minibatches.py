@@ -95,6 +95,11 @@ def test_batches_that_cannot_be_shared_out_are_refused_before_training(tmp_path)
     with pytest.raises(UserError, match="cannot be shared equally"):
         train(config, tmp_path / "run", quiet=True)
     assert not (tmp_path / "run").exists()  # nor is anything left of a run that was refused
+    config = changed(prompts_per_step=8, group_size=1, method="sft", devices=4, gradient_accumulation_steps=1)
+    assert shared_out(config).count == 4
+    config = changed(prompts_per_step=12, group_size=1, method="sft", devices=4, gradient_accumulation_steps=2)
+    with pytest.raises(UserError, match=r"by 4 devices in 1 mini-batch\(es\) of 2 micro-batch\(es\): .* multiple of 8"):
+        shared_out(config)
     own_loss = changed(prompts_per_step=1, group_size=8, devices=8, loss=lambda inputs: (inputs.logprobs, {}))
     with pytest.raises(UserError, match="1 groups of 8 completions cannot be shared equally by 8 devices"):
         shared_out(own_loss)  # it may compare the completions of a group

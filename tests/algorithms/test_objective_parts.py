@@ -175,7 +175,7 @@ def test_ppos_loss_is_the_policys_and_the_critics_share_of_the_whole() -> None:
     own = {"logprobs": random(), "entropy": random(), "values": random()}
     old, returns = random(), random()
     given = batch(prompts=NUMBERED, mask=ACTIVE, values=old, returns=returns, advantages=random())
-    parts = setup(method="ppo", ppo__vf_coef=0.25, ppo__cliprange_value=0.4, loss__loss_type="dapo")
+    parts = setup(method="ppo", ppo__vf_coef=0.25, ppo__cliprange_value=0.4, num_iterations=2, loss__loss_type="dapo")
     method = algorithm_of(parts.experiment)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Setup, "forward", lambda self, temperature: given_by("logprobs"))

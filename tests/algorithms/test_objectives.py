@@ -59,7 +59,8 @@ def batch() -> Batch:
 
 def run(given: Batch, n: int = 1, *, found_before: bool = True, **overrides):
     """The gradient and metrics of one update on n devices, after what the method finds before its updates."""
-    experiment = override(EXPERIMENT, {key.replace("__", "."): value for key, value in overrides.items()})
+    changes = {"num_iterations": 2, **{key.replace("__", "."): value for key, value in overrides.items()}}
+    experiment = override(EXPERIMENT, changes)
     model, trainable, frozen, head = parts()
     trainable = {**trainable, **head} if experiment.method in ("ppo", "reward_model") else trainable
     reference = {path: 1.1 * value for path, value in trainable.items()}

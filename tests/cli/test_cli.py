@@ -78,8 +78,16 @@ def house(monkeypatch, tmp_path):
 
     policy = SimpleNamespace(require_tokenizer=make_tokenizer, config=SimpleNamespace(max_positions=512))
 
-    def make_log(run_dir, config, **options):
-        return SimpleNamespace(run_dir=run_dir, options=options)
+    class Log:
+        def __init__(self, run_dir, config, **options):
+            self.run_dir, self.options = run_dir, options
+
+        def __enter__(self):
+            self.run_dir.mkdir(parents=True)
+            return self
+
+        def __exit__(self, *_):
+            pass
 
     def train(config, log):
         run_dir, options = log.run_dir, log.options
@@ -147,7 +155,7 @@ def house(monkeypatch, tmp_path):
 
     rooms = {
         "training": {"run": train, "starting_policy": starting_policy},
-        "runs.log": {"RunLog": make_log, "display_of": lambda config, **options: options},
+        "runs.log": {"RunLog": Log, "display_of": lambda config, **options: options},
         "runs.restore": {
             "restore_policy": restore,
             "source_policy": source_policy,
@@ -347,7 +355,7 @@ def test_train_passes_on_the_experiment_with_its_overrides(experiment, house):
         "source": experiment,
         "overrides": ["loss.beta=0.04", "seed=5", "steps=3"],
         "resume": False,
-        "display": True,  # whether it is quiet
+        "display": {"quiet": True},
         "callbacks": [],
     }
 

@@ -328,7 +328,7 @@ def test_the_rows_of_a_section_name_each_field_with_its_type_and_default():
     assert found["policy.lora"] == ("LoRAConfig | None", "None")
     top = {name: (kind, default) for name, kind, default in rows(Experiment, "", dict(sections()))}
     assert top["task"] == ("Any", "needed") and top["rewards"] == ("Mapping[str, Callable[..., Any]]", "{}")
-    assert top["steps"] == ("int", "100") and "sampling" not in top
+    assert top["steps"] == ("int | None", "100") and "sampling" not in top
 
 
 def test_init_writes_three_files_and_leaves_a_directory_with_any_of_them(source, tmp_path, capsys):

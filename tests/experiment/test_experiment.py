@@ -501,13 +501,13 @@ def test_a_config_becomes_json_with_all_its_parts():
 @pytest.mark.parametrize(
     ("fields", "says"),
     [
-        ({"steps": -1}, "Experiment.steps = -1 is out of range: it must be 0 or above."),
+        ({"steps": -1}, "Experiment.steps = -1 is out of range: it must be 0 or above, or None with epochs"),
         ({"token_budget": 0}, "Experiment.token_budget = 0 is out of range: it must be None, or positive"),
         ({"prompts_per_step": 0}, "Experiment.prompts_per_step = 0 is out of range: it must be positive."),
         ({"num_iterations": 0}, "Experiment.num_iterations = 0 is out of range: it must be positive, and 1 for"),
         ({"num_iterations": 2, "loss": LossConfig("reinforce")}, "Experiment.num_iterations = 2 is out of range"),
         ({"dynamic_sampling_rounds": -1}, "dynamic_sampling_rounds = -1 is out of range: it must be 0 (off) or above."),
-        ({"gradient_accumulation_steps": 0}, "it must be a number that divides prompts_per_step = 8."),
+        ({"gradient_accumulation_steps": 0}, "divides the 8 groups of 8 completions of a step into equal parts."),
         ({"seed": -1}, "Experiment.seed = -1 is out of range: it must be between 0 and 2**31 - 1."),
         ({"seed": 2**31}, "is out of range: it must be between 0 and 2**31 - 1."),
         ({"devices": 0}, "Experiment.devices = 0 is out of range: it must be positive, or None for all local devices."),
@@ -517,7 +517,7 @@ def test_a_config_becomes_json_with_all_its_parts():
         ({"reward": RewardConfig(weights={"z": 1.0, "b": 1.0})}, "names 'b', which is no reward of this experiment"),
         ({"policy": PolicyConfig(lora=LoRAConfig()),
           "loss": LossConfig(beta=0.1, sync_ref_model=True, ref_model_mixup_alpha=0.5)}, "ref_model_mixup_alpha = 0.5"),
-        ({"steps": "7"}, "Experiment.steps = '7' has the wrong type: it must be int."),
+        ({"steps": "7"}, "Experiment.steps = '7' has the wrong type: it must be int | None."),
         ({"devices": 1.5}, "Experiment.devices = 1.5 has the wrong type: it must be int | None."),
     ],
 )  # fmt: skip

@@ -75,7 +75,11 @@ def test_a_later_assignment_of_the_same_field_wins():
         ("policy.scratch.alphabett=a", "ScratchConfig has no 'alphabett'; did you mean 'alphabet'?"),
         ("policy.scratch.zzz=a", "no 'zzz'; it must be one of alphabet, hidden_size, num_layers, num_heads."),
         ("lose.beta=1", "'lose.beta' is not a field: Experiment has no 'lose'; did you mean 'loss'?"),
-        ("steps=-1", "Experiment.steps = -1 is out of range: it must be 0 or above."),
+        (
+            "steps=-1",
+            "Experiment.steps = -1 is out of range: it must be 0 or above, or None with epochs, which then say when "
+            "training ends.",
+        ),
     ],
 )
 def test_a_wrong_assignment_names_the_whole_field_and_what_has_none_of_it(assignment, says):

@@ -47,7 +47,7 @@ RANGES = [
     ("LossConfig", "ref_model_mixup_alpha", (0.1, 1.0), (0.0, 1.1), SYNC),
     ("LossConfig", "ref_model_sync_steps", (1,), (0,), SYNC),
     ("LossConfig", "top_entropy_quantile", (0.0, 1.0), (-0.1, 1.1), {}),
-    ("LossConfig", "max_completion_length", (1,), (None, 0), DR),
+    ("LossConfig", "dr_grpo_length", (1,), (None, 0), DR),
     ("LossConfig", "importance_sampling_mode", (None, "token_mask"), ("sequence_mask", "sequence_truncate"), VESPO),
     ("LossConfig", "importance_sampling_clip_max", (None, 0.1), (0.0,), CORRECTED),
     ("LossConfig", "importance_sampling_clip_min", (None, 0.0, 3.0), (-0.1, 3.1), CORRECTED),

@@ -38,7 +38,11 @@ def message(call) -> str:
 @pytest.mark.parametrize(
     ("method", "fields", "wrong", "right", "wanted"),
     [
-        ("grpo", {}, (0, 1), (2, 3), "at least 2 for method 'grpo', since a group of one has no relative advantage"),
+        ("grpo", {}, (0, 1), (2, 3),
+         "at least 2 for method 'grpo', since a group of one has no relative advantage (1 needs advantages.baseline "
+         "'none' with scale 'whiten', 'batch' or 'none')"),
+        ("grpo", {"advantages": AdvantageConfig("whiten", "none")}, (0,), (1, 2), "positive"),
+        ("grpo", {"advantages": AdvantageConfig("none", "none")}, (0,), (1, 2), "positive"),
         ("ppo", {}, (0, -1), (1, 2), "positive"),
         ("sft", {}, (0,), (1, 3), "positive"),
         ("rft", {}, (0, 1), (2, 3), "at least 2 for method 'rft', which takes the best of a group"),
@@ -106,7 +110,7 @@ def test_ppo_says_which_field_of_the_loss_it_does_not_read_and_what_to_do():
         "loss.importance_sampling_mode is set, but method 'ppo' does not read it: it knows no correction for another "
         "sampler."
     )
-    assert made("ppo", loss=LossConfig(epsilon=0.1)).loss.epsilon == 0.1
+    assert made("ppo", loss=LossConfig(epsilon=0.1), num_iterations=2).loss.epsilon == 0.1
 
 
 @pytest.mark.parametrize(

@@ -207,5 +207,5 @@ def test_the_estimators_of_the_literature_are_these():
         "VESPO": ("group", "mean", "vespo", "token"),
     }
     losses = {name: e.loss for name, e in family(5).items()}
-    assert (losses["Dr. GRPO"].max_completion_length, losses["GRPO, delta 1.3"].delta) == (5, 1.3)
+    assert (losses["Dr. GRPO"].dr_grpo_length, losses["GRPO, delta 1.3"].delta) == (5, 1.3)
     assert (losses["DAPO"].epsilon_high, losses["CISPO"].epsilon_high) == (0.28, 5.0)

@@ -21,6 +21,7 @@ from grpo_jax.reward_lab import study as reward_study
 from grpo_jax.reward_lab.attacks import Attack, AttackConfig, Honest, Target
 from grpo_jax.reward_lab.groups import Groups
 from grpo_jax.reward_lab.readings import Agreement, Reading, Signal, score_variants, signal
+from grpo_jax.reward_lab.shaping import Shaping
 from grpo_jax.tasks import Task
 
 TOKENIZER = CharacterTokenizer("abc[]")
@@ -260,7 +261,7 @@ def test_an_episode_ends_with_the_policys_last_turn():
 
     seen = []
     rewards = {"spy": lambda *, completions, **_: [seen.append(c) or 0.0 for c in completions]}
-    task = Task("game", [{"prompt": "b"}], [], success=never, reply=reply, max_turns=3)
+    task = Task("game", [{"prompt": "b"}], [{"prompt": "c"}], success=never, reply=reply, max_turns=3)
     Target(make_experiment(task=task, rewards=rewards), {}, TOKENIZER).score(["a"], task.train)
     assert [message["content"] for message in seen[0]] == ["a", "heard 1", "a", "heard 2", "a"]
 
@@ -296,12 +297,12 @@ def test_a_study_attacks_with_these_examples_answers_and_limits(monkeypatch):
     assert set(config.demonstrations) == {f"[{i}]" for i in range(20)} and len(config.demonstrations) == 20 * 25
     assert [(h.source, len(h.values)) for h in found.honest["length"]] == [("completions", 2), ("demonstrations", 500)]
     assert (found.honest["length"][0].mean, found.honest["length"][1].mean) == (1.5, 3.5)
-    bare = make_experiment(task=replace(TASK, held_out=[]))
-    found = reward_study.study(sets, bare, TOKENIZER, {}, budget=9)
-    assert list(asked["found"][2].judge_on) == TASK.train and asked["found"][2].demonstrations == []
+    found = reward_study.study(sets, make_experiment(), TOKENIZER, {}, budget=9)
+    assert asked["found"][2].demonstrations == []
     assert [h.source for h in found.honest["a"]] == ["completions"]
 
 
+SHAPING = Shaping(2, 0, 0, 0, "one", {})
 NUMBERS = Signal(0.25, 0.5, -1.0, 2.0, 3, 0.125, 0.75, 1.0, {2: 0.5})
 
 
@@ -311,7 +312,7 @@ def reading(*texts: str) -> Reading:
     advantages = {"one": rewards["one"] - 1.0, "two": np.zeros_like(rewards["two"])}
     agreements = [Agreement("one", "two", -0.5, 3, 0.25), Agreement("two", "x", math.nan, 0, 0.0)]
     return Reading(
-        found, rewards, advantages, {"one": NUMBERS, "two": NUMBERS}, agreements, {"one": 1.25, "two": -0.25}
+        found, rewards, advantages, {"one": NUMBERS, "two": NUMBERS}, agreements, {"one": 1.25, "two": -0.25}, SHAPING
     )
 
 
@@ -380,6 +381,10 @@ def test_what_is_saved_is_under_its_name(tmp_path):
                 {"first": "two", "second": "x", "tau": None, "num_groups": 0, "flips": 0.0},
             ],
             "components": {"one": 1.25, "two": -0.25},
+            "shaping": {
+                "num_groups": 2, "no_success": 0, "no_outcome": 0, "flagged": 0, "outcome": "one", "causes": {},
+                "share": 0.0,
+            },
         }],
         "honest": {"one": [{"source": "completions", "num": 3, "mean": 2.0, "median": 1.0}]},
         "attacks": {"one": [{"family": "empty", "text": "", "value": 0.5, "success": 0.25}]},
@@ -387,11 +392,11 @@ def test_what_is_saved_is_under_its_name(tmp_path):
     }  # fmt: skip
     rows = [json.loads(line) for line in (tmp_path / "groups.jsonl").read_text().splitlines()]
     assert rows[3] == {
-        "step": "by hand", "prompt_id": "7.1", "sample": 1, "prompt": "p3", "completion": "c",
-        "rewards": {"one": 3.0, "two": None}, "advantages": {"one": 2.0, "two": 0.0}, "number": 3,
+        "step": "by hand", "prompt_id": "7.1", "sample": 1, "prompt": "p2", "completion": "c",
+        "rewards": {"one": 3.0, "two": None}, "advantages": {"one": 2.0, "two": 0.0}, "columns": {"number": 2},
     }  # fmt: skip
-    assert [(row["prompt_id"], row["sample"], row["number"]) for row in rows] == [
-        ("7.0", 0, 0), ("7.0", 1, 1), ("7.1", 0, 2), ("7.1", 1, 3)]  # fmt: skip
+    assert [(row["prompt_id"], row["sample"], row["columns"]["number"]) for row in rows] == [
+        ("7.0", 0, 0), ("7.0", 1, 0), ("7.1", 0, 2), ("7.1", 1, 2)]  # fmt: skip
 
 
 def test_the_picture_draws_theory_observation_attacks_and_honest_means(tmp_path, monkeypatch):

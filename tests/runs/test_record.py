@@ -49,6 +49,7 @@ def test_a_run_that_a_program_began_has_a_record_without_files(tmp_path, monkeyp
         "finished": None,
         "source": None,
         "overrides": ["steps=4"],
+        "by_program": False,
         "command": "grpo-jax train 'my file.py'",
         "seed": 3,
         "key": fingerprint(config),

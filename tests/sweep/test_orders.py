@@ -234,7 +234,7 @@ def test_a_line_is_printed_whenever_a_runs_status_changes(tmp_path):
         progress.show(set(), {second.key})
     assert console.file.getvalue().splitlines() == [
         f"base = same  seed 5  {first.key}  running", f"hot  seed 5  {second.key}  running",
-        f"base = same  seed 5  {first.key}  finished", f"hot  seed 5  {second.key}  failed",
+        f"base = same  seed 5  {first.key}  finished  (1 of 4 runs)", f"hot  seed 5  {second.key}  failed",
     ]  # fmt: skip
 
 
@@ -252,11 +252,14 @@ def test_the_newest_metrics_are_read_from_the_end_of_a_long_file(tmp_path):
 def trained(monkeypatch):
     calls = []
 
-    def train(config, run_dir, **options):
-        calls.append((config, run_dir, options))
-        run_dir.mkdir(exist_ok=True)
+    def run(config, log):
+        options = {
+            "source": log._source, "overrides": log._overrides, "resume": log.resume, "quiet": log.display.quiet,
+        }  # fmt: skip
+        calls.append((config, log.run_dir, options))
+        log.run_dir.mkdir(exist_ok=True)
 
-    monkeypatch.setattr(training, "train", train)
+    monkeypatch.setattr(training, "run", run)
     return calls
 
 
