@@ -34,7 +34,7 @@ from grpo_jax.runs.log import RunLog, display_of
 from grpo_jax.runs.restore import OPTIONAL_LEAVES, checkpoint, source_policy
 from grpo_jax.runs.result import Result, summarize
 from grpo_jax.sharding import Array
-from grpo_jax.update import State, UpdateOutput, make_optimizer, make_update, metrics_of
+from grpo_jax.update import State, UpdateOutput, UpdateWatch, make_optimizer, make_update, metrics_of
 
 MakeGenerator = Callable[[Actor], Generator]
 
@@ -120,6 +120,7 @@ class Trainer:
       state: the trained parameters, the optimizer's state and the count of skipped updates, placed.
       reference: the trained parameters of the reference policy; None where the method needs none.
       tokens_seen, tokens_sampled: how many tokens the run has read and written, and how many of them it sampled.
+      watch: what has been seen of updates that were not made.
       last_step: after how many steps training ends at the latest.
       last_evaluation: after how many steps the policy was evaluated last, and what it scored on each split.
     """
@@ -151,6 +152,7 @@ class Trainer:
         # A copy, since updates overwrite the state's own arrays.
         self.reference = jax.tree.map(jnp.copy, trainable) if needs_reference else None
         self.tokens_seen = self.tokens_sampled = 0
+        self.watch = UpdateWatch(config.optimizer.max_skipped_updates)
         self.last_step = config.num_steps
         self.last_evaluation: tuple[int, dict[str, Evaluation]] = (-1, {})
 
@@ -256,11 +258,14 @@ class Trainer:
                 gaps = layout.gather_first(output.logprob_gaps)
                 self.check_logprobs(gaps, train_batch.rollout, step)
             outputs.append(output)
-        metrics = metrics_of([replicas.fetch(output.metrics) for output in outputs], config.num_minibatches)
+        of_updates = [replicas.fetch(output.metrics) for output in outputs]
+        metrics = metrics_of(of_updates, config.num_minibatches)
         # These come after an update's own gap, which is 0 where log-probabilities were recomputed.
         metrics |= {name: float(value) for name, value in replicas.fetch(found).items()}
         self.sync_reference(step + 1)
         self.record(step, train_batch, metrics, seconds=time.monotonic() - began)
+        for note in self.watch.see(step, of_updates):
+            self.log.note(note)
 
     def record(self, step: int, train_batch: TrainBatch, metrics: dict[str, float], *, seconds: float) -> None:
         """Logs a step: its batch, with the advantages that the update found, and its update's metrics."""
@@ -303,6 +308,7 @@ class Trainer:
         reference = saved.pop("reference")
         self.reference = self.reference if reference is None else reference
         self.state = State(**saved)
+        self.watch.skipped = int(self.replicas.fetch(self.state.skipped))
         return done
 
     def _checkpoint(self) -> dict[str, Any]:
