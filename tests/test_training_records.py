@@ -24,6 +24,7 @@ from grpo_jax.rollout import Actor, from_completions
 from grpo_jax.runs.checkpoints import latest_step
 from grpo_jax.runs.log import RunLog
 from grpo_jax.runs.restore import restore
+from grpo_jax.runs.signals import stop_between_steps
 from grpo_jax.training import Result, Trainer, starting_policy, summarize, train
 from grpo_jax.update import State, UpdateOutput
 
@@ -375,7 +376,7 @@ def quiet_signals() -> Iterator[list[int]]:
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_first_signal_asks_and_a_second_acts(number: signal.Signals, quiet_signals: list[int], capsys: Any) -> None:
     handlers = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
-    with training._stop_between_steps() as stop:
+    with stop_between_steps() as stop:
         assert not stop()
         signal.raise_signal(number)
         assert stop() and stop()
@@ -389,7 +390,7 @@ def test_another_thread_cannot_be_asked_to_stop(quiet_signals: list[int]) -> Non
     found: list[Any] = []
 
     def work() -> None:
-        with training._stop_between_steps() as stop:
+        with stop_between_steps() as stop:
             found.append((stop(), signal.getsignal(signal.SIGINT)))
 
     handler = signal.getsignal(signal.SIGINT)
