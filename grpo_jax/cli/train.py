@@ -71,7 +71,8 @@ def train(
     except KeyboardInterrupt:
         if (run_dir / "run.json").is_file():
             again = shlex.join([common.command(), "train", str(experiment), "--run-dir", str(run_dir), "--resume"])
-            print(f"The policy is saved in {run_dir}; go on with: {again}", file=sys.stderr)
+            saved = "The policy is" if (run_dir / "checkpoints").is_dir() else "What has begun is"
+            print(f"{saved} saved in {run_dir}; go on with: {again}", file=sys.stderr)
         raise
     picture = learning_curve(run_dir)
     if quiet:
