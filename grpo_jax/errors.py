@@ -12,19 +12,23 @@ class RunError(UserError):
     """A run that was well configured and failed all the same. The command line exits with status 1."""
 
 
+class Terminated(KeyboardInterrupt):
+    """SIGTERM has come, as from a scheduler at a job's time limit. What handles Ctrl-C handles it too."""
+
+
 def exit_status(command: Callable[[], object]) -> int:
     """Carries out a command and returns a process's exit status, with what a user did wrong on stderr in one sentence.
 
-    0 for success, 1 for a `RunError`, 2 for another `UserError`, 130 for Ctrl-C.
+    0 for success, 1 for a `RunError`, 2 for another `UserError`, 130 for Ctrl-C, 143 for SIGTERM.
     """
     try:
         command()
     except UserError as error:
         print(f"error: {printable(str(error))}", file=sys.stderr)
         return 1 if isinstance(error, RunError) else 2
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         print("interrupted", file=sys.stderr)
-        return 130
+        return 143 if isinstance(error, Terminated) else 130
     return 0
 
 

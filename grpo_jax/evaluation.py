@@ -22,6 +22,7 @@ from grpo_jax.rollout import (
     score_rollout,
 )
 from grpo_jax.sharding import up_to
+from grpo_jax.tasks.calls import success_of
 
 NOISE_STEP = 2**31 - 1  # the step that names the noise of every evaluation, so that they can be compared in pairs
 
@@ -83,9 +84,9 @@ def evaluate_generator(
         indices = (wanted * size)[:size]
         ids = [index + size * (place >= len(wanted)) for place, index in enumerate(indices)]
         noise = name_noise(experiment.seed, NOISE_STEP, ids, range(config.num_samples))
-        found = rollout(generator, task, prompts.batch(split, indices), noise, sampling)
+        found = rollout(generator, task, prompts.batch(split, indices), noise, sampling, experiment.reward.time_limit)
         arguments = found.reward_arguments()
-        success = task.success(**arguments)
+        success = success_of(task, arguments, experiment.reward.time_limit)
         rewards: Sequence[float | None] = [None] * len(success)
         if experiment.rewards:
             rewards = score_rollout(found, experiment).total

@@ -4,16 +4,11 @@ A step depends on the experiment, the step's number and the state alone: its pro
 (seed, step). So a run that is resumed at step 400 does what the uninterrupted run did.
 """
 
-import signal
-import sys
-import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import jax
@@ -33,8 +28,9 @@ from grpo_jax.runs import checkpoints
 from grpo_jax.runs.log import RunLog, display_of
 from grpo_jax.runs.restore import OPTIONAL_LEAVES, checkpoint, source_policy
 from grpo_jax.runs.result import Result, summarize
+from grpo_jax.runs.signals import interruption, stop_between_steps, terminable
 from grpo_jax.sharding import Array
-from grpo_jax.update import State, UpdateOutput, make_optimizer, make_update, metrics_of
+from grpo_jax.update import State, UpdateOutput, UpdateWatch, make_optimizer, make_update, metrics_of
 
 MakeGenerator = Callable[[Actor], Generator]
 
@@ -58,7 +54,8 @@ def train(
 
     Raises:
       UserError: for what the config or the task gets wrong. RunError: when the run fails (a reward, a full disk, a
-        broken log-probability contract). KeyboardInterrupt: on Ctrl-C, after the step under way has been saved.
+        broken log-probability contract). KeyboardInterrupt: on Ctrl-C, after the step under way has been saved
+        (`Terminated`, one of these, on SIGTERM).
     """
     display = display_of(experiment, quiet=quiet)
     log = RunLog(run_dir, experiment, source=source, overrides=overrides, resume=resume, display=display)
@@ -69,7 +66,7 @@ def run(experiment: Experiment, log: RunLog, make_generator: MakeGenerator = lam
     """The same with a log of the caller's own, which says where it is written, who is told, and whether it goes on."""
     began = time.monotonic()
     run_dir, resume, quiet = log.run_dir, log.resume, log.display.quiet
-    with log:
+    with terminable(), log:
         start = starting_policy(experiment, log, resume=resume)
         trainer = Trainer(experiment, start, log, make_generator)
         before, group_before = trainer.evaluate(0), trainer.sample_group()
@@ -120,6 +117,7 @@ class Trainer:
       state: the trained parameters, the optimizer's state and the count of skipped updates, placed.
       reference: the trained parameters of the reference policy; None where the method needs none.
       tokens_seen, tokens_sampled: how many tokens the run has read and written, and how many of them it sampled.
+      watch: what has been seen of updates that were not made.
       last_step: after how many steps training ends at the latest.
       last_evaluation: after how many steps the policy was evaluated last, and what it scored on each split.
     """
@@ -151,6 +149,7 @@ class Trainer:
         # A copy, since updates overwrite the state's own arrays.
         self.reference = jax.tree.map(jnp.copy, trainable) if needs_reference else None
         self.tokens_seen = self.tokens_sampled = 0
+        self.watch = UpdateWatch(config.optimizer.max_skipped_updates)
         self.last_step = config.num_steps
         self.last_evaluation: tuple[int, dict[str, Evaluation]] = (-1, {})
 
@@ -209,7 +208,7 @@ class Trainer:
             rows = f"{config.prompts_per_step} prompts × {config.group_size}"
             end = f"to {config.num_steps}" if config.token_budget is None else f"until {config.token_budget:,} tokens"
             self.log.note(f"training: steps {done + 1} {end}, {rows} completions each; the first compiles")
-        with _stop_between_steps() as stop:
+        with stop_between_steps() as stop:
             while not self.is_over(done):
                 self.step(done)
                 done += 1
@@ -221,7 +220,7 @@ class Trainer:
                 if done % config.checkpoint_every == 0 or over or stopping:
                     self.save(done)
                 if stopping:
-                    raise KeyboardInterrupt
+                    raise interruption(stop.number)
         if done == 0:
             self.save(0)
         return done
@@ -256,11 +255,14 @@ class Trainer:
                 gaps = layout.gather_first(output.logprob_gaps)
                 self.check_logprobs(gaps, train_batch.rollout, step)
             outputs.append(output)
-        metrics = metrics_of([replicas.fetch(output.metrics) for output in outputs], config.num_minibatches)
+        of_updates = [replicas.fetch(output.metrics) for output in outputs]
+        metrics = metrics_of(of_updates, config.num_minibatches)
         # These come after an update's own gap, which is 0 where log-probabilities were recomputed.
         metrics |= {name: float(value) for name, value in replicas.fetch(found).items()}
         self.sync_reference(step + 1)
         self.record(step, train_batch, metrics, seconds=time.monotonic() - began)
+        for note in self.watch.see(step, of_updates):
+            self.log.note(note)
 
     def record(self, step: int, train_batch: TrainBatch, metrics: dict[str, float], *, seconds: float) -> None:
         """Logs a step: its batch, with the advantages that the update found, and its update's metrics."""
@@ -303,6 +305,7 @@ class Trainer:
         reference = saved.pop("reference")
         self.reference = self.reference if reference is None else reference
         self.state = State(**saved)
+        self.watch.skipped = int(self.replicas.fetch(self.state.skipped))
         return done
 
     def _checkpoint(self) -> dict[str, Any]:
@@ -352,26 +355,3 @@ class Trainer:
                 f"more than sampling.max_logprob_difference = {bound:g}: the sampler and the trainer disagree about "
                 "the policy, and the update was not made."
             )
-
-
-@contextmanager
-def _stop_between_steps() -> Iterator[Any]:
-    """Turns the first Ctrl-C or SIGTERM into a request that is granted between two steps; the next one acts at once."""
-    asked = False
-
-    def ask(number: int, frame: FrameType | None) -> None:
-        nonlocal asked
-        if asked:
-            raise KeyboardInterrupt
-        asked = True
-        print("\nstopping after this step (again to stop at once)", file=sys.stderr)
-
-    if threading.current_thread() is not threading.main_thread():
-        yield lambda: False
-        return
-    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield lambda: asked
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -3,7 +3,8 @@
 Each device computes the loss and gradient of its share of a (mini-)batch (`grpo_jax.algorithms`); gradients and metrics
 are summed over all of them. Denominators are those of the whole (mini-)batch, over devices and micro-batches, so
 neither changes anything but rounding. An update is skipped (and counted) when its gradient is not finite or the
-log-probability contract does not hold.
+log-probability contract does not hold. Where no token is left to train on, there is no update either: the optimizer's
+momentum would move the parameters all the same.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -16,6 +17,7 @@ import optax
 
 from grpo_jax.algorithms import Batch, Setup, algorithm_of
 from grpo_jax.algorithms.batch import micro_batches
+from grpo_jax.errors import RunError
 from grpo_jax.experiment import OptimizerConfig
 from grpo_jax.policy.transformer import Params
 from grpo_jax.sharding import Array
@@ -112,12 +114,20 @@ def make_update(setup: Setup, optimizer: optax.GradientTransformation) -> Update
         sound = jnp.isfinite(norm)
         if algorithm.on_policy:
             sound &= ~first | (worst <= bound)
+        num_tokens = total(batch.mask.sum())
+        empty = num_tokens == 0
         changes, new_optimizer = optimizer.update(grads, state.optimizer, state.trainable)
         new = (optax.apply_updates(state.trainable, changes), new_optimizer)
-        trainable, kept = jax.tree.map(lambda a, b: jnp.where(sound, a, b), new, (state.trainable, state.optimizer))
-        state = State(trainable, kept, state.skipped + ~sound)
-        num_tokens = total(batch.mask.sum())
-        metrics |= {"grad_norm": norm, "num_tokens": num_tokens, "skipped_updates": state.skipped}
+        trainable, kept = jax.tree.map(
+            lambda a, b: jnp.where(sound & ~empty, a, b), new, (state.trainable, state.optimizer)
+        )
+        state = State(trainable, kept, state.skipped + (~sound & ~empty))
+        metrics |= {
+            "grad_norm": norm,
+            "num_tokens": num_tokens,
+            "skipped_updates": state.skipped,
+            "empty_updates": empty.astype(jnp.int32),
+        }
         if not algorithm.on_policy:
             return state, UpdateOutput(metrics)
         mean = total(gaps.sum()) / jnp.maximum(num_tokens, 1)
@@ -127,13 +137,57 @@ def make_update(setup: Setup, optimizer: optax.GradientTransformation) -> Update
     return update
 
 
+class UpdateWatch:
+    """Sees which updates of a run were not made, says so, and ends the run where none can be made any more.
+
+    Attributes:
+      skipped: how many updates have been skipped so far, as `State` counts them.
+    """
+
+    def __init__(self, limit: int) -> None:
+        """`limit` is `optimizer.max_skipped_updates`."""
+        self.skipped = 0
+        self._limit = limit
+        self._in_a_row = 0
+        self._told: set[str] = set()
+
+    def see(self, step: int, outputs: Sequence[Mapping[str, Any]]) -> list[str]:
+        """Takes the metrics of a step's updates, in their order; returns what to tell, each reason the first time.
+
+        Raises:
+          RunError: when as many updates in a row as the limit says were skipped.
+        """
+        notes = []
+        for output in outputs:
+            new = int(output["skipped_updates"]) - self.skipped
+            self.skipped += new
+            self._in_a_row = self._in_a_row + new if new else 0
+            norm = float(output["grad_norm"])
+            why = "its gradient is not finite" if not np.isfinite(norm) else "of its log-probabilities"
+            if new and "skipped" not in self._told:
+                self._told.add("skipped")
+                notes.append(f"step {step}: an update was skipped, because {why} (gradient norm {norm:g})")
+            if self._in_a_row >= self._limit:
+                raise RunError(
+                    f"step {step}: {self._in_a_row} updates in a row were skipped, the last one because {why} (norm "
+                    f"{norm:g}): lower optimizer.learning_rate, or look for rewards and losses that "
+                    "become very large. optimizer.max_skipped_updates says how many are allowed."
+                )
+            if output["empty_updates"] and "empty" not in self._told:
+                self._told.add("empty")
+                notes.append(f"step {step}: an update was not made, because there was no token left to train on")
+        return notes
+
+
 def metrics_of(outputs: Sequence[Mapping[str, Any]], num_minibatches: int) -> dict[str, float]:
     """What a step says of its updates, in their order: means over the mini-batches of the last pass over its batch.
 
     The last pass says how far the policy has moved; the gap to the sampler is that of the first update, which is made
-    on the policy that sampled. Of what counts on (`skipped_updates`) it is the last value.
+    on the policy that sampled. Of what counts on (`skipped_updates`) it is the last value, and
+    `empty_updates` says how many of all updates had no token to train on, and were not made.
     """
     last_pass = outputs[-num_minibatches:]
     means = {name: float(np.mean([float(output[name]) for output in last_pass])) for name in last_pass[-1]}
     of_first = {name: float(value) for name, value in outputs[0].items() if name.startswith("sampling/")}
-    return {**means, **of_first, "skipped_updates": float(last_pass[-1]["skipped_updates"])}
+    empty = float(sum(int(output["empty_updates"]) for output in outputs))
+    return {**means, **of_first, "skipped_updates": float(last_pass[-1]["skipped_updates"]), "empty_updates": empty}

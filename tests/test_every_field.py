@@ -262,7 +262,9 @@ ELSEWHERE = {
     ]),
     "dpo": ("losses/test_preference.py and algorithms/test_objectives.py", ["beta", "loss_type", "label_smoothing"]),
     "reward_model": ("algorithms/test_objectives.py", ["center_rewards_coefficient"]),
-    "optimizer": ("test_update.py", ["schedule", "warmup_steps", "weight_decay", "b1", "b2", "eps", "max_grad_norm"]),
+    "optimizer": ("test_update.py", ["schedule", "warmup_steps", "weight_decay", "b1", "b2", "eps", "max_grad_norm",
+        "max_skipped_updates",
+    ]),
 }  # fmt: skip
 """Fields whose effect other tests work out by hand, and where: a run for each would be compiled anew."""
 

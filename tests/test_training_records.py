@@ -24,6 +24,7 @@ from grpo_jax.rollout import Actor, from_completions
 from grpo_jax.runs.checkpoints import latest_step
 from grpo_jax.runs.log import RunLog
 from grpo_jax.runs.restore import restore
+from grpo_jax.runs.signals import stop_between_steps
 from grpo_jax.training import Result, Trainer, starting_policy, summarize, train
 from grpo_jax.update import State, UpdateOutput
 
@@ -159,7 +160,7 @@ def add_one(*_: Any) -> Any:
     def update(state: State, *_: Any) -> tuple[State, UpdateOutput]:
         moved = jax.tree.map(lambda x: x + 1, state.trainable)
         return state._replace(trainable=moved), UpdateOutput(
-            {"grad_norm": jnp.float32(1), "skipped_updates": state.skipped}
+            {"grad_norm": jnp.float32(1), "skipped_updates": jnp.int32(0), "empty_updates": jnp.int32(0)}
         )
 
     return update
@@ -209,6 +210,30 @@ def test_a_control_begins_where_the_warm_start_ended_and_a_finished_run_is_gone_
     assert "evaluation/success" in rows(files[2])[-1] and "evaluation/success" not in rows(files[1])[-1]
     with pytest.raises(UserError, match="is not empty"):
         train(config, tmp_path / "run", quiet=True)
+
+
+def never_sound(*_: Any) -> Any:
+    """An update that is always skipped."""
+
+    def update(state: State, *_: Any) -> tuple[State, UpdateOutput]:
+        state = state._replace(skipped=state.skipped + 1)
+        metrics = {"grad_norm": jnp.float32(jnp.nan), "skipped_updates": state.skipped, "empty_updates": jnp.int32(0)}
+        return state, UpdateOutput(metrics)
+
+    return update
+
+
+def test_a_run_of_which_no_update_is_made_says_so_and_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(training, "make_update", never_sound)
+    config = override(letters.config, {"method": "sft", "steps": 5, "optimizer.max_skipped_updates": 3})
+    notes: list[str] = []
+    monkeypatch.setattr(RunLog, "note", lambda log, message: notes.append(message))
+    with pytest.raises(RunError, match="step 2: 3 updates in a row were skipped"):
+        train(config, tmp_path / "run", quiet=True, make_generator=lambda actor: Scripted(lambda *_: "aaa"))
+    assert [note for note in notes if "skipped" in note] == [
+        "step 0: an update was skipped, because its gradient is not finite (gradient norm nan)"
+    ]
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "failed"
 
 
 def test_a_run_has_begun_when_anything_of_it_is_there(tmp_path: Path) -> None:
@@ -354,7 +379,7 @@ def quiet_signals() -> Iterator[list[int]]:
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_first_signal_asks_and_a_second_acts(number: signal.Signals, quiet_signals: list[int], capsys: Any) -> None:
     handlers = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
-    with training._stop_between_steps() as stop:
+    with stop_between_steps() as stop:
         assert not stop()
         signal.raise_signal(number)
         assert stop() and stop()
@@ -368,7 +393,7 @@ def test_another_thread_cannot_be_asked_to_stop(quiet_signals: list[int]) -> Non
     found: list[Any] = []
 
     def work() -> None:
-        with training._stop_between_steps() as stop:
+        with stop_between_steps() as stop:
             found.append((stop(), signal.getsignal(signal.SIGINT)))
 
     handler = signal.getsignal(signal.SIGINT)

@@ -13,7 +13,7 @@ from grpo_jax.advantages import group_advantages
 from grpo_jax.algorithms import Batch, Setup, TrainBatch, algorithm_of
 from grpo_jax.algorithms.grpo import with_advantages
 from grpo_jax.algorithms.minibatches import lay_out
-from grpo_jax.errors import UserError
+from grpo_jax.errors import RunError, UserError
 from grpo_jax.experiment import (
     Experiment,
     LoRAConfig,
@@ -31,7 +31,7 @@ from grpo_jax.policy.lora import Model, split
 from grpo_jax.rollout import encode_prompts, make_actor, name_noise, rollout
 from grpo_jax.sharding import Replicas
 from grpo_jax.tasks import Task
-from grpo_jax.update import State, decays, make_optimizer, make_update
+from grpo_jax.update import State, UpdateWatch, decays, make_optimizer, make_update
 
 P, G, T = 32, 3, 4
 SCRATCH = ScratchConfig(hidden_size=16, num_layers=1, num_heads=2)
@@ -457,6 +457,51 @@ def test_an_unsound_step_leaves_everything_bit_identical_and_is_counted(n, field
     assert after.skipped == 2
     good, metrics = run(batch, n, state=after, first=True)
     assert good.skipped == 2 and (good.trainable["embed"] != after.trainable["embed"]).any()
+
+
+@pytest.mark.parametrize("n", [1, 8])
+@pytest.mark.parametrize("field", ["sample_mask", "mask"])  # all completions dropped; no token to train on
+def test_a_step_with_nothing_to_train_on_leaves_everything_bit_identical(n, field):
+    batch = make_batch()
+    before, metrics = run(batch, n, first=True)  # now Adam's momentum would move the parameters without a gradient
+    assert metrics["empty_updates"] == 0
+    nothing = batch._replace(**{field: np.zeros_like(getattr(batch, field))})
+    after, metrics = run(nothing, n, state=before)
+    assert_identical((after.trainable, after.optimizer), (before.trainable, before.optimizer))
+    assert metrics["empty_updates"] == 1 and metrics["num_tokens"] == 0
+    assert after.skipped == metrics["skipped_updates"] == 0
+    # Prompts are shared out in their order: with eight devices, all tokens are now the last one's.
+    some = batch._replace(mask=batch.mask & (np.arange(P) >= P - P // 8)[:, None, None])
+    after, metrics = run(some, n, state=before)
+    assert metrics["empty_updates"] == 0 and metrics["num_tokens"] > 0
+    assert (after.trainable["embed"] != before.trainable["embed"]).any()
+
+
+def said(skipped: int, norm: float = 1.0, empty: int = 0) -> dict[str, float]:
+    """The metrics of an update, as a watch sees them."""
+    return {"skipped_updates": skipped, "grad_norm": norm, "empty_updates": empty}
+
+
+def test_the_first_skipped_and_the_first_empty_update_are_told_with_the_reason():
+    watch = UpdateWatch(limit=10)
+    assert watch.see(0, [said(0)]) == []
+    [note] = watch.see(1, [said(0), said(1, math.nan), said(1)])
+    assert note == "step 1: an update was skipped, because its gradient is not finite (gradient norm nan)"
+    [note] = watch.see(2, [said(1, empty=1)])
+    assert note == "step 2: an update was not made, because there was no token left to train on"
+    assert watch.see(3, [said(2, math.inf), said(2, empty=1)]) == []  # each is told once
+    [note] = UpdateWatch(limit=10).see(4, [said(1, 0.5)])
+    assert note == "step 4: an update was skipped, because of its log-probabilities (gradient norm 0.5)"
+
+
+def test_so_many_skipped_updates_in_a_row_end_the_run_and_one_good_one_between_them_does_not():
+    watch = UpdateWatch(limit=3)
+    watch.skipped = 5  # those of before the run was resumed
+    watch.see(7, [said(6, math.nan), said(7, math.nan)])
+    watch.see(8, [said(7)])
+    watch.see(9, [said(8, math.nan), said(9, math.nan)])
+    with pytest.raises(RunError, match=r"step 10: 3 updates in a row were skipped, .* is not finite .*optimizer\.max_"):
+        watch.see(10, [said(10, math.inf)])
 
 
 def test_a_parameter_that_is_not_a_number_skips_the_step():

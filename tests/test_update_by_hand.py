@@ -82,7 +82,7 @@ def test_contributions_are_summed_over_micro_batches_and_dropped_completions_hav
         assert found == pytest.approx(
             {
                 "loss": W * gradient, "pieces": 2, "reference": R, "grad_norm": abs(gradient),
-                "num_tokens": ACTIVE.sum(), "skipped_updates": 3,
+                "num_tokens": ACTIVE.sum(), "skipped_updates": 3, "empty_updates": 0,
             }
         )  # fmt: skip
         assert len(gap) == (2 if method.on_policy else 0)
@@ -154,4 +154,9 @@ def test_a_batch_of_which_nothing_counts_has_no_gap() -> None:
     state, output = updated(Nothing(), gaps=5.0)
     found = numbers(output)
     assert (found["sampling/logprob_difference/mean"], found["sampling/logprob_difference/max"]) == (0, 0)
-    assert found["num_tokens"] == 0 and float(state.trainable["w"]) == W and int(state.skipped) == 3
+    assert (
+        found["num_tokens"] == 0
+        and found["empty_updates"] == 1
+        and float(state.trainable["w"]) == W
+        and int(state.skipped) == 3
+    )

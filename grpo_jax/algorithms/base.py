@@ -76,7 +76,8 @@ class StepContext:
         generator = self.start if from_start else self.generator
         assert generator is not None, "the method's `needs_reference` must say that it samples from the start"
         noise = name_noise(config.seed, step, prompt_ids, range(config.group_size) if samples is None else samples)
-        return rollout(generator, config.task, self.prompts.batch(split, indices), noise, config.sampling)
+        prompts = self.prompts.batch(split, indices)
+        return rollout(generator, config.task, prompts, noise, config.sampling, config.reward.time_limit)
 
     def score(self, episodes: Rollout, step: int) -> Scores:
         """The rewards of a rollout. Raises `RunError` past `reward.max_failure_rate`."""

@@ -11,6 +11,7 @@ from grpo_jax.algorithms.batch import Batch
 from grpo_jax.rewards.scoring import Scores
 from grpo_jax.rollout import Rollout, completion, example_row, has_turns, index_of, transcript
 from grpo_jax.tasks import Task
+from grpo_jax.tasks.calls import TIME_LIMIT, success_of
 
 
 def batch_of(rollout: Rollout, rewards: np.ndarray | None = None, sample_mask: np.ndarray | None = None) -> Batch:
@@ -61,13 +62,18 @@ def _epoch(seed: int, epoch: int, num_examples: int) -> np.ndarray:
 
 
 def score_metrics(
-    rollout: Rollout, scores: Scores, rewards: np.ndarray, sample_mask: np.ndarray, task: Task
+    rollout: Rollout,
+    scores: Scores,
+    rewards: np.ndarray,
+    sample_mask: np.ndarray,
+    task: Task,
+    time_limit: float = TIME_LIMIT,
 ) -> dict[str, float]:
-    """Metrics of completions and their rewards, and the share that succeeded."""
+    """Metrics of completions and their rewards, and the share that succeeded; `time_limit` is for `task.success`."""
     return {
         **reward_metrics(scores, rewards, sample_mask),
         **completion_metrics(rollout),
-        "success": float(np.mean(task.success(**rollout.reward_arguments()))),
+        "success": float(np.mean(success_of(task, rollout.reward_arguments(), time_limit))),
     }
 
 

@@ -22,7 +22,9 @@ def rewarded_batch(rounds: Sequence[Round], config: Experiment) -> TrainBatch:
         metrics["dynamic_sampling/groups_with_signal"] = int(chosen.has_signal().sum())
     # The first round says how good the policy is: the groups that are trained on were chosen by their rewards.
     first = rounds[0]
-    metrics |= score_metrics(first.rollout, first.scores, first.rewards, first.sample_mask, config.task)
+    metrics |= score_metrics(
+        first.rollout, first.scores, first.rewards, first.sample_mask, config.task, config.reward.time_limit
+    )
     return TrainBatch(
         batch,
         rollout,

@@ -115,6 +115,7 @@ def labelled_pairs(
                 context.prompts.batch(split, indices),
                 name_noise(config.seed, step, prompt_ids, [0]),
                 tokenizer,
+                config.reward.time_limit,
             )
             for column in ("chosen", "rejected")
         )
@@ -123,7 +124,8 @@ def labelled_pairs(
         return Pairs(join_groups([chosen, rejected]), np.ones(shape, bool), np.zeros(shape, bool), order)
     if preferences.completions == "demonstrations":
         noise = name_noise(config.seed, step, prompt_ids, samples)
-        rollout = demonstrations(task, context.prompts.batch(split, indices), noise, tokenizer)
+        prompts = context.prompts.batch(split, indices)
+        rollout = demonstrations(task, prompts, noise, tokenizer, config.reward.time_limit)
     else:
         rollout = context.sample(step, indices, prompt_ids, split=split, samples=samples, from_start=True)
     scores = context.score(rollout, step)

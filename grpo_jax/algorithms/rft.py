@@ -26,7 +26,7 @@ class RFT(requirements.RFT, Algorithm):
         rewards, sample_mask = reward_arrays(scores, rollout.mask.shape[:2])
         chosen = select(rewards, sample_mask, config.rft)
         rows = completion_rows(rollout, scores)
-        metrics = score_metrics(rollout, scores, rewards, sample_mask, config.task)
+        metrics = score_metrics(rollout, scores, rewards, sample_mask, config.task, config.reward.time_limit)
         return TrainBatch(
             batch_of(rollout, rewards, chosen),
             rollout,

@@ -19,7 +19,7 @@ class SFT(requirements.SFT, Algorithm):
         indices, prompt_ids = schedule(config.seed, step, config.prompts_per_step, len(config.task.train))
         noise = name_noise(config.seed, step, prompt_ids, range(config.group_size))
         prompts = context.prompts.batch("train", indices)
-        shown = demonstrations(config.task, prompts, noise, context.generator.tokenizer)
+        shown = demonstrations(config.task, prompts, noise, context.generator.tokenizer, config.reward.time_limit)
         tokens, new_tokens = tokens_of(shown), int(shown.mask.sum())
         if not config.sft.packing and config.sft.completion_only_loss:
             return TrainBatch(batch_of(shown), shown, tokens, new_tokens)

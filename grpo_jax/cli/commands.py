@@ -25,6 +25,7 @@ from grpo_jax.cli.train import train
 from grpo_jax.cli.which_method import advise
 from grpo_jax.errors import UserError, exit_status
 from grpo_jax.experiment.overrides import nearest
+from grpo_jax.runs.signals import terminable
 
 COMMANDS: dict[str, Callable[..., None]] = {
     "init": init,
@@ -50,13 +51,14 @@ for name, command in COMMANDS.items():
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command line (default: that of this process) and returns its exit status.
 
-    0 for success, 1 for a run that failed, 2 for a mistake in the usage or a config, 130 for Ctrl-C. A `UserError` is
-    printed as one sentence on stderr, without a traceback.
+    0 for success, 1 for a run that failed, 2 for a mistake in the usage or a config, 130 for Ctrl-C, 143 for SIGTERM.
+    A `UserError` is printed as one sentence on stderr, without a traceback.
     """
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")  # a terminal without some character must not end a run
-    return exit_status(lambda: _run(sys.argv[1:] if arguments is None else list(arguments)))
+    with terminable():
+        return exit_status(lambda: _run(sys.argv[1:] if arguments is None else list(arguments)))
 
 
 def _joined_prompt(arguments: Sequence[str]) -> list[str]:

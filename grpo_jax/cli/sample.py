@@ -142,7 +142,9 @@ class _Speaker:
         fitting = max(self.room(prompt) // how.max_tokens, 1)
         turns = self.options.turns or min(task.max_turns if task else MAX_TURNS, fitting)
         game = Task("the conversation", [{"prompt": prompt}], [], lambda **_: [], reply=reply, max_turns=turns)
-        [[episode]] = rollout.sample_episodes(self.policy, game, how, num_samples=1, seed=self.options.seed)
+        [[episode]] = rollout.sample_episodes(
+            self.policy, game, how, num_samples=1, seed=self.options.seed, time_limit=None
+        )
         for line in _transcript(episode.turns[printed:]):
             print(line)
 

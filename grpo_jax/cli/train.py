@@ -13,6 +13,8 @@ from grpo_jax.cli import common
 from grpo_jax.cli.common import Assignments, Flag, OptionalPath, Trackers
 from grpo_jax.errors import UserError
 from grpo_jax.experiment import Experiment, all_overrides, code_of, load, load_by_config, read_run, sources
+from grpo_jax.experiment.recorded import changed_fields, current_config
+from grpo_jax.runs.files import read_json
 
 
 def train(
@@ -31,18 +33,21 @@ def train(
     Args:
         run_dir: Where the run's files go. Default: runs/EXPERIMENT-DATE-TIME.
         resume: Continue the run in --run-dir from its last checkpoint, with the config that it has; --set changes it
-            from there on, and the run records that.
+            from there on, and the run records that. Begin the run if there is none; do nothing if it is finished.
         accept_changes: With --resume, use the experiment's files as they are now, though they have changed since.
         quiet: Show no progress and no tables, only the run directory.
         track: Log the run to Trackio or to Weights & Biases too.
     """
     overrides = common.join(assignments)
-    if resume and (run_dir is None or not (run_dir / "run.json").is_file()):
-        raise UserError("--resume needs the directory of the run to go on with: --run-dir DIR, with a run.json in it.")
+    if resume and run_dir is None:
+        raise UserError("--resume needs the directory of the run to go on with, or to begin: --run-dir DIR.")
     if accept_changes and not resume:
         raise UserError("--accept-changes is for --resume.")
-    if resume and run_dir is not None:
+    if resume and run_dir is not None and common.is_run(run_dir):
         config = _resumed(experiment, run_dir, overrides, accept_changes=accept_changes)
+        if _is_done(run_dir, config):
+            print(f"{run_dir} is finished: there is nothing to do. See it with: {common.command()} report {run_dir}")
+            return
     else:
         config = load(experiment, overrides)
     run_dir = run_dir or Path("runs") / f"{experiment.stem}-{datetime.now():%Y%m%d-%H%M%S}"
@@ -66,13 +71,22 @@ def train(
     except KeyboardInterrupt:
         if (run_dir / "run.json").is_file():
             again = shlex.join([common.command(), "train", str(experiment), "--run-dir", str(run_dir), "--resume"])
-            print(f"The policy is saved in {run_dir}; go on with: {again}", file=sys.stderr)
+            saved = "The policy is" if (run_dir / "checkpoints").is_dir() else "What has begun is"
+            print(f"{saved} saved in {run_dir}; go on with: {again}", file=sys.stderr)
         raise
     picture = learning_curve(run_dir)
     if quiet:
         print(run_dir)
     else:
         _show_result(config, result, picture)
+
+
+def _is_done(run_dir: Path, config: Experiment) -> bool:
+    """Whether a run has finished with this very config, so that nothing is left to do."""
+    info, begun_with = read_run(run_dir), read_json(run_dir / "config.json")
+    if info.get("status") != "finished" or not begun_with:
+        return False
+    return not changed_fields(current_config(begun_with, info), config)
 
 
 def _resumed(experiment: Path, run_dir: Path, overrides: Sequence[str], *, accept_changes: bool) -> Experiment:

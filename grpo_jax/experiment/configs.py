@@ -109,7 +109,10 @@ class SamplingConfig(Checked):
 
 @dataclass(frozen=True)
 class OptimizerConfig(Checked):
-    """AdamW after clipping by global norm. Weight decay spares norms and biases."""
+    """AdamW after clipping by global norm. Weight decay spares norms and biases.
+
+    An update whose gradient is not finite is skipped; `max_skipped_updates` of them in a row end the run.
+    """
 
     learning_rate: float = 1e-3
     schedule: Literal["constant", "linear", "cosine"] = "constant"
@@ -119,6 +122,7 @@ class OptimizerConfig(Checked):
     b2: float = 0.999
     eps: float = 1e-8
     max_grad_norm: float | None = 1.0
+    max_skipped_updates: int = field(default=10, metadata=ADDED_LATER)
 
     def _ranges(self) -> Ranges:
         return dict(
@@ -129,6 +133,7 @@ class OptimizerConfig(Checked):
             b2=(0 <= self.b2 < 1, "in [0, 1)"),
             eps=(self.eps > 0, "positive"),
             max_grad_norm=(self.max_grad_norm is None or self.max_grad_norm > 0, "positive, or None for no clipping"),
+            max_skipped_updates=(self.max_skipped_updates > 0, "positive"),
         )
 
 

@@ -22,6 +22,7 @@ from grpo_jax.reward_lab.readings import score_variants
 from grpo_jax.rewards import RewardFunction
 from grpo_jax.rollout import Episode, completion
 from grpo_jax.tasks import Example, Task
+from grpo_jax.tasks.calls import reply_of, success_of
 
 Answer = str | Callable[[Example], str]
 """The policy's text in every turn: always the same, or made from the example."""
@@ -105,19 +106,21 @@ class Target:
             scores = score_variants(arguments, 1, self.experiment, self.extra, on_failure="drop")
             for name, values in scores.items():
                 rewards.setdefault(name, np.full(shape, math.nan))[where] = values
-            success[where] = self.task.success(**arguments)
+            success[where] = success_of(self.task, arguments, self.experiment.reward.time_limit)
         return rewards, success
 
     def _episode(self, answer: Answer, example: Example) -> Episode | None:
         """An episode in which the policy gives `answer` in every turn; None if the answer cannot be encoded."""
-        text, episode, reply = answer if isinstance(answer, str) else answer(example), Episode(), self.task.reply
+        text, episode = answer if isinstance(answer, str) else answer(example), Episode()
         try:
             ids = [*self.tokenizer.encode(text), *self.tokenizer.stop_ids[:1]]
         except UserError:
             return None
         for turn in range(self.task.max_turns):
             episode.add_action(ids, [0.0] * len(ids), text)
-            heard = reply(example, episode.turns) if reply and turn + 1 < self.task.max_turns else None
+            if turn + 1 == self.task.max_turns:
+                break
+            heard = reply_of(self.task, example, episode.turns, self.experiment.reward.time_limit)
             if heard is None:
                 break
             episode.add_observation([], heard)

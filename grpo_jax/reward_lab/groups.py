@@ -69,7 +69,8 @@ def sample_groups(
         arguments: dict[str, list[Any]] = defaultdict(list)
         for group in range(num_groups):
             noise = name_noise(experiment.seed, 0, ids, range(group * size, (group + 1) * size))
-            for name, values in rollout(generator, task, batch, noise, sampling).reward_arguments().items():
+            played = rollout(generator, task, batch, noise, sampling, experiment.reward.time_limit)
+            for name, values in played.reward_arguments().items():
                 arguments[name] += values
         found.append(Groups(f"temperature {temperature:g}", dict(arguments), size, ids * num_groups))
     return found

@@ -21,6 +21,7 @@ from grpo_jax.reward_lab.groups import Groups
 from grpo_jax.reward_lab.shaping import Shaping, find_shaping
 from grpo_jax.rewards import RewardFunction
 from grpo_jax.rewards.scoring import score
+from grpo_jax.tasks.calls import success_of
 
 TOTAL = "total"  # the variant that the experiment trains on: its rewards combined
 GROUP_SIZES = (2, 4, 8, 16, 32, 64)
@@ -92,7 +93,9 @@ def read(groups: Groups, experiment: Experiment, extra: Mapping[str, RewardFunct
     parts = {name: rewards[name] for name in experiment.rewards} if TOTAL in rewards else {}
     components = component_shares(parts, rewards[TOTAL], advantages[TOTAL], experiment) if parts else {}
     own = {name: rewards[name] for name in experiment.rewards}
-    success = np.reshape(experiment.task.success(**groups.arguments), (-1, groups.group_size)).astype(bool)
+    success = np.reshape(
+        success_of(experiment.task, groups.arguments, experiment.reward.time_limit), (-1, groups.group_size)
+    )
     total = rewards[TOTAL] if TOTAL in rewards else next(iter(own.values()))
     return Reading(
         groups,

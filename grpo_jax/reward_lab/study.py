@@ -88,7 +88,7 @@ def _demonstrations(experiment: Experiment, tokenizer: Tokenizer) -> tuple[list[
     indices, samples = range(num_prompts), range(DEMONSTRATIONS // num_prompts)
     prompts = Prompts(task, {"train": [[0]] * num_prompts})  # only the completions are used here
     noise = name_noise(experiment.seed, 0, indices, samples)
-    shown = demonstrations(task, prompts.batch("train", indices), noise, tokenizer)
+    shown = demonstrations(task, prompts.batch("train", indices), noise, tokenizer, experiment.reward.time_limit)
     return [turn for group in shown.episodes for episode in group for turn in episode.turns], shown.reward_arguments()
 
 

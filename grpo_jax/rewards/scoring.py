@@ -1,30 +1,25 @@
 """Scores the completions of a step: calls every reward under one failure policy and a time limit, and combines them.
 
 A failure is an exception, a call that exceeds its time limit, a result with the wrong number of values, or a value that
-is neither None nor a finite number. None means "does not apply" and adds nothing. A failure never becomes a 0.
+is neither None nor a number that float32 can hold (NaN and 1e39 are not). None means "does not apply" and adds nothing.
+A failure never becomes a 0.
 """
 
-import ctypes
 import math
 import reprlib
-import signal
 import statistics
-import textwrap
 import threading
-import time
-import traceback
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from grpo_jax.errors import RunError
 from grpo_jax.experiment import RewardConfig
 from grpo_jax.rewards import Completion, RewardFunction, text
+from grpo_jax.rewards.limits import Failure, attempt
 
-_ALARM_INTERVAL = 0.05  # seconds; alarms repeat, because a bare `except:` in a reward may catch the first one
-_GRACE = 1.0  # seconds that a reward in a thread of its own has to end, once its time is up
+LARGEST = 3.4028234663852886e38  # of float32, in which advantages are computed
 
 
 @dataclass(frozen=True)
@@ -82,7 +77,8 @@ def score(
       group_size: number of completions in a group. The completions of a group are consecutive.
 
     Raises:
-      RunError: for a failure that ends the run, with the name of the reward, the failure and the completion.
+      RunError: for a failure that ends the run, with the name of the reward, the failure and the completion; and for
+        a weighted sum that float32 cannot hold.
     """
     if threading.current_thread() is not threading.main_thread():
         warnings.warn(
@@ -108,6 +104,12 @@ def score(
     if config.combine == "normalize_then_sum":
         standardized = {name: _standardize(values, sample_mask, group_size) for name, values in by_name.items()}
         advantage_rewards = _weighted_sums(standardized, weights, sample_mask)
+    for index, value in enumerate([*total, *advantage_rewards]):
+        if not (math.isnan(value) or abs(value) <= LARGEST):
+            raise RunError(
+                f"the weighted sum of the rewards of completion {index % len(completions)} is {value:g}, more than "
+                "float32 can hold: lower reward.weights, or scale the rewards down."
+            )
     return Scores(total, by_name, sample_mask, failures, advantage_rewards)
 
 
@@ -139,13 +141,9 @@ def _call(reward: RewardFunction, arguments: Mapping[str, Any], attempts: int, t
 def _call_once(reward: RewardFunction, arguments: Mapping[str, Any], time_limit: float) -> _Call:
     num = len(arguments["completions"])
     failure = _Call([math.nan] * num, range(num))
-    try:
-        entries = _within(time_limit, lambda: list(reward(**arguments)))
-    except _TimeUp as error:
-        return replace(failure, reason=f"ran past its time limit of {time_limit:g} s{_place(error)}", cause=error)
-    except Exception as error:
-        message = textwrap.shorten(str(error), 200)  # on one line
-        return replace(failure, reason=f"raised {type(error).__name__}: {message}{_place(error)}", cause=error)
+    entries = attempt(lambda: list(reward(**arguments)), time_limit, __file__)
+    if isinstance(entries, Failure):
+        return replace(failure, reason=entries.reason, cause=entries.cause)
     if len(entries) != num:
         return replace(failure, reason=f"returned {len(entries)} values")
     bad = [i for i, entry in enumerate(entries) if not (entry is None or _is_finite(entry))]
@@ -154,9 +152,9 @@ def _call_once(reward: RewardFunction, arguments: Mapping[str, Any], time_limit:
 
 
 def _is_finite(entry: Any) -> bool:
-    """Whether the entry is a finite number: one of Python or NumPy, or a scalar array."""
+    """Whether the entry is a number that float32 can hold: one of Python or NumPy, or a scalar array."""
     try:
-        return math.isfinite(entry)
+        return math.isfinite(entry) and abs(float(entry)) <= LARGEST
     except (TypeError, ValueError, OverflowError):
         return False
 
@@ -197,74 +195,6 @@ def _explain(call: _Call, completions: Sequence[Completion]) -> str:
     first, *others = call.failed
     return (
         f"{call.reason} for completion {first}, {reprlib.repr(text(completions[first]))}"
-        f"{f', and {len(others)} more' if others else ''}; it must return one finite number, or None where it does not "
-        "apply, for each completion (reward.on_failure = 'drop' would mask the completions that it fails on)."
+        f"{f', and {len(others)} more' if others else ''}; it must return one finite number of float32, or None where "
+        "it does not apply, for each completion (reward.on_failure = 'drop' would mask the completions where it fails)."
     )
-
-
-def _place(error: BaseException) -> str:
-    """Returns where in the reward's own file the error occurred, as ` (at file:line)`."""
-    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename != __file__]
-    own = [frame for frame in frames if frame.filename == frames[0].filename]
-    return f" (at {Path(own[-1].filename).name}:{own[-1].lineno})" if own else ""
-
-
-class _TimeUp(BaseException):
-    """A reward exceeded its time limit. Not an `Exception`, so that no `except Exception` in a reward catches it."""
-
-
-def _within(seconds: float, function: Callable[[], Any]) -> Any:
-    """Returns `function()`, or raises `_TimeUp` after `seconds`. Restores the alarm that was set before."""
-    if threading.current_thread() is not threading.main_thread():
-        return _within_in_thread(seconds, function)
-    running, reached = True, False
-
-    def ring(*_: object) -> None:
-        nonlocal reached
-        if running:
-            reached = True
-            raise _TimeUp
-
-    started = time.monotonic()
-    handler = signal.signal(signal.SIGALRM, ring)
-    delay, interval = signal.setitimer(signal.ITIMER_REAL, seconds, _ALARM_INTERVAL)
-    try:
-        try:
-            result = function()
-        finally:
-            running = False  # in the inner `finally`, so that after an alarm at this moment the outer one still runs
-    finally:
-        left = max(delay - (time.monotonic() - started), 1e-3) if delay else 0.0
-        signal.setitimer(signal.ITIMER_REAL, left, interval)
-        signal.signal(signal.SIGALRM, handler)
-    if reached:
-        raise _TimeUp
-    return result
-
-
-def _within_in_thread(seconds: float, function: Callable[[], Any]) -> Any:
-    """The same outside of the main thread, where no signal arrives: in a thread that can be left behind."""
-    outcome: list[tuple[Any, BaseException | None]] = []
-
-    def work() -> None:
-        try:
-            outcome.append((function(), None))
-        except BaseException as error:  # also what a reward exits with, to be raised where it is scored
-            outcome.append((None, error))
-
-    worker = threading.Thread(target=work, name="reward", daemon=True)
-    worker.start()
-    worker.join(seconds)
-    deadline, reached = time.monotonic() + _GRACE, worker.is_alive()
-    while worker.is_alive() and time.monotonic() < deadline:
-        # Raises `_TimeUp` before the thread's next line of Python.
-        ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(worker.ident or 0), ctypes.py_object(_TimeUp))
-        worker.join(_ALARM_INTERVAL)
-    if not outcome:
-        raise _TimeUp
-    result, error = outcome[0]
-    if reached and not isinstance(error, _TimeUp):
-        raise _TimeUp
-    if error is not None:
-        raise error
-    return result

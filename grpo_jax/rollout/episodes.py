@@ -15,6 +15,7 @@ from grpo_jax.rollout.prompts import PromptBatch, bucket, pad_prompts
 from grpo_jax.sampler import Generation, Noise
 from grpo_jax.sharding import Array
 from grpo_jax.tasks import Example, Task
+from grpo_jax.tasks.calls import TIME_LIMIT, demonstration_of, reply_of
 
 
 @dataclass
@@ -156,25 +157,28 @@ def padded_length(longest: int, shortest: int) -> int:
     return shortest if longest <= shortest else bucket(longest)
 
 
-def demonstrations(task: Task, prompts: PromptBatch, noise: Noise, tokenizer: Tokenizer) -> Rollout:
+def demonstrations(
+    task: Task, prompts: PromptBatch, noise: Noise, tokenizer: Tokenizer, time_limit: float = TIME_LIMIT
+) -> Rollout:
     """The same arrays from the task's demonstrations, for supervised fine-tuning; their log-probabilities are 0.
 
     Args:
       noise: names each demonstration, as it names what is sampled, so a resumed run sees the same ones.
+      time_limit: of each call of the task's functions, in seconds.
 
     Raises:
-      UserError: for a demonstration that goes on after its episode is over.
+      UserError: for a demonstration that goes on after its episode is over. RunError: if a function of the task fails.
     """
-    assert task.demonstrate is not None
     episodes: list[list[Episode]] = []
     for example, prompt_id, samples in zip(prompts.examples, noise.prompt_ids, noise.samples, strict=True):
         episodes.append([])
         for sample in samples:
             episode = Episode(ended=True)
-            turns = task.demonstrate(example, random.Random(f"{noise.seed} {noise.step} {prompt_id} {sample}"))
+            generator = random.Random(f"{noise.seed} {noise.step} {prompt_id} {sample}")
+            turns = demonstration_of(task, example, generator, time_limit)
             for turn in turns:
                 if episode.turns:
-                    text = None if task.reply is None else task.reply(example, episode.turns)
+                    text = reply_of(task, example, episode.turns, time_limit)
                     if text is None:
                         raise UserError(
                             f"a demonstration of {task.name} has {len(turns)} turns, but its episode is over after "

@@ -14,9 +14,17 @@ from grpo_jax.rollout.prompts import PromptBatch, bucket, encode_prompts
 from grpo_jax.sampler import Generation, Noise, Observation
 from grpo_jax.sharding import up_to
 from grpo_jax.tasks import Example, Task
+from grpo_jax.tasks.calls import TIME_LIMIT, reply_of
 
 
-def rollout(generator: Generator, task: Task, prompts: PromptBatch, noise: Noise, sampling: SamplingConfig) -> Rollout:
+def rollout(
+    generator: Generator,
+    task: Task,
+    prompts: PromptBatch,
+    noise: Noise,
+    sampling: SamplingConfig,
+    time_limit: float | None = TIME_LIMIT,
+) -> Rollout:
     """Plays one episode for each row of a batch.
 
     Args:
@@ -24,9 +32,11 @@ def rollout(generator: Generator, task: Task, prompts: PromptBatch, noise: Noise
       task: its `reply` is the environment, where there are several turns.
       prompts: P prompts, a multiple of `generator.batch_multiple`.
       noise: the names of the rows' noise, G samples of each prompt (see `name_noise`).
+      time_limit: of each call of the task's `reply`, in seconds; None for a person who answers.
 
     Raises:
-      RunError: if the environment's replies leave no room for the next turn in the policy's context.
+      RunError: if the environment's replies leave no room for the next turn in the policy's context, or if the
+        task's `reply` fails.
     """
     tokenizer = generator.tokenizer
     generation, state = generator.generate(prompts, noise, sampling)
@@ -38,7 +48,7 @@ def rollout(generator: Generator, task: Task, prompts: PromptBatch, noise: Noise
         _add_actions(generation, active, episodes, tokenizer)
         if turns_left == 0:
             break
-        replies = _replies(task, prompts.examples, active, episodes)
+        replies = _replies(task, prompts.examples, active, episodes, time_limit)
         active = np.vectorize(lambda text: text is not None, otypes=[bool])(replies)
         if not active.any():
             break
@@ -66,12 +76,13 @@ def _add_actions(
         episodes[p][g].ended = bool(stopped[p, g])
 
 
-def _replies(task: Task, examples: Sequence[Example], active: np.ndarray, episodes: list[list[Episode]]) -> np.ndarray:
+def _replies(
+    task: Task, examples: Sequence[Example], active: np.ndarray, episodes: list[list[Episode]], time_limit: float | None
+) -> np.ndarray:
     """The environment's answers [P, G], None for episodes that are over."""
-    assert task.reply is not None
     replies = np.full(active.shape, None, object)
     for p, g in np.argwhere(active):
-        replies[p, g] = task.reply(examples[p], episodes[p][g].turns)
+        replies[p, g] = reply_of(task, examples[p], episodes[p][g].turns, time_limit)
     return replies
 
 
@@ -109,11 +120,18 @@ def sample_text(
 
 
 def sample_episodes(
-    policy: Policy, task: Task, sampling: SamplingConfig, *, num_samples: int, seed: int
+    policy: Policy,
+    task: Task,
+    sampling: SamplingConfig,
+    *,
+    num_samples: int,
+    seed: int,
+    time_limit: float | None = TIME_LIMIT,
 ) -> list[list[Episode]]:
     """Plays the training prompts of a task, of one turn or several: `num_samples` episodes for each.
 
-    The noise is named as in `sample_text`. Raises `UserError` as that does, and `RunError` as `rollout` does.
+    The noise is named as in `sample_text`; `time_limit` is that of `rollout`. Raises `UserError` as `sample_text` does,
+    and `RunError` as `rollout` does.
     """
     if num_samples < 1:
         raise UserError(f"num_samples = {num_samples} is out of range: it must be positive.")
@@ -125,4 +143,4 @@ def sample_episodes(
     # Filled up with repetitions, so that all devices have equally many.
     batch = encoded.batch("train", [place % num_prompts for place in places])
     noise = name_noise(seed, 0, places, range(num_samples))
-    return rollout(make_actor(policy, replicas), task, batch, noise, sampling).episodes[:num_prompts]
+    return rollout(make_actor(policy, replicas), task, batch, noise, sampling, time_limit).episodes[:num_prompts]

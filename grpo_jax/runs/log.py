@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
@@ -16,6 +17,7 @@ from grpo_jax.runs import checkpoints, record
 from grpo_jax.runs.callbacks import Callbacks, EndEvent, EvaluationEvent, StartEvent, Status, StepEvent
 from grpo_jax.runs.display import Display
 from grpo_jax.runs.files import append_rows, assigned, json_line, jsonable, read_rows, write_json, write_text, writing
+from grpo_jax.runs.lock import only_writer
 from grpo_jax.runs.result import Result, Stop
 from grpo_jax.runs.tensorboard import SAMPLE_TEXTS, TensorBoard
 
@@ -34,8 +36,11 @@ class RunLog:
     and files that have changed since (see `grpo_jax.runs.record`). The status in run.json ends as `finished`,
     `stopped` (a callback ended training early, which run.json names), `interrupted` (KeyboardInterrupt) or `failed`. A
     run that is refused before its first step (`UserError`) leaves no directory behind.
-    Raises `UserError` for a directory that holds another run, and
-    `RunError` when something cannot be written.
+    With `resume` a run also begins where there is none: in a new or an empty directory, or in one whose run was killed
+    before it had written run.json. While it goes on, no other process can write to the directory (see
+    `grpo_jax.runs.lock`).
+    Raises `UserError` for a directory that holds another run or that another process writes to, and `RunError` when
+    something cannot be written.
 
     Args:
       source, overrides: the experiment's file and the assignments for it; `overrides` is None for an experiment that a
@@ -66,17 +71,26 @@ class RunLog:
         self._is_new = False
         self._board = TensorBoard(self.run_dir / "events", text_every=max(1, experiment.num_steps // SAMPLE_TEXTS))
         self._callbacks = Callbacks(callbacks)
+        self._lock = ExitStack()
 
     def __enter__(self) -> Self:
         with writing(self.run_dir):
             self._is_new = not self.run_dir.exists()
+            record.require_place(self.run_dir, resume=self.resume)
             self.run_dir.mkdir(parents=True, exist_ok=True)
-            occupied = any(self.run_dir.iterdir())
-        if occupied and not self.resume:
-            raise UserError(
-                f"the run directory {str(self.run_dir)!r} is not empty: choose another with --run-dir, or add --resume "
-                "to go on with the run that it holds (in Python: resume=True)."
-            )
+        with ExitStack() as undo:
+            undo.enter_context(only_writer(self.run_dir))
+            record.require_place(self.run_dir, resume=self.resume)  # now that nobody else writes there
+            self._lock = undo.pop_all()
+        try:
+            self._begin()
+        except BaseException as error:
+            self.__exit__(type(error), error, None)
+            raise
+        return self
+
+    def _begin(self) -> None:
+        """Writes how the run begins or goes on, and tells its callbacks."""
         changes: dict[str, Any] = {}
         if self.resume and (self.run_dir / "run.json").is_file():
             self._info = record.continue_run(self.run_dir, self._experiment, self._source, self._overrides)
@@ -90,12 +104,7 @@ class RunLog:
             self.note(f"changed since the run began: {name} was {before}, and is {now} from here on")
         event = self._start_event()
         self._board.on_start(event)
-        try:
-            self._callbacks.start(event)
-        except BaseException as error:
-            self.__exit__(type(error), error, None)
-            raise
-        return self
+        self._callbacks.start(event)
 
     def _start_event(self) -> StartEvent:
         arm = assigned(self._info).get("arm")
@@ -104,37 +113,53 @@ class RunLog:
         return StartEvent(self.run_dir, name, arm, jsonable(to_dict(self._experiment)), first_step)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
-        self.display.close()
-        if error is None:
-            try:
-                self._end("finished" if self.stop is None else "stopped")
-            except UserError as failure:  # of a callback at the end, or of the disk
+        with self._lock:
+            self.display.close()
+            if error is None:
+                self._succeed()
+            else:
+                self._fail(error)
+
+    def _succeed(self) -> None:
+        try:
+            self._end("finished" if self.stop is None else "stopped")
+        except UserError as failure:  # of a callback at the end, or of the disk
+            with suppress(RunError):  # the disk may still be full: the failure is what must be told
                 self._write_status("failed", finished=record.now(), error=str(failure))
-                raise
-            return
+            raise
+
+    def _fail(self, error: BaseException) -> None:
         refused = isinstance(error, UserError) and not isinstance(error, RunError)
         if refused and self._is_new and not self._has_begun():
             shutil.rmtree(self.run_dir, ignore_errors=True)  # refused before anything was done: nothing is left of it
             return
+        if not self._info:
+            return  # the run has not begun here: what is there is as it was
         status: Status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
-        try:
+        with suppress(UserError):  # the disk is full, say: what went wrong first is what must be told
             self._end(status, error=None if status == "interrupted" else str(error))
-        except UserError:  # the disk is full, say: what went wrong first is what must be told
-            pass
 
     def _has_begun(self) -> bool:
         """Whether the run has anything to show: a step, an evaluation, or a warm start that was trained."""
         return any((self.run_dir / name).exists() for name in ("metrics.jsonl", "checkpoints", "warm_start"))
 
     def _end(self, status: Status, *, error: str | None = None) -> None:
-        """Writes how the run ended and tells its callbacks."""
+        """Writes how the run ended and tells its callbacks: all of it that can be, and then what failed first."""
         event = EndEvent(status, self._result, error, self.stop)
         stop = None if self.stop is None else asdict(self.stop)
-        try:
-            self._write_status(status, finished=record.now(), stop=stop, **({} if error is None else {"error": error}))
-            self._board.on_end(event)
-        finally:
-            self._callbacks.end(event)
+        ended = {"finished": record.now(), "stop": stop, **({} if error is None else {"error": error})}
+        errors = []
+        for part in (
+            lambda: self._write_status(status, **ended),
+            lambda: self._board.on_end(event),
+            lambda: self._callbacks.end(event),
+        ):
+            try:
+                part()
+            except UserError as failure:
+                errors.append(failure)
+        if errors:
+            raise errors[0]
 
     @property
     def stop(self) -> Stop | None:

@@ -10,6 +10,7 @@ import json
 import os
 import platform
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -25,9 +26,37 @@ from grpo_jax.experiment.fingerprint import fingerprint
 from grpo_jax.experiment.recorded import changed_fields, current_config
 from grpo_jax.runs import checkpoints
 from grpo_jax.runs.files import write_json, writing
+from grpo_jax.runs.lock import NAME as LOCK
 
 PACKAGES = ("grpo_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "numpy")
+# What a run that was killed before it had written run.json may have left; a sweep puts a warm start there before.
+BEGINNING = {"code", ".code.part", "config.json", ".config.json.part", ".run.json.part", "warm_start"}
+OUTPUT = (".log", ".out", ".err", ".txt")  # where a scheduler may write what the run prints
 FIXED = ("policy", "seed", "method", "warm_start")  # what a run's checkpoints were made from
+
+
+def require_place(run_dir: Path, *, resume: bool) -> None:
+    """Raises `UserError` for a directory that a run cannot be written to.
+
+    That is one with anything in it; with `resume`, one that holds neither a run nor the beginning of one. Files of
+    printed output are no obstacle then.
+    """
+    if not run_dir.exists():
+        return
+    if not run_dir.is_dir():
+        raise UserError(f"{str(run_dir)!r} is a file, where a run needs a directory: choose another with --run-dir.")
+    found = {path.name for path in run_dir.iterdir()} - {LOCK}
+    if found and not resume:
+        raise UserError(
+            f"the run directory {str(run_dir)!r} is not empty: choose another with --run-dir, or add --resume to go on "
+            "with the run that it holds (in Python: resume=True)."
+        )
+    others = sorted(name for name in found - BEGINNING if Path(name).suffix not in OUTPUT)
+    if others and "run.json" not in found:
+        raise UserError(
+            f"{str(run_dir)!r} holds no run.json but other files, such as {others[0]!r}: to go on with a run, name its "
+            "directory; to begin one, a new or an empty directory."
+        )
 
 
 def begin_run(
@@ -41,7 +70,7 @@ def begin_run(
       source: the experiment's file, or the script that made it; None for a notebook.
       overrides: the assignments for the file; None for an experiment that a program made, whatever its file declares.
     """
-    code = None if source is None else _keep_files(run_dir, source, "code")
+    code = None if source is None else _keep_files(run_dir, source, "code")  # again, if a run was killed right here
     write_json(run_dir / "config.json", to_dict(experiment))
     return {
         "status": "running",
@@ -122,8 +151,12 @@ def now() -> str:
 
 def _keep_files(run_dir: Path, source: Path, name: str) -> dict[str, Any]:
     """Copies the files of an experiment into the run's directory."""
+    part = run_dir / f".{name}.part"
     with writing(run_dir / name):
-        sources.copy(source, run_dir / name)
+        shutil.rmtree(part, ignore_errors=True)
+        sources.copy(source, part)
+        shutil.rmtree(run_dir / name, ignore_errors=True)  # of a process that was killed before it had noted them
+        part.rename(run_dir / name)
     return {"directory": name, **sources.describe(source)}
 
 

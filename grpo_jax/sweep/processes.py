@@ -20,7 +20,7 @@ from rich.console import Console
 
 from grpo_jax.errors import RunError, UserError
 from grpo_jax.experiment import Ablation, Budget, PlannedRun
-from grpo_jax.runs.files import write_json
+from grpo_jax.runs.files import jsonable, read_json, write_json
 from grpo_jax.sweep.progress import SweepProgress
 
 WORKER = (sys.executable, "-m", "grpo_jax.sweep.worker")
@@ -83,6 +83,9 @@ def sweep(
     console = console or Console(highlight=False)
     write_plan(directory, ablation)
     waiting = _batches([run for run in runs if not is_finished(directory / run.key)], vectorize)
+    if not waiting:
+        console.print(f"all {len(runs)} runs are finished: there is nothing to do", markup=False)
+        return
     # Each process has cores of its own, since each would otherwise start as many threads as there are cores.
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None
     free = [None if cores is None else cores[i::jobs] or cores for i in range(jobs)]
@@ -129,7 +132,8 @@ def write_plan(directory: Path, ablation: Ablation) -> None:
     The runs of an earlier plan stay in the directory, though another code or config has another plan.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    write_json(directory / "sweep.json", plan_of(ablation))
+    if read_json(directory / "sweep.json") != (plan := jsonable(plan_of(ablation))):
+        write_json(directory / "sweep.json", plan)
 
 
 def name_events(directory: Path, run: PlannedRun) -> None:

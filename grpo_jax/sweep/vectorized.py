@@ -290,6 +290,8 @@ def _record(trainer: Trainer, step: int, train_batch: TrainBatch, output: Update
     if output.logprob_gaps is not None:
         trainer.check_logprobs(output.logprob_gaps, train_batch.rollout, step)
     trainer.record(step, train_batch, {k: float(v) for k, v in output.metrics.items()}, seconds=seconds)
+    for note in trainer.watch.see(step, [output.metrics]):
+        trainer.log.note(note)
 
 
 def _sampled_batch(

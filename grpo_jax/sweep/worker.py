@@ -12,6 +12,7 @@ from pathlib import Path
 
 from grpo_jax.errors import exit_status
 from grpo_jax.experiment import Budget, load_ablation
+from grpo_jax.runs.signals import terminable
 
 
 def run(
@@ -92,7 +93,8 @@ def main(order: str) -> int:
     _stop_with_the_sweep()
     options = {name: asked[name] for name in ("budget", "vectorize", "overrides")}
     source, directory = Path(asked["source"]), Path(asked["directory"])
-    return exit_status(lambda: run(source, asked["arm"], asked["seeds"], directory, **options))
+    with terminable():
+        return exit_status(lambda: run(source, asked["arm"], asked["seeds"], directory, **options))
 
 
 if __name__ == "__main__":

@@ -107,12 +107,15 @@ def test_batches_that_cannot_be_shared_out_are_refused_before_training(tmp_path)
 
 
 def test_the_metrics_of_a_step_are_means_over_its_last_pass():
-    def output(loss: float, gap: float, skipped: int) -> dict[str, Any]:
-        return {"loss": np.float32(loss), "sampling/gap": np.float32(gap), "skipped_updates": np.int32(skipped)}
+    def output(loss: float, gap: float, skipped: int, empty: int) -> dict[str, Any]:
+        counts = {"skipped_updates": np.int32(skipped), "empty_updates": np.int32(empty)}
+        return {"loss": np.float32(loss), "sampling/gap": np.float32(gap), **counts}
 
-    outputs = [output(9, 0.5, 0), output(8, 1.5, 0), output(2, 2.5, 0), output(4, 3.5, 1)]
-    assert metrics_of(outputs, 2) == {"loss": 3.0, "sampling/gap": 0.5, "skipped_updates": 1.0}
-    assert metrics_of(outputs[:1], 1) == {"loss": 9.0, "sampling/gap": 0.5, "skipped_updates": 0.0}
+    outputs = [output(9, 0.5, 0, 0), output(8, 1.5, 0, 1), output(2, 2.5, 0, 0), output(4, 3.5, 1, 1)]
+    counts = {"skipped_updates": 1.0, "empty_updates": 2.0}  # the last value; how many of all four
+    assert metrics_of(outputs, 2) == {"loss": 3.0, "sampling/gap": 0.5, **counts}
+    counts = {"skipped_updates": 0.0, "empty_updates": 0.0}
+    assert metrics_of(outputs[:1], 1) == {"loss": 9.0, "sampling/gap": 0.5, **counts}
 
 
 def completions(run_dir: Path) -> list[tuple[str, float, float]]:

@@ -16,7 +16,8 @@ import grpo_jax
 from grpo_jax import cli
 from grpo_jax.confidence import bounded_limits
 from grpo_jax.errors import RunError, UserError
-from grpo_jax.experiment import SamplingConfig, load, load_ablation
+from grpo_jax.experiment import SamplingConfig, load, load_ablation, to_dict
+from grpo_jax.runs.files import write_json
 
 FILE = """
 from types import SimpleNamespace
@@ -128,7 +129,7 @@ def house(monkeypatch, tmp_path):
         house.calls.append(("sample", prompts, how | options))
         return [[f"answer {i}\x1b[2J\nnext" for i in range(options["num_samples"])] for _ in prompts]
 
-    def sample_episodes(policy, task, sampling, *, num_samples, seed):
+    def sample_episodes(policy, task, sampling, *, num_samples, seed, time_limit=60.0):
         """Plays with a policy that says a, b, c, … and notes what it was asked."""
         house.calls.append(("play", task, sampling, {"num_samples": num_samples, "seed": seed}))
         episodes = []
@@ -417,12 +418,27 @@ def test_a_quiet_run_prints_its_directory_alone(experiment, house, capsys):
     assert capsys.readouterr().out == "r\n"
 
 
-def test_resume_needs_a_run(experiment, run, house, capsys):
-    for arguments in (["--resume"], ["--resume", "--run-dir", "absent"]):
-        assert cli.main(["train", str(experiment), *arguments]) == 2
-        assert "--resume needs the directory of the run to go on with" in capsys.readouterr().err
-    assert cli.main(["train", str(experiment), "--resume", "--run-dir", str(run)]) == 0
+def test_resume_needs_a_directory_and_begins_where_there_is_none(experiment, house, capsys):
+    assert cli.main(["train", str(experiment), "--resume"]) == 2
+    assert "--resume needs the directory of the run to go on with, or to begin" in capsys.readouterr().err
+    assert cli.main(["train", str(experiment), "--resume", "--run-dir", "absent"]) == 0
     assert house.calls[0][3]["resume"] is True
+
+
+def test_resume_of_a_finished_run_says_so_and_writes_nothing(experiment, run, house, capsys):
+    resume = ["train", str(experiment), "--resume", "--run-dir", str(run)]
+    info = json.loads((run / "run.json").read_text())
+    (run / "run.json").write_text(json.dumps({**info, "status": "finished"}))
+    write_json(run / "config.json", to_dict(load(experiment, ["seed=8"])))
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    assert cli.main(resume) == 0
+    assert capsys.readouterr().out.startswith("a run is finished: there is nothing to do.")
+    assert not house.calls and {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+    assert cli.main([*resume, "--set", "steps=99"]) == 0  # it goes on for longer
+    assert [call[0] for call in house.calls] == ["train"]
+    (run / "run.json").write_text(json.dumps({**info, "status": "running"}))  # it was killed
+    assert cli.main(resume) == 0
+    assert [call[0] for call in house.calls] == ["train", "train"]
 
 
 # evaluate ------------------------------------------------------------------------------------------------------------

@@ -135,7 +135,8 @@ def test_components_are_of_the_completions_that_have_a_total():
 def test_groups_are_sampled_of_as_many_prompts_at_each_temperature_with_new_samples_for_each_group(monkeypatch):
     calls = []
 
-    def rollout(generator, task, batch, noise, sampling):
+    def rollout(generator, task, batch, noise, sampling, time_limit):
+        assert time_limit == 60.0  # reward.time_limit
         calls.append((generator, task, batch, noise.samples.tolist(), sampling))
         n = noise.samples.size
         columns = {"prompts": ["p"] * n, "completions": [f"t{sampling.temperature}"] * n, "completion_ids": [[1]] * n}

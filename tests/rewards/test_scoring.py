@@ -340,3 +340,25 @@ def in_a_thread(function: Callable[[], Any]) -> Any:
     """What a function returns or raises in a thread other than the main one."""
     with ThreadPoolExecutor(1) as pool:
         return pool.submit(function).result()
+
+
+class TestFloat32:
+    """Advantages are computed in float32, which holds at most 3.4028235e38."""
+
+    def test_what_float32_cannot_hold_is_a_failure_like_nan(self) -> None:
+        with pytest.raises(RunError, match=r"reward 'r' returned 1e\+39 for completion 1"):
+            score_four({"r": constant(0.0, 1e39, 0.0, 0.0)})
+        scores = score_four({"r": constant(1.0, 1e39, -1e39, 3e38)}, on_failure="drop")
+        assert scores.sample_mask == [True, False, False, True]
+        assert scores.failures == {"r": 2}
+
+    def test_a_weighted_sum_that_it_cannot_hold_ends_the_run(self) -> None:
+        with pytest.raises(RunError, match=r"rewards of completion 2 is 1e\+40, more than float32 can hold"):
+            score_four({"r": constant(0.0, 1.0, 1e30, 0.0)}, {"r": 1e10})
+
+    def test_a_reward_that_exits_is_a_failure(self) -> None:
+        def exits(**_: Any) -> list[float]:
+            raise SystemExit(0)
+
+        with pytest.raises(RunError, match="reward 'r' raised SystemExit: 0"):
+            score_four({"r": exits})

@@ -173,6 +173,95 @@ def test_a_directory_with_a_run_in_it_is_not_touched(tmp_path):
     assert os.listdir(tmp_path) == ["precious"]
 
 
+def killed_at_start(run_dir: Path, *names: str) -> None:
+    """The directory of a run that was killed before it had written run.json."""
+    run_dir.mkdir()
+    for name in names:
+        if "code" in name or name == "warm_start":
+            (run_dir / name).mkdir()
+            (run_dir / name / "half.py").write_text("x =")
+        else:
+            (run_dir / name).write_text("{")
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        (),
+        (".lock",),
+        (".lock", ".code.part"),
+        (".lock", "code"),
+        (".lock", "code", ".config.json.part"),
+        (".lock", "code", "config.json"),
+        (".lock", "code", "config.json", ".run.json.part"),
+        ("warm_start",),  # of a sweep
+        ("slurm-7.out", "train.log"),  # what a scheduler writes
+    ],
+)
+def test_resume_begins_a_run_where_there_is_none_or_one_that_was_killed_at_its_start(tmp_path, names):
+    run_dir, source = tmp_path / "run", tmp_path / "toy.py"
+    killed_at_start(run_dir, *names)
+    source.write_text("config = 1\n")
+    with RunLog(run_dir, experiment(), source=source, resume=True, display=display_of(experiment(), quiet=True)) as log:
+        log.step(0, {"reward": 1.0})
+    info = json.loads((run_dir / "run.json").read_text())
+    assert info["status"] == "finished" and "resumed" not in info
+    assert json.loads((run_dir / "config.json").read_text())["steps"] == 4
+    assert [path.name for path in (run_dir / "code").iterdir()] == ["toy.py"]  # nothing of the half-written copy
+    assert not list(run_dir.glob(".*part")) and rows(run_dir / "metrics.jsonl") == [{"step": 0, "reward": 1.0}]
+
+
+def test_resume_begins_a_run_in_a_new_directory_too(tmp_path):
+    with open_log(tmp_path / "new" / "run", resume=True):
+        pass
+    assert json.loads((tmp_path / "new" / "run" / "run.json").read_text())["status"] == "finished"
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "checkpoints", "thesis.tex"])
+def test_resume_refuses_a_directory_without_a_run_that_holds_something_else(tmp_path, name):
+    (tmp_path / name).write_text("x")
+    with pytest.raises(UserError, match=f"holds no run.json but other files, such as '{name}'"):
+        open_log(tmp_path, resume=True).__enter__()
+    assert os.listdir(tmp_path) == [name] and (tmp_path / name).read_text() == "x"
+
+
+def test_a_run_that_goes_on_in_another_process_is_refused_and_left_as_it_is(tmp_path):
+    with open_log(tmp_path / "run") as log:
+        log.step(0, {"reward": 1.0})
+        before = {path: path.read_bytes() for path in (tmp_path / "run").glob("*") if path.is_file()}
+        with pytest.raises(UserError, match="is being written by process"):
+            open_log(tmp_path / "run", resume=True).__enter__()
+        assert {path: path.read_bytes() for path in (tmp_path / "run").glob("*") if path.is_file()} == before
+    with open_log(tmp_path / "run", resume=True):  # and then it is free
+        pass
+
+
+def test_what_can_be_written_of_the_end_is_written_and_the_first_failure_is_raised(tmp_path, monkeypatch):
+    told = []
+    watch = SimpleNamespace(on_end=lambda event: told.append(event.status))
+
+    def full(path, value):
+        raise RunError(f"cannot write {path}: No space left on device.")
+
+    log = RunLog(tmp_path / "run", experiment(), display=display_of(experiment(), quiet=True), callbacks=[watch])
+    with pytest.raises(RunError, match="No space left"), log:
+        log.step(0, {"reward": 1.0})
+        monkeypatch.setattr("grpo_jax.runs.log.write_json", full)
+    assert told == ["finished"]
+    monkeypatch.undo()
+    with open_log(tmp_path / "run", resume=True):  # the lock is free
+        pass
+
+
+def test_a_run_whose_directory_has_vanished_fails_with_a_sentence(tmp_path):
+    with pytest.raises(RunError, match=r"cannot write .*run"), open_log(tmp_path / "run") as log:
+        log.step(0, {"reward": 1.0})
+        shutil.rmtree(tmp_path / "run")
+    with pytest.raises(ZeroDivisionError), open_log(tmp_path / "other"):  # what went wrong first is what is told
+        shutil.rmtree(tmp_path / "other")
+        raise ZeroDivisionError
+
+
 @pytest.mark.parametrize(
     ("error", "status"), [(KeyboardInterrupt(), "interrupted"), (ValueError("no luck"), "failed"), (None, "finished")]
 )

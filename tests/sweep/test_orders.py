@@ -127,6 +127,17 @@ def test_a_sweep_makes_what_is_not_finished_seed_by_seed_and_says_of_each_why_it
     }
 
 
+def test_a_sweep_that_is_finished_says_so_and_writes_nothing(tmp_path):
+    for run in ABLATION.runs():
+        finish(tmp_path, run)
+    processes.write_plan(tmp_path, ABLATION)
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    said = Console(file=io.StringIO(), width=200)
+    sweep.sweep(Path("a/toy.py"), ABLATION, tmp_path, console=said)
+    assert said.file.getvalue() == "all 4 runs are finished: there is nothing to do\n"
+    assert not started and {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+
+
 def test_a_vectorised_sweep_has_one_process_for_the_seeds_of_each_arm_that_are_not_finished(tmp_path, monkeypatch):
     asked = []
     monkeypatch.setattr(vectorized, "require_vectorizable", lambda config: asked.append(config))
