@@ -33,6 +33,28 @@ def warn(sentence: str) -> None:
     print(f"warning: {printable(sentence)}", file=sys.stderr)
 
 
+def one_line(text: object, limit: int = 500) -> str:
+    """The text of a value, such as another program's error, on one line and cut to `limit` characters."""
+    try:
+        line = " ".join(str(text).split())
+    except Exception:  # a user's class may have a __str__ that fails
+        line = type(text).__name__
+    return line if len(line) <= limit else f"{line[: limit - 2]} …"
+
+
+def shown(value: object, limit: int = 200) -> str:
+    """A value as a sentence shows it: its `repr` on one line, cut to `limit` characters; else the name of its type."""
+    try:
+        return one_line(repr(value), limit)
+    except Exception:  # a number of more than 4,300 digits, a list that holds itself too deep, a user's own __repr__
+        return f"a value of type {type(value).__name__}"
+
+
+def failure_of(error: BaseException) -> str:
+    """What went wrong in code of the user, on one line: the name of the exception and what it says."""
+    return f"{type(error).__name__}: {one_line(error, 200)}".removesuffix(": ")
+
+
 def printable(text: str) -> str:
     """What a model says may reach the terminal, its escape sequences may not; newlines stay."""
     return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)

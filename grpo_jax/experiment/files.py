@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import grpo_jax.experiment
-from grpo_jax.errors import UserError, warn
+from grpo_jax.errors import UserError, failure_of, one_line, shown, warn
 from grpo_jax.experiment import sources
 from grpo_jax.experiment.ablation import Ablation, Budget
 from grpo_jax.experiment.experiment import Experiment
@@ -227,11 +227,13 @@ def run_file(path: str | Path, home: Path | None = None, paths: Iterable[Path] =
         except NotWhileLoading as script:
             setattr(module, _TRAINED, [script.experiment])
         except UserError as error:
-            raise UserError(f"{_where(path, error)}: {error}") from None
+            raise UserError(f"{_where(path, error)}: {one_line(error)}") from None
         except TypeError as error:
             raise UserError(f"{_where(path, error)}: {_explain(error)}") from error
-        except Exception as error:
-            raise UserError(f"{_where(path, error)}: {type(error).__name__}: {error}") from error
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # `sys.exit(0)` in the file is a failure too: it leaves no experiment
+            raise UserError(f"{_where(path, error)}: {failure_of(error)}") from error
         declared = {name: getattr(module, name, None) for name in ("config", "ablation")}
         configs = [name for name, value in declared.items() if isinstance(value, (Experiment, Ablation))]
         sources.record(path, declares=configs)
@@ -277,7 +279,7 @@ def _is_users_module(name: str) -> bool:
     return file is not None and sources.is_users(file) and not name.startswith("grpo_jax_experiment_")
 
 
-def _where(path: Path, error: Exception) -> str:
+def _where(path: Path, error: BaseException) -> str:
     """The last line of `path` itself in the error's traceback, as `file:line`."""
     lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == str(path)]
     if isinstance(error, SyntaxError) and error.lineno:
@@ -290,6 +292,6 @@ def _explain(error: TypeError) -> str:
     unknown = re.match(r"(\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)'", str(error))
     known = getattr(grpo_jax.experiment, unknown[1], None) if unknown else None
     if unknown is None or not dataclasses.is_dataclass(known):
-        return f"TypeError: {error}"
+        return failure_of(error)
     names = [f.name for f in dataclasses.fields(known)]
     return f"{unknown[1]} has no field {unknown[2]!r}{nearest(unknown[2], names)}"

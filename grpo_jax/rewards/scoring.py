@@ -5,11 +5,11 @@ is neither None nor a finite number. None means "does not apply" and adds nothin
 """
 
 import ctypes
+import itertools
 import math
 import reprlib
 import signal
 import statistics
-import textwrap
 import threading
 import time
 import traceback
@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from grpo_jax.errors import RunError
+from grpo_jax.errors import RunError, failure_of
 from grpo_jax.experiment import RewardConfig
 from grpo_jax.rewards import Completion, RewardFunction, text
 
@@ -140,12 +140,14 @@ def _call_once(reward: RewardFunction, arguments: Mapping[str, Any], time_limit:
     num = len(arguments["completions"])
     failure = _Call([math.nan] * num, range(num))
     try:
-        entries = _within(time_limit, lambda: list(reward(**arguments)))
+        # A generator without an end must not fill the memory before its time is up.
+        entries = _within(time_limit, lambda: list(itertools.islice(reward(**arguments), num + 1000)))
     except _TimeUp as error:
         return replace(failure, reason=f"ran past its time limit of {time_limit:g} s{_place(error)}", cause=error)
-    except Exception as error:
-        message = textwrap.shorten(str(error), 200)  # on one line
-        return replace(failure, reason=f"raised {type(error).__name__}: {message}{_place(error)}", cause=error)
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # `sys.exit` is no way to end a run with success
+        return replace(failure, reason=f"raised {failure_of(error)}{_place(error)}", cause=error)
     if len(entries) != num:
         return replace(failure, reason=f"returned {len(entries)} values")
     bad = [i for i, entry in enumerate(entries) if not (entry is None or _is_finite(entry))]
