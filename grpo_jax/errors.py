@@ -22,10 +22,22 @@ def exit_status(command: Callable[[], object]) -> int:
     except UserError as error:
         print(f"error: {printable(str(error))}", file=sys.stderr)
         return 1 if isinstance(error, RunError) else 2
+    except BrokenPipeError:  # of `grpo-jax list | head`: nobody reads on, and nothing went wrong
+        sys.stdout = None  # type: ignore[assignment]  # or Python complains when it ends
+        return 0
+    except OSError as error:  # a name that is too long, a folder that may not be read
+        print(f"error: {printable(_refusal(error))}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
     return 0
+
+
+def _refusal(error: OSError) -> str:
+    """What the operating system refused, in one sentence."""
+    where = "" if error.filename is None else f"{shown(str(error.filename))}: "
+    return f"{where}{error.strerror or one_line(error)}."
 
 
 def warn(sentence: str) -> None:

@@ -35,7 +35,7 @@ def fuzz(examples: int) -> Any:
 
 
 def answer(call: Callable[[], Any]) -> Any:
-    """What a call returns, or the sentence of the `UserError` that it raises. All else, such as a hang, is a failure."""
+    """What a call returns, or the sentence of the `UserError` that it raises. All else, as a hang, is a failure."""
 
     def ring(*_: object) -> None:
         raise AssertionError(f"no answer within {SECONDS} s")

@@ -59,10 +59,10 @@ class Checked:
             if not admits(hint, value):
                 wanted = str(hint).replace("typing.", "") if not isinstance(hint, type) else hint.__name__
                 raise UserError(f"{name}.{key} = {shown(value)} has the wrong type: it must be {wanted}.")
-            if {float, Mapping[str, float]} & {hint, *get_args(hint)}:
-                if not all(x == 0 or SMALLEST <= abs(x) <= LARGEST for x in _numbers(value)):
-                    wanted = "finite in float32: 0, or between 1.2e-38 and 3.4e38 in size"
-                    raise UserError(f"{name}.{key} = {shown(value)} is out of range: it must be {wanted}.")
+            is_float = {float, Mapping[str, float]} & {hint, *get_args(hint)}
+            if is_float and not all(x == 0 or SMALLEST <= abs(x) <= LARGEST for x in _numbers(value)):
+                wanted = "finite in float32: 0, or between 1.2e-38 and 3.4e38 in size"
+                raise UserError(f"{name}.{key} = {shown(value)} is out of range: it must be {wanted}.")
         for key, (holds, wanted) in self._ranges().items():
             if not holds:
                 raise UserError(f"{name}.{key} = {shown(getattr(self, key))} is out of range: it must be {wanted}.")

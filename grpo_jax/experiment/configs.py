@@ -34,7 +34,7 @@ class ScratchConfig(Checked):
                 "a non-empty string of distinct characters",
             ),
             hidden_size=(
-                0 < self.hidden_size and self.num_parameters <= 10**10,
+                self.hidden_size > 0 and self.num_parameters <= 10**10,
                 "positive, and with num_layers not so large that there are more than 10**10 parameters",
             ),
             num_layers=(self.num_layers > 0, "positive"),

@@ -57,7 +57,9 @@ def _replace(config: Any, changes: Sequence[tuple[list[str], Any, str]]) -> Any:
         if inner is None:
             rest, value, path = further[0]
             owner, example = path.removesuffix("." + ".".join(rest)), {".".join(rest): value}
-            raise UserError(f"{shown(path)} cannot be set: {owner} is None here; set it whole, {owner}={example!r}.")
+            raise UserError(
+                f"{shown(path)} cannot be set: {owner} is None here; set it whole, {owner}={shown(example)}."
+            )
         new[key] = _replace(inner, further)
     assert not isinstance(config, type), "a field holds a config, not its class"
     return dataclasses.replace(config, **new)

@@ -93,7 +93,7 @@ def read_groups(path: Path, experiment: Experiment, tokenizer: Tokenizer) -> Gro
     for example in [*task.train, *task.held_out]:
         examples[_key(example["prompt"])][_key(example)] = example
     by_group: dict[Any, list[tuple[Example, Any]]] = defaultdict(list)
-    for number, row in enumerate(read_rows(path), 1):
+    for number, row in enumerate(read_rows(path, of_run=False), 1):
         if not {"prompt", "completion"} <= set(row):
             raise UserError(f"{path}:{number} lacks a prompt or a completion.")
         asked = _key([row["prompt"], row.get("example"), _columns(row)])

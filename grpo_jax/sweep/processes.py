@@ -20,7 +20,7 @@ from rich.console import Console
 
 from grpo_jax.errors import RunError, UserError
 from grpo_jax.experiment import Ablation, Budget, PlannedRun
-from grpo_jax.runs.files import write_json
+from grpo_jax.runs.files import read_json, write_json
 from grpo_jax.sweep.progress import SweepProgress
 
 WORKER = (sys.executable, "-m", "grpo_jax.sweep.worker")
@@ -147,10 +147,7 @@ def name_events(directory: Path, run: PlannedRun) -> None:
 
 def is_finished(run_dir: Path) -> bool:
     """Whether the directory holds a run that came to its end."""
-    try:
-        return json.loads((run_dir / "run.json").read_text())["status"] == "finished"
-    except (OSError, ValueError, KeyError):
-        return False
+    return read_json(run_dir / "run.json").get("status") == "finished"
 
 
 def _batches(runs: Sequence[PlannedRun], vectorize: bool) -> list[list[PlannedRun]]:
