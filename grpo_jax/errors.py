@@ -23,7 +23,7 @@ def exit_status(command: Callable[[], object]) -> int:
         print(f"error: {printable(str(error))}", file=sys.stderr)
         return 1 if isinstance(error, RunError) else 2
     except BrokenPipeError:  # of `grpo-jax list | head`: nobody reads on, and nothing went wrong
-        sys.stdout = None  # type: ignore[assignment]  # or Python complains when it ends
+        sys.stdout = None  # or Python complains when it ends
         return 0
     except OSError as error:  # a name that is too long, a folder that may not be read
         print(f"error: {printable(_refusal(error))}", file=sys.stderr)

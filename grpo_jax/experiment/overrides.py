@@ -65,7 +65,7 @@ def _replace(config: Any, changes: Sequence[tuple[list[str], Any, str]]) -> Any:
     return dataclasses.replace(config, **new)
 
 
-def _optional_config(owner: type, key: str) -> type | None:
+def _optional_config(owner: type, key: str) -> Any:
     """The dataclass of a field that is such a config or None, as `policy.lora` is; None for another field."""
     kinds = get_args(get_type_hints(owner).get(key))
     return next((kind for kind in kinds if dataclasses.is_dataclass(kind) and type(None) in kinds), None)

@@ -66,7 +66,7 @@ def current_config(config: Mapping[str, Any], info: Mapping[str, Any]) -> dict[s
     now = copy.deepcopy(dict(config))
     for name, after in changes_of(info):
         *owners, key = name.split(".")
-        place = now
+        place: Any = now
         for owner in owners:
             place = place.get(owner) if isinstance(place, dict) else None
         if not isinstance(place, dict):
