@@ -26,7 +26,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from grpo_jax.errors import UserError
+from grpo_jax.errors import UserError, failure_of
 from grpo_jax.experiment import AdvantageConfig
 
 Axis = int | None
@@ -134,8 +134,10 @@ def compute_advantages(
         found = jax.lax.stop_gradient(jnp.asarray(found, jnp.float32))
     except UserError:
         raise
-    except Exception as error:
-        raise UserError(f"the advantage function {name!r} raised {type(error).__name__}: {error}") from error
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # `sys.exit` is a failure too
+        raise UserError(f"the advantage function {name!r} raised {failure_of(error)}") from error
     if found.shape == rewards.shape:
         return jnp.where(sample_mask, found, 0.0)
     if found.shape == token_mask.shape:

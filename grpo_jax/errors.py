@@ -26,15 +26,49 @@ def exit_status(command: Callable[[], object]) -> int:
     except UserError as error:
         print(f"error: {printable(str(error))}", file=sys.stderr)
         return 1 if isinstance(error, RunError) else 2
+    except BrokenPipeError:  # of `grpo-jax list | head`: nobody reads on, and nothing went wrong
+        sys.stdout = None  # or Python complains when it ends
+        return 0
+    except OSError as error:  # a name that is too long, a folder that may not be read
+        print(f"error: {printable(_refusal(error))}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt as error:
         print("interrupted", file=sys.stderr)
         return 143 if isinstance(error, Terminated) else 130
     return 0
 
 
+def _refusal(error: OSError) -> str:
+    """What the operating system refused, in one sentence."""
+    where = "" if error.filename is None else f"{shown(str(error.filename))}: "
+    return f"{where}{error.strerror or one_line(error)}."
+
+
 def warn(sentence: str) -> None:
     """Prints on stderr what is probably a mistake, and no reason to stop."""
     print(f"warning: {printable(sentence)}", file=sys.stderr)
+
+
+def one_line(text: object, limit: int = 500) -> str:
+    """The text of a value, such as another program's error, on one line and cut to `limit` characters."""
+    try:
+        line = " ".join(str(text).split())
+    except Exception:  # a user's class may have a __str__ that fails
+        line = type(text).__name__
+    return line if len(line) <= limit else f"{line[: limit - 2]} …"
+
+
+def shown(value: object, limit: int = 200) -> str:
+    """A value as a sentence shows it: its `repr` on one line, cut to `limit` characters; else the name of its type."""
+    try:
+        return one_line(repr(value), limit)
+    except Exception:  # a number of more than 4,300 digits, a list that holds itself too deep, a user's own __repr__
+        return f"a value of type {type(value).__name__}"
+
+
+def failure_of(error: BaseException) -> str:
+    """What went wrong in code of the user, on one line: the name of the exception and what it says."""
+    return f"{type(error).__name__}: {one_line(error, 200)}".removesuffix(": ")
 
 
 def printable(text: str) -> str:

@@ -79,8 +79,12 @@ def _is_part(path: Path) -> bool:
 def describe(run_dir: Path) -> dict[str, Any]:
     """What is known of a run from its files."""
     info, config = read_json(run_dir / "run.json"), read_json(run_dir / "config.json")
-    config = current_config(config, info) if config else {}
-    rows = list(read_rows(run_dir / "metrics.jsonl"))
+    rows, damaged = [], False
+    try:
+        config = current_config(config, info) if config else {}
+        rows = list(read_rows(run_dir / "metrics.jsonl"))
+    except UserError:  # one run that was edited does not hide the others
+        damaged = True
     method = config.get("method", "?")
     return {
         "run": str(run_dir),
@@ -90,6 +94,6 @@ def describe(run_dir: Path) -> dict[str, Any]:
         "steps": sum("step_time" in row for row in rows),
         "planned_steps": config.get("steps"),
         "success": next((r["evaluation/success"] for r in reversed(rows) if "evaluation/success" in r), None),
-        "status": info.get("status", "?"),
+        "status": "damaged" if damaged else info.get("status", "?"),
         "started": info.get("started"),
     }

@@ -258,7 +258,7 @@ def _question(prompt: Any) -> str:
     """The text of a prompt; of a chat, the last message of the user."""
     if isinstance(prompt, str):
         return prompt
-    return next((message["content"] for message in reversed(prompt) if message["role"] == "user"), "")
+    return next((message.get("content") or "" for message in reversed(prompt) if message["role"] == "user"), "")
 
 
 def _transcript(turns: Sequence[str], replies: Sequence[str] = ()) -> list[str]:

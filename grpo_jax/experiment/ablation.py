@@ -64,6 +64,8 @@ class Ablation(Checked):
         )
 
     def __post_init__(self) -> None:
+        if isinstance(self.seeds, Sequence) and len(self.seeds) > 10_000:  # before each of them is looked at
+            raise UserError(f"Ablation.seeds has {len(self.seeds)} seeds: it must have at most 10,000.")
         super().__post_init__()
         for arm, overrides in self.arms.items():
             for field_of_sweep, instead in (

@@ -22,16 +22,32 @@ class ScratchConfig(Checked):
     num_layers: int = 2
     num_heads: int = 4
 
+    @property
+    def num_parameters(self) -> int:
+        """About how many parameters such a policy has."""
+        return 12 * self.num_layers * self.hidden_size**2 + len(self.alphabet) * self.hidden_size
+
     def _ranges(self) -> Ranges:
         return dict(
-            alphabet=(len(set(self.alphabet)) == len(self.alphabet) > 0, "a non-empty string of distinct characters"),
-            hidden_size=(self.hidden_size > 0, "positive"),
+            alphabet=(
+                len(set(self.alphabet)) == len(self.alphabet) > 0 and not _has_surrogates(self.alphabet),
+                "a non-empty string of distinct characters",
+            ),
+            hidden_size=(
+                self.hidden_size > 0 and self.num_parameters <= 10**10,
+                "positive, and with num_layers not so large that there are more than 10**10 parameters",
+            ),
             num_layers=(self.num_layers > 0, "positive"),
             num_heads=(
                 self.num_heads > 0 and self.hidden_size % (2 * self.num_heads) == 0,
                 f"a number that divides hidden_size = {self.hidden_size} into heads of even size",
             ),
         )
+
+
+def _has_surrogates(text: str) -> bool:
+    """Whether a text has half of a pair of UTF-16, which no file can hold."""
+    return any("\ud800" <= character <= "\udfff" for character in text)
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from grpo_jax.errors import UserError
+from grpo_jax.errors import UserError, shown
 from grpo_jax.experiment.checked import Checked, Range, Ranges
 from grpo_jax.experiment.configs import (
     ADDED_LATER,
@@ -100,6 +100,8 @@ class Experiment(Checked):
     warm_start: Mapping[str, Any] | None = None
     control: Mapping[str, Any] | None = None
 
+    wide = frozenset({"steps", "token_budget"})
+
     def _ranges(self) -> Ranges:
         return dict(
             rewards=(
@@ -185,7 +187,7 @@ class Experiment(Checked):
 
     def __post_init__(self) -> None:
         if isinstance(self.method, str) and self.method not in METHODS:
-            raise UserError(f"there is no method {self.method!r}{nearest(self.method, list(METHODS))}")
+            raise UserError(f"there is no method {shown(self.method)}{nearest(self.method, list(METHODS))}")
         super().__post_init__()
         if hasattr(self.task, "check"):
             self.task.check()
@@ -207,6 +209,8 @@ class Experiment(Checked):
                     variant_of(self, variant)  # now, not when the run has come so far
                 except UserError as error:
                     raise UserError(f"Experiment.{name}: {error}") from None
+                except RecursionError:
+                    raise UserError(f"Experiment.{name} holds variants in variants, too many to follow.") from None
         loss = self.loss_config
         if self.policy.lora is not None and loss.sync_ref_model and loss.ref_model_mixup_alpha != 1:
             raise UserError(

@@ -2,7 +2,6 @@
 
 import dataclasses
 import importlib.util
-import json
 import re
 import sys
 import traceback
@@ -13,8 +12,8 @@ from pathlib import Path
 from typing import Any, cast
 
 import grpo_jax.experiment
-from grpo_jax.errors import UserError, warn
-from grpo_jax.experiment import sources
+from grpo_jax.errors import UserError, failure_of, one_line, warn
+from grpo_jax.experiment import records, sources
 from grpo_jax.experiment.ablation import Ablation, Budget
 from grpo_jax.experiment.experiment import Experiment
 from grpo_jax.experiment.overrides import nearest, override, parse_overrides, variant_of
@@ -120,7 +119,7 @@ def load_run(run_dir: str | Path, assignments: Iterable[str] = ()) -> Experiment
     run_dir = Path(run_dir)
     info = read_run(run_dir)
     name = run_dir.resolve().name
-    if name in ("warm_start", "control") and info["source"] is None:
+    if name in ("warm_start", "control") and info.get("source") is None:
         parent = load_run(run_dir.resolve().parent)
         config = variant_of(parent, getattr(parent, name) or {})
         return override(config, parse_overrides(config, assignments))
@@ -136,11 +135,11 @@ def load_run(run_dir: str | Path, assignments: Iterable[str] = ()) -> Experiment
         paths = [directory / path for path in code["paths"]]
         if info.get("by_program"):
             # The original's place, since data that a script opened before it trained are not among the copies.
-            home = Path(info["source"]) if info["source"] else None
+            home = Path(info["source"]) if info.get("source") else None
             return load_by_config(directory / code["entry"], run_dir, assignments, home=home, paths=paths)
         module = run_file(directory / code["entry"], paths=paths)
         return _experiment_of(module, directory / code["entry"], overrides)
-    home = Path(info["source"]) if info["source"] else None  # a run of the first versions
+    home = Path(info["source"]) if info.get("source") else None  # a run of the first versions
     return load(run_dir / "experiment.py", overrides, home=home)
 
 
@@ -159,7 +158,7 @@ def load_by_config(
     Raises `UserError` if no experiment of the file is about the same task with the same functions.
     """
     info = read_run(run_dir)
-    recorded = current_config(json.loads((run_dir / "config.json").read_text()), info)
+    recorded = current_config(read_config(run_dir), info)
     module = run_file(path, home, paths)
     declared = [*getattr(module, _TRAINED, ()), *vars(module).values()]
     ablations = [value for value in declared if isinstance(value, Ablation)]
@@ -179,11 +178,17 @@ def load_by_config(
 def read_run(run_dir: Path) -> dict[str, Any]:
     """The content of a run's run.json. Raises `UserError` if the directory holds no run."""
     try:
-        return json.loads((run_dir / "run.json").read_text())
-    except FileNotFoundError:
+        return records.read(run_dir / "run.json")
+    except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"{str(run_dir)!r} is not the directory of a run: there is no run.json in it.") from None
-    except (OSError, ValueError):
-        raise UserError(f"{str(run_dir)!r} is not the directory of a run: its run.json cannot be read.") from None
+
+
+def read_config(run_dir: Path) -> dict[str, Any]:
+    """The content of a run's config.json, as the run began. Raises `UserError` if there is none."""
+    try:
+        return records.read(run_dir / "config.json")
+    except (FileNotFoundError, NotADirectoryError):
+        raise UserError(f"{str(run_dir)!r} is not the directory of a run: there is no config.json in it.") from None
 
 
 def code_folder(run_dir: Path) -> Path:
@@ -194,7 +199,7 @@ def code_folder(run_dir: Path) -> Path:
 
 def all_overrides(info: Mapping[str, Any]) -> list[str]:
     """The assignments that a run began with, and then those that it was resumed with."""
-    return [*info["overrides"], *(a for visit in info.get("resumed", ()) for a in visit["overrides"])]
+    return [*info.get("overrides", ()), *(a for visit in info.get("resumed", ()) for a in visit.get("overrides", ()))]
 
 
 def code_of(info: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -227,11 +232,13 @@ def run_file(path: str | Path, home: Path | None = None, paths: Iterable[Path] =
         except NotWhileLoading as script:
             setattr(module, _TRAINED, [script.experiment])
         except UserError as error:
-            raise UserError(f"{_where(path, error)}: {error}") from None
+            raise UserError(f"{_where(path, error)}: {one_line(error)}") from None
         except TypeError as error:
             raise UserError(f"{_where(path, error)}: {_explain(error)}") from error
-        except Exception as error:
-            raise UserError(f"{_where(path, error)}: {type(error).__name__}: {error}") from error
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # `sys.exit(0)` in the file is a failure too: it leaves no experiment
+            raise UserError(f"{_where(path, error)}: {failure_of(error)}") from error
         declared = {name: getattr(module, name, None) for name in ("config", "ablation")}
         configs = [name for name, value in declared.items() if isinstance(value, (Experiment, Ablation))]
         sources.record(path, declares=configs)
@@ -277,7 +284,7 @@ def _is_users_module(name: str) -> bool:
     return file is not None and sources.is_users(file) and not name.startswith("grpo_jax_experiment_")
 
 
-def _where(path: Path, error: Exception) -> str:
+def _where(path: Path, error: BaseException) -> str:
     """The last line of `path` itself in the error's traceback, as `file:line`."""
     lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == str(path)]
     if isinstance(error, SyntaxError) and error.lineno:
@@ -290,6 +297,6 @@ def _explain(error: TypeError) -> str:
     unknown = re.match(r"(\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)'", str(error))
     known = getattr(grpo_jax.experiment, unknown[1], None) if unknown else None
     if unknown is None or not dataclasses.is_dataclass(known):
-        return f"TypeError: {error}"
+        return failure_of(error)
     names = [f.name for f in dataclasses.fields(known)]
     return f"{unknown[1]} has no field {unknown[2]!r}{nearest(unknown[2], names)}"

@@ -8,13 +8,15 @@ import json
 import math
 import re
 import types
-from collections.abc import Callable, Mapping
-from typing import Any, get_args, get_type_hints
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, TypeVar, get_args, get_type_hints
 
-from grpo_jax.errors import UserError
+from grpo_jax.errors import UserError, one_line, shown
 from grpo_jax.experiment.experiment import Experiment
 from grpo_jax.experiment.overrides import override
 from grpo_jax.experiment.requirements import Method
+
+C = TypeVar("C")
 
 
 def to_dict(value: Any) -> Any:
@@ -62,14 +64,39 @@ def current_config(config: Mapping[str, Any], info: Mapping[str, Any]) -> dict[s
       info: the content of its run.json.
     """
     now = copy.deepcopy(dict(config))
-    for visit in info.get("resumed", ()):
-        for name, (_, after) in visit.get("changes", {}).items():
-            *owners, key = name.split(".")
-            place = now
-            for owner in owners:
-                place = place[owner]
-            place[key] = after
+    for name, after in changes_of(info):
+        *owners, key = name.split(".")
+        place: Any = now
+        for owner in owners:
+            place = place.get(owner) if isinstance(place, dict) else None
+        if not isinstance(place, dict):
+            raise UserError(
+                f"the run's run.json is damaged, or was edited: it changes {shown(name)}, which is no field."
+            )
+        place[key] = after
     return now
+
+
+def changes_of(info: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """The fields that a run was resumed with in another form, with their new values, from its run.json."""
+    for visit in info.get("resumed", ()):
+        for name, change in visit.get("changes", {}).items():
+            if len(change) != 2:
+                raise UserError(
+                    f"the run's run.json is damaged, or was edited: {shown(name)} has {shown(change)} for a change."
+                )
+            yield name, change[1]
+
+
+def config_from(kind: type[C], recorded: Any) -> C:
+    """A config, such as a `SamplingConfig`, from a run's record. Raises `UserError` for a record that was edited."""
+    try:
+        config = _from_json(recorded, kind)
+    except TypeError as error:
+        raise UserError(f"the run's config.json is damaged, or was edited: {one_line(error)}.") from None
+    if not isinstance(config, kind):
+        raise UserError(f"the run's config.json is damaged, or was edited: {shown(recorded)} is no {kind.__name__}.")
+    return config
 
 
 def changed_fields(before: Any, now: Any, path: str = "") -> dict[str, list[Any]]:

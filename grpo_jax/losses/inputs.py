@@ -16,7 +16,7 @@ import jax
 import jax.export
 import jax.numpy as jnp
 
-from grpo_jax.errors import UserError
+from grpo_jax.errors import UserError, failure_of
 from grpo_jax.sharding import Array
 
 Metrics = dict[str, Array]
@@ -81,8 +81,10 @@ def own_loss(function: Loss, inputs: LossInputs) -> tuple[Array, Metrics]:
         returned = function(inputs)
     except UserError:
         raise
-    except Exception as error:
-        raise UserError(f"the loss function {name!r} raised {type(error).__name__}: {error}") from error
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # `sys.exit` is a failure too
+        raise UserError(f"the loss function {name!r} raised {failure_of(error)}") from error
     shape = inputs.mask.shape
     if not (isinstance(returned, tuple) and len(returned) == 2 and isinstance(returned[1], dict)):
         raise UserError(

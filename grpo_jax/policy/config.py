@@ -8,8 +8,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from grpo_jax.errors import UserError
+from grpo_jax.errors import UserError, shown
 from grpo_jax.experiment import ScratchConfig
+from grpo_jax.policy.hf_fields import LARGEST, check_fields
 from grpo_jax.policy.rope import RopeConfig, inverse_frequencies, rope_from_hf, rope_to_hf
 
 __all__ = ["Activation", "ModelConfig", "RopeConfig", "from_hf", "from_scratch", "inverse_frequencies", "to_hf"]
@@ -167,14 +168,18 @@ def from_hf(config: Mapping[str, Any]) -> ModelConfig:
     """
     config = dict(config)
     if config.get("model_type") == "gemma3":  # the multimodal wrapper, of which only the text part is read
-        inner = dict(config.get("text_config") or {})
+        text_config = config.get("text_config") or {}
+        if not isinstance(text_config, Mapping):
+            raise UserError(f"config.json has text_config = {shown(text_config)}: it must be an object with names.")
+        inner = dict(text_config)
         for key in ("tie_word_embeddings", "quantization_config"):
             if key in config:
                 inner.setdefault(key, config[key])
         config = {**inner, "model_type": "gemma3_text"}
     family = config.get("model_type")
-    if family not in _DEFAULTS:
-        raise UserError(f"config.json has model_type {family!r}, which is none of {', '.join(_DEFAULTS)}.")
+    if not isinstance(family, str) or family not in _DEFAULTS:
+        raise UserError(f"config.json has model_type {shown(family)}, which is none of {', '.join(_DEFAULTS)}.")
+    check_fields(config)
     if config.get("quantization_config"):
         raise UserError(
             "config.json has a quantization_config: quantised Hugging Face checkpoints cannot be read. Use the "
@@ -195,6 +200,7 @@ def from_hf(config: Mapping[str, Any]) -> ModelConfig:
     if activation not in _ACTIVATIONS:
         raise UserError(f"config.json has activation {activation!r}, which is none of {', '.join(_ACTIVATIONS)}.")
     window, sliding = _sliding(family, given, num_layers)
+    max_positions = _positive(given, "max_position_embeddings")
     rope, local_rope = rope_from_hf(given)
     attention_bias = bool(given.get("attention_bias", False))
     return ModelConfig(
@@ -205,7 +211,7 @@ def from_hf(config: Mapping[str, Any]) -> ModelConfig:
         num_heads=num_heads,
         num_kv_heads=_positive(given, "num_key_value_heads"),
         head_dim=head_dim,
-        max_positions=_positive(given, "max_position_embeddings"),
+        max_positions=max_positions,
         family=family,
         norm_eps=float(given.get("rms_norm_eps", 1e-6)),
         activation=_ACTIVATIONS[activation],
@@ -234,10 +240,12 @@ _NULLABLE = {"sliding_window", "attn_logit_softcapping", "final_logit_softcappin
 
 def _positive(config: Mapping[str, Any], key: str) -> int:
     value = config.get(key)
-    if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
-        found = f"{key} = {value!r}" if key in config else f"no {key}"
+    most = LARGEST.get(key, 2**24)
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 < value <= most:
+        found = f"{key} = {shown(value)}" if key in config else f"no {key}"
+        bound = f" of at most {most}" if isinstance(value, int) and value > most else ""
         raise UserError(
-            f"config.json of model_type {config['model_type']!r} has {found}: it must be a positive integer."
+            f"config.json of model_type {config['model_type']!r} has {found}: it must be a positive integer{bound}."
         )
     return value
 

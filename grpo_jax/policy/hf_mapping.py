@@ -77,7 +77,7 @@ def assemble(config: ModelConfig, tensors: Mapping[str, Tensor], dtype: np.dtype
     """Checks `tensors` against the config, then reads them one at a time into stacked parameters of `dtype`.
 
     `where` is the name of the checkpoint in error messages. Raises `UserError` before anything is read if a tensor is
-    missing, misshapen or unexpected.
+    missing, misshapen or unexpected, and when it is read if it holds what is no finite number of `dtype`.
     """
     _check(tensor_shapes(config), tensors, config.family, where)
     params = {}
@@ -86,9 +86,21 @@ def assemble(config: ModelConfig, tensors: Mapping[str, Tensor], dtype: np.dtype
         targets = value if is_stacked(path) else value[None]
         for name, target in zip(tensor_names(config, path), targets, strict=True):
             tensor = tensors[name].read()
-            target[...] = tensor.T if is_transposed(path) else tensor
+            with np.errstate(over="ignore", invalid="ignore"):  # what overflows is refused
+                target[...] = tensor.T if is_transposed(path) else tensor
+            if not is_finite(target):
+                raise UserError(f"{where} has a NaN or an infinite number in the tensor {name!r}: the file is damaged.")
         params[path] = value
     return params
+
+
+def is_finite(values: np.ndarray) -> bool:
+    """Whether all numbers of a float32 or bfloat16 array are finite."""
+    if values.dtype == np.float32:
+        return bool(np.isfinite(values).all())
+    # bfloat16 has the exponent in the bits 7 to 14, which are all 1 for infinity and NaN. NumPy's own test is slow.
+    bits = np.ascontiguousarray(values).view(np.uint16)
+    return not bool(((bits & 0x7F80) == 0x7F80).any())
 
 
 def _check(shapes: Mapping[str, tuple[int, ...]], tensors: Mapping[str, Tensor], family: str, where: str) -> None:

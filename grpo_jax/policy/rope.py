@@ -146,7 +146,11 @@ def _rope(parameters: Mapping[str, Any], positions: int) -> RopeConfig:
         return RopeConfig(theta, "linear", factor)
     if kind == "llama3":
         low, high = float(parameters["low_freq_factor"]), float(parameters["high_freq_factor"])
+        if not low < high:
+            raise UserError(f"config.json has low_freq_factor = {low:g}, not below high_freq_factor = {high:g}.")
         return RopeConfig(theta, "llama3", factor, low, high, original_max_positions=original)
+    if theta <= 1:
+        raise UserError(f"config.json has rope_theta = {theta:g}: with rope type 'yarn' it must be above 1.")
     return RopeConfig(
         theta,
         "yarn",

@@ -10,7 +10,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from grpo_jax.errors import UserError
+from grpo_jax.errors import UserError, failure_of, one_line, shown
+from grpo_jax.experiment.checked import admits
 
 Messages = Sequence[Mapping[str, str]]
 """Chat messages with the keys "role" and "content"."""
@@ -64,12 +65,14 @@ class HuggingFaceTokenizer:
       tokenizer: the transformers tokenizer.
       stop_ids: further stop tokens, such as those of a generation config. The tokenizer's end-of-sequence token and the
         token with which its chat template ends an assistant's turn are always stop tokens.
+      rows: the number of rows of the policy's embedding; None for as many as the tokenizer has ids.
     """
 
-    def __init__(self, tokenizer: Any, stop_ids: Sequence[int] = ()) -> None:
+    def __init__(self, tokenizer: Any, stop_ids: Sequence[int] = (), rows: int | None = None) -> None:
         self._tokenizer = tokenizer
+        self._rows = len(tokenizer) if rows is None else rows
         self.bos_id: int | None = tokenizer.bos_token_id
-        self.vocab_size: int = len(tokenizer)
+        self.vocab_size: int = min(len(tokenizer), self._rows)
         self.has_chat_template = bool(tokenizer.chat_template)
         ends = [tokenizer.eos_token_id, *stop_ids, self._end_of_turn()]
         self.stop_ids: tuple[int, ...] = tuple(dict.fromkeys(i for i in ends if i is not None))
@@ -80,7 +83,11 @@ class HuggingFaceTokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Returns the ids of a text, without special tokens before or after it."""
-        return self._tokenizer.encode(text, add_special_tokens=False)
+        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False)
+        if ids and max(ids) >= self._rows:
+            token = self._tokenizer.convert_ids_to_tokens(max(ids))
+            raise UserError(f"the text has the token {shown(token)}, for which the policy's embedding has no row.")
+        return ids
 
     def decode(self, ids: Sequence[int]) -> str:
         """Returns the text of token ids, without special tokens and with its white space unchanged."""
@@ -213,130 +220,83 @@ _ALPHABET_KEY = "grpo_jax_alphabet"  # in tokenizer_config.json: the directory's
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 
-def from_directory(directory: Path) -> Callable[[], Tokenizer] | None:
-    """Returns a function that makes the tokenizer of a Hugging Face directory; None if it has no tokenizer."""
+def from_directory(directory: Path, rows: int | None = None) -> Callable[[], Tokenizer] | None:
+    """Returns a function that makes the tokenizer of a Hugging Face directory; None if it has no tokenizer.
+
+    `rows` is the number of rows of the policy's embedding, which no id may be beyond. Code in the directory is not run.
+    """
     if not any((directory / name).is_file() for name in _TOKENIZER_FILES):
         return None
 
     def make() -> Tokenizer:
         config, generation = _json(directory / "tokenizer_config.json"), _json(directory / "generation_config.json")
         if _ALPHABET_KEY in config:
-            return CharacterTokenizer(config[_ALPHABET_KEY])
-        _quiet()
+            return _character_tokenizer(config[_ALPHABET_KEY], directory, rows)
+        quiet()
         from transformers import AutoTokenizer
 
         try:
-            tokenizer = AutoTokenizer.from_pretrained(str(directory), local_files_only=True)
-        except Exception as error:  # the exceptions differ from tokenizer to tokenizer
-            reason = (str(error) or type(error).__name__).splitlines()[0]
-            raise UserError(f"transformers cannot load the tokenizer of {directory}: {reason}") from None
+            # Without trust_remote_code=False, transformers asks at the terminal about a tokenizer with code of its own.
+            tokenizer = AutoTokenizer.from_pretrained(str(directory), local_files_only=True, trust_remote_code=False)
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # they differ from tokenizer to tokenizer, and a panic of Rust is no Exception
+            raise UserError(f"transformers cannot load the tokenizer of {directory}: {failure_of(error)}") from None
         stops = generation.get("eos_token_id") or []
-        return HuggingFaceTokenizer(tokenizer, [stops] if isinstance(stops, int) else stops)
+        stops = stops if isinstance(stops, list) else [stops]
+        if not admits(list[int], stops):
+            raise UserError(f"{directory / 'generation_config.json'} has eos_token_id = {shown(stops)}: that is no id.")
+        return fitted(tokenizer, stops, rows, directory)
 
     return make
+
+
+def _character_tokenizer(alphabet: Any, directory: Path, rows: int | None) -> CharacterTokenizer:
+    if not isinstance(alphabet, str) or not alphabet or len(set(alphabet)) < len(alphabet):
+        raise UserError(f"the tokenizer of {directory} has the alphabet {shown(alphabet)}: it must be letters.")
+    tokenizer = CharacterTokenizer(alphabet)
+    if rows is not None and tokenizer.vocab_size > rows:
+        raise UserError(f"the tokenizer of {directory} has {tokenizer.vocab_size} ids, but its embedding {rows} rows.")
+    return tokenizer
+
+
+def fitted(tokenizer: Any, stops: Sequence[int], rows: int | None, where: Path) -> HuggingFaceTokenizer:
+    """The tokenizer of transformers as ours. Raises `UserError` if it does not fit the embedding, or does not work.
+
+    Special tokens beyond the embedding are allowed, as Gemma 3's for pictures: a text with one of them is refused.
+    """
+    try:
+        made = HuggingFaceTokenizer(tokenizer, stops, rows)
+        vocabulary = tokenizer.get_vocab()
+        special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    except UserError as error:
+        raise UserError(f"the tokenizer of {where} cannot be used: {one_line(error)}") from None
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
+        raise UserError(f"the tokenizer of {where} cannot be used: {failure_of(error)}") from None
+    beyond = [i for i in vocabulary.values() if rows is not None and i >= rows and i not in special]
+    needed = [i for i in (*made.stop_ids, made.pad_id, made.bos_id) if i is not None]
+    if beyond or not all(0 <= i < (len(vocabulary) if rows is None else rows) for i in needed):
+        raise UserError(
+            f"the tokenizer of {where} has the id {max([*beyond, *needed])}, but the embedding has {rows} rows: "
+            "the tokenizer belongs to another model."
+        )
+    return made
 
 
 def _json(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {}
-    except ValueError as error:
-        raise UserError(f"{path} cannot be read as JSON: {error}") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path} cannot be read as JSON: {one_line(error)}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path} does not contain a JSON object.")
+    return content
 
 
-def _quiet() -> None:
+def quiet() -> None:
     """Suppresses the message of transformers that torch is not installed."""
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-
-
-# Pre-tokenizers by their GGUF name. The regular expressions are those of the models' own tokenizer.json files.
-_LLAMA3_SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|"
-    r"\s+(?!\S)|\s+"
-)
-_PRE_TOKENIZERS = {
-    "smollm": "digits",
-    "default": "gpt2",
-    "gpt-2": "gpt2",
-    "llama-bpe": _LLAMA3_SPLIT,
-    "llama3": _LLAMA3_SPLIT,
-    "llama-v3": _LLAMA3_SPLIT,
-    "qwen2": _LLAMA3_SPLIT.replace(r"\p{N}{1,3}", r"\p{N}"),
-}
-_CONTROL, _USER_DEFINED = 3, 4
-
-
-def from_gguf(path: Path, metadata: Mapping[str, Any]) -> Callable[[], Tokenizer] | None:
-    """Returns a function that makes the tokenizer of a GGUF file from its metadata; None if it has no tokenizer."""
-    if "tokenizer.ggml.tokens" not in metadata:
-        return None
-
-    def make() -> Tokenizer:
-        _quiet()
-        from transformers import PreTrainedTokenizerFast
-
-        def token(kind: str) -> str | None:
-            index = metadata.get(f"tokenizer.ggml.{kind}_token_id")
-            return None if index is None else metadata["tokenizer.ggml.tokens"][index]
-
-        names = {"bos": "bos", "eos": "eos", "pad": "padding", "unk": "unknown"}
-        tokenizer = PreTrainedTokenizerFast(
-            tokenizer_object=_byte_pairs(path, metadata),
-            chat_template=metadata.get("tokenizer.chat_template"),
-            clean_up_tokenization_spaces=False,
-            model_max_length=metadata.get(f"{metadata['general.architecture']}.context_length"),
-            **{f"{role}_token": name for role, key in names.items() if (name := token(key)) is not None},
-        )
-        end_of_turn = metadata.get("tokenizer.ggml.eot_token_id")
-        return HuggingFaceTokenizer(tokenizer, [] if end_of_turn is None else [end_of_turn])
-
-    return make
-
-
-def _byte_pairs(path: Path, metadata: Mapping[str, Any]) -> Any:
-    """Makes a `tokenizers.Tokenizer` with byte-level BPE (GGUF's model "gpt2")."""
-    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
-
-    def get(key: str, default: Any = None) -> Any:
-        return metadata.get(f"tokenizer.ggml.{key}", default)
-
-    model, kind = get("model"), get("pre", "default")
-    if model != "gpt2" or kind not in _PRE_TOKENIZERS:
-        raise UserError(
-            f"{path} has a tokenizer of model {model!r} and pre-tokenizer {kind!r}: from GGUF files only "
-            f"byte-level tokenizers ('gpt2') with one of {', '.join(_PRE_TOKENIZERS)} can be read."
-        )
-    tokens = get("tokens")
-    split = _PRE_TOKENIZERS[kind]
-    tokenizer = Tokenizer(
-        models.BPE(
-            vocab={token: i for i, token in enumerate(tokens)},
-            merges=[tuple(merge.split(" ")) for merge in get("merges")],
-            ignore_merges=split == _LLAMA3_SPLIT,
-        )
-    )
-    if kind == "qwen2":
-        tokenizer.normalizer = normalizers.NFC()
-    by_words = pre_tokenizers.ByteLevel(add_prefix_space=bool(get("add_space_prefix", False)), use_regex=True)
-    if split == "gpt2":
-        tokenizer.pre_tokenizer = by_words
-    elif split == "digits":
-        tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), by_words])
-    else:
-        tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-            [
-                pre_tokenizers.Split(Regex(split), "isolated"),
-                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-            ]
-        )
-    tokenizer.decoder = decoders.ByteLevel()
-    for token, role in zip(tokens, get("token_type", [1] * len(tokens)), strict=True):
-        if role in (_CONTROL, _USER_DEFINED):
-            added = [AddedToken(token, special=role == _CONTROL, normalized=False)]
-            (tokenizer.add_special_tokens if role == _CONTROL else tokenizer.add_tokens)(added)
-    bos = get("bos_token_id")
-    if get("add_bos_token", False) and bos is not None:
-        special = [(tokens[bos], bos)]
-        tokenizer.post_processor = processors.TemplateProcessing(f"{tokens[bos]} $A", special_tokens=special)
-    return tokenizer

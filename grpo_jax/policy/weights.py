@@ -19,11 +19,13 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from grpo_jax.errors import UserError
+from grpo_jax.errors import UserError, one_line, shown
+from grpo_jax.experiment.checked import admits
 from grpo_jax.policy import gguf
 from grpo_jax.policy.config import ModelConfig, from_hf, to_hf
+from grpo_jax.policy.gguf_tokenizer import from_gguf
 from grpo_jax.policy.hf_mapping import Tensor, assemble, disassemble
-from grpo_jax.policy.tokenizer import Tokenizer, from_directory, from_gguf
+from grpo_jax.policy.tokenizer import Tokenizer, from_directory
 
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 SHARD_BYTES = 5_000_000_000
@@ -141,15 +143,15 @@ def _read_directory(path: Path, dtype: np.dtype) -> Checkpoint:
     tensors = dict(_renamed(tensors, raw))
     config = _settle_tie(config, tensors)
     params = assemble(config, tensors, dtype, str(path))
-    return Checkpoint(config, params, from_directory(path))
+    return Checkpoint(config, params, from_directory(path, config.vocab_size))
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """Returns the object in a JSON file. Raises `UserError`, with the name of the file, if that is not possible."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read as JSON: {error}") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path} cannot be read as JSON: {one_line(error)}") from None
     if not isinstance(content, dict):
         raise UserError(f"{path} does not contain a JSON object.")
     return content
@@ -158,7 +160,7 @@ def read_json(path: Path) -> dict[str, Any]:
 def _weight_files(path: Path) -> list[Path]:
     index, single = path / "model.safetensors.index.json", path / "model.safetensors"
     if index.is_file():
-        files = [path / name for name in sorted(set(read_json(index).get("weight_map", {}).values()))]
+        files = [path / name for name in _indexed(index)]
     elif single.is_file():
         files = [single]
     else:
@@ -173,13 +175,27 @@ def _weight_files(path: Path) -> list[Path]:
             raise UserError(f"{path} lacks {file.name}, which its model.safetensors.index.json names.")
         try:
             safe_open(file, "numpy")
-        except SafetensorError as error:
-            raise UserError(f"{file} is damaged or cut short ({error}).") from None
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{file} is damaged or cut short ({one_line(error)}).") from None
     return files
 
 
+def _indexed(index: Path) -> list[str]:
+    """The files that an index names. They must be beside it: a model that was downloaded reads no other file."""
+    placed = read_json(index).get("weight_map")
+    if not admits(dict[str, str], placed) or not placed:
+        raise UserError(f"{index} has weight_map = {shown(placed)}: it must name the file of each tensor.")
+    for name in sorted(set(placed.values())):
+        if name in ("", "..") or name != Path(name).name or "\0" in name or "\\" in name:
+            raise UserError(f"{index} names the file {shown(name)}: it must be the name of a file beside it.")
+    return sorted(set(placed.values()))
+
+
 def _lazy(file: Path, handle: Any, name: str) -> Tensor:
-    described = handle.get_slice(name)
+    try:
+        described = handle.get_slice(name)
+    except (SafetensorError, ValueError, TypeError) as error:
+        raise UserError(f"{file} is damaged: its tensor {shown(name)} cannot be read ({one_line(error)}).") from None
     if described.get_dtype() not in _FLOATS:
         raise UserError(
             f"{file} has the tensor {name!r} in the format {described.get_dtype()}, which is none of "
@@ -221,7 +237,7 @@ def _read_gguf(path: Path, dtype: np.dtype) -> Checkpoint:
     config = from_hf(raw)
     params = assemble(config, gguf.hf_tensors(file, raw), dtype, str(path))
     metadata = file.metadata  # not `file`, which would keep the memory map open
-    return Checkpoint(config, params, from_gguf(path, metadata))
+    return Checkpoint(config, params, from_gguf(path, metadata, config.vocab_size))
 
 
 def export(

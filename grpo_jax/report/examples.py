@@ -96,7 +96,7 @@ def transcript(row: Row) -> list[tuple[str, str]]:
     if isinstance(row["completion"], str):
         return [("policy", row["completion"])]
     roles = {"assistant": "policy"}
-    return [(roles.get(m["role"], "environment"), m["content"]) for m in row["completion"]]
+    return [(roles.get(m["role"], "environment"), m.get("content") or "") for m in row["completion"]]
 
 
 def board(row: Row) -> list[list[str]] | None:
@@ -113,7 +113,7 @@ def board(row: Row) -> list[list[str]] | None:
 
 def prompt_text(prompt: str | Sequence[Mapping[str, str]]) -> str:
     """The text of a prompt (of a chat, its last message), cut to 300 characters."""
-    return printable(prompt if isinstance(prompt, str) else prompt[-1]["content"])[:PROMPT]
+    return printable(prompt if isinstance(prompt, str) else prompt[-1].get("content") or "")[:PROMPT]
 
 
 def printable(text: str) -> str:

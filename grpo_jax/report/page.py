@@ -19,6 +19,7 @@ import numpy as np
 from grpo_jax import statistics
 from grpo_jax.errors import UserError
 from grpo_jax.experiment import load_ablation
+from grpo_jax.experiment.records import needed
 from grpo_jax.report.axes import fitted
 from grpo_jax.report.completion_plots import advantage_map, group_picture, reward_histograms
 from grpo_jax.report.curves import metric_curves, seed_curves
@@ -194,7 +195,7 @@ def _plan_of_first_versions(directory: Path) -> dict[str, Any]:
         info = read_json(path)
         given = assigned(info)
         if "arm" in given:
-            found[given["arm"], info["seed"]] = path.parent
+            found[given["arm"], needed(info, "seed", path)] = path.parent
             example, source, budget = path.parent, info.get("source"), given.get("budget")
     if not found:
         raise UserError(
@@ -320,12 +321,15 @@ def _facts(info: Mapping[str, Any], config: Mapping[str, Any]) -> list[str]:
     commit = f"commit {git['commit'][:12]}{' with changes' if git.get('dirty') else ''}" if git else "no commit known"
     begun = [info.get("status"), f"started {info['started']}" if info.get("started") else None]
     where = f"{device.get('count', '?')} × {device.get('kind', 'unknown device')}"
-    what = [f"task {task.get('name')}" if task.get("name") else None, f"method {config['method']}" if config else None]
+    what = [
+        f"task {task.get('name')}" if task.get("name") else None,
+        f"method {config['method']}" if "method" in config else None,
+    ]
     seed = f"seed {info['seed']}" if "seed" in info else None
     return [
         " · ".join(filter(None, [*begun, seed])),
         " · ".join(
-            filter(None, [*what, where, f"jax {info['versions']['jax']}" if "versions" in info else None, commit])
+            filter(None, [*what, where, f"jax {info['versions'].get('jax')}" if "versions" in info else None, commit])
         ),
     ]
 

@@ -1,6 +1,5 @@
 """The learning curve of a run, drawn from the files in its directory. Also what all plots share: style and labels."""
 
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,7 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from grpo_jax.errors import RunError, UserError
 from grpo_jax.report.axes import fitted, percent
-from grpo_jax.runs.files import read_rows
+from grpo_jax.runs.files import read_json, read_rows
 
 BLUE, ORANGE, GREEN, PURPLE, GREY = "#2563a8", "#d1661c", "#2e8b57", "#7b4fa3", "#6b7280"
 # Metrics that show a collapse early: groups without signal, equal completions, low entropy.
@@ -129,8 +128,7 @@ def smooth(values: np.ndarray, width: float) -> np.ndarray:
 
 def _references(run_dir: Path) -> dict[str, float]:
     """The success rates in a run's summary that its own is compared with, by name."""
-    path = run_dir / "summary.json"
-    return json.loads(path.read_text()).get("references", {}) if path.is_file() else {}
+    return read_json(run_dir / "summary.json").get("references", {})
 
 
 Labels = list[tuple[float, str, str]]  # (height, text, colour)

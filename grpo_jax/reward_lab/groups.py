@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from grpo_jax.algorithms.batches import schedule
-from grpo_jax.errors import UserError
+from grpo_jax.errors import UserError, failure_of
 from grpo_jax.experiment import Experiment
 from grpo_jax.policy import Tokenizer
 from grpo_jax.rewards import RewardFunction, turns
@@ -94,7 +94,7 @@ def read_groups(path: Path, experiment: Experiment, tokenizer: Tokenizer) -> Gro
     for example in [*task.train, *task.held_out]:
         examples[_key(example["prompt"])][_key(example)] = example
     by_group: dict[Any, list[tuple[Example, Any]]] = defaultdict(list)
-    for number, row in enumerate(read_rows(path), 1):
+    for number, row in enumerate(read_rows(path, of_run=False), 1):
         if not {"prompt", "completion"} <= set(row):
             raise UserError(f"{path}:{number} lacks a prompt or a completion.")
         asked = _key([row["prompt"], row.get("example"), _columns(row)])
@@ -166,8 +166,10 @@ def import_rewards(names: Iterable[str], folder: Path) -> dict[str, RewardFuncti
                 raise UserError(f"--rewards {name!r} is not of the form module:function, e.g. rewards:exact.")
             try:
                 reward = getattr(importlib.import_module(module), function, None)
-            except Exception as error:
-                raise UserError(f"--rewards {name!r}: {type(error).__name__}: {error}") from error
+            except KeyboardInterrupt:
+                raise
+            except BaseException as error:  # `sys.exit` in the module is a failure too
+                raise UserError(f"--rewards {name!r}: {failure_of(error)}") from error
             if not callable(reward):
                 raise UserError(f"--rewards {name!r}: the module {module} has no function {function!r}.")
             found[function if function not in found else name] = reward

@@ -2,7 +2,6 @@
 
 import ctypes
 import signal
-import textwrap
 import threading
 import time
 import traceback
@@ -10,6 +9,8 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from grpo_jax.errors import failure_of
 
 _ALARM_INTERVAL = 0.05  # seconds; alarms repeat, because a bare `except:` in the function may catch the first one
 _GRACE = 1.0  # seconds that a function in a thread of its own has to end, once its time is up
@@ -38,9 +39,10 @@ def attempt(function: Callable[[], Any], seconds: float, *callers: str) -> Any:
         return _within(seconds, function)
     except _TimeUp as error:
         return Failure(f"ran past its time limit of {seconds:g} s{_place(error, callers)}", error)
-    except (Exception, SystemExit) as error:  # what exits would end the run with the status of a finished one
-        message = textwrap.shorten(str(error), 200)  # on one line
-        return Failure(f"raised {type(error).__name__}: {message}{_place(error, callers)}", error)
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # what exits would end the run with the status of a finished one
+        return Failure(f"raised {failure_of(error)}{_place(error, callers)}", error)
 
 
 def _place(error: BaseException, callers: Collection[str]) -> str:

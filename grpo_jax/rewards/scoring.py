@@ -5,6 +5,7 @@ is neither None nor a number that float32 can hold (NaN and 1e39 are not). None 
 A failure never becomes a 0.
 """
 
+import itertools
 import math
 import reprlib
 import statistics
@@ -141,7 +142,8 @@ def _call(reward: RewardFunction, arguments: Mapping[str, Any], attempts: int, t
 def _call_once(reward: RewardFunction, arguments: Mapping[str, Any], time_limit: float) -> _Call:
     num = len(arguments["completions"])
     failure = _Call([math.nan] * num, range(num))
-    entries = attempt(lambda: list(reward(**arguments)), time_limit, __file__)
+    # A generator without an end must not fill the memory before its time is up.
+    entries = attempt(lambda: list(itertools.islice(reward(**arguments), num + 1000)), time_limit, __file__)
     if isinstance(entries, Failure):
         return replace(failure, reason=entries.reason, cause=entries.cause)
     if len(entries) != num:

@@ -13,7 +13,6 @@ the callback. TensorBoard (`grpo_jax.runs.tensorboard`) and the trackers (`grpo_
 
 import copy
 import json
-import textwrap
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -22,7 +21,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from grpo_jax.errors import RunError, UserError
+from grpo_jax.errors import RunError, UserError, failure_of
 from grpo_jax.evaluation import Evaluation
 from grpo_jax.experiment.overrides import nearest
 from grpo_jax.runs.result import Result, Stop
@@ -201,10 +200,11 @@ class Callbacks:
             if hook in ("on_step", "on_evaluation"):
                 raise
             raise RunError(f"callback {name_of(callback)!r} raised StopTraining in {hook}, where it cannot.") from error
-        except Exception as error:
-            message = textwrap.shorten(str(error), 200)  # on one line
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # `sys.exit` is no way to end a run with success
             raise RunError(
-                f"callback {name_of(callback)!r} raised {type(error).__name__}: {message} in {hook}{_place(error)}."
+                f"callback {name_of(callback)!r} raised {failure_of(error)} in {hook}{_place(error)}."
             ) from error
 
 

@@ -8,14 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from grpo_jax.errors import RunError, UserError
-from grpo_jax.experiment.recorded import jsonable
+from grpo_jax.experiment import records
+from grpo_jax.experiment.recorded import changes_of, jsonable
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON file of a run directory; empty if it is missing or damaged, so that one bad run does not hide others."""
     try:
-        return json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError):
+        return records.read(path)
+    except (OSError, UserError):
         return {}
 
 
@@ -26,25 +27,34 @@ def assigned(info: Mapping[str, Any]) -> dict[str, Any]:
 
 def changed_since(info: Mapping[str, Any], section: str) -> dict[str, Any]:
     """The fields of one section of the config, such as `sampling`, that a run was resumed with in another form."""
-    changes = [change for visit in info.get("resumed", ()) for change in visit.get("changes", {}).items()]
-    return {name.partition(".")[2]: after for name, (_, after) in changes if name.startswith(f"{section}.")}
+    return {name.partition(".")[2]: after for name, after in changes_of(info) if name.startswith(f"{section}.")}
 
 
-def read_rows(path: Path) -> Iterator[dict[str, Any]]:
+CHECKS = {"metrics.jsonl": records.require_metrics, "completions.jsonl": records.require_completion}
+
+
+def read_rows(path: Path, *, of_run: bool = True) -> Iterator[dict[str, Any]]:
     """Yields the rows of a .jsonl file; none if there is no file. A last line that a crash has cut off is left out.
 
-    Raises `UserError` for any other line that is not JSON.
+    Raises `UserError` for any other line that is not a JSON object, and, unless `of_run` is false, for a row of a run's
+    metrics or completions that is not as a run writes it.
     """
     if not path.is_file():
         return
+    check = CHECKS.get(path.name) if of_run else None
     with path.open(encoding="utf-8", errors="replace") as file:
         for number, line in enumerate(file, 1):
             if not line.endswith("\n"):
                 return
             try:
-                yield json.loads(line)
-            except json.JSONDecodeError:
+                row = records.parse(line)
+            except ValueError:
                 raise UserError(f"{path}:{number} is not a line of JSON.") from None
+            if not isinstance(row, dict):
+                raise UserError(f"{path}:{number} is not a JSON object, which a row must be.")
+            if check is not None:
+                check(row, f"{path}:{number}")
+            yield row
 
 
 def append_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:

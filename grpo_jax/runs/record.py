@@ -6,7 +6,6 @@ The record of a run's beginning is never written again. When a run is resumed, r
 same).
 """
 
-import json
 import os
 import platform
 import shlex
@@ -21,7 +20,7 @@ from typing import Any
 
 from grpo_jax import sharding
 from grpo_jax.errors import UserError
-from grpo_jax.experiment import Experiment, code_of, read_run, sources, to_dict
+from grpo_jax.experiment import Experiment, code_of, read_config, read_run, sources, to_dict
 from grpo_jax.experiment.fingerprint import fingerprint
 from grpo_jax.experiment.recorded import changed_fields, current_config
 from grpo_jax.runs import checkpoints
@@ -102,7 +101,7 @@ def continue_run(
       UserError: if the run was made with another policy, seed, method or warm start.
     """
     info = read_run(run_dir)
-    begun_with = json.loads((run_dir / "config.json").read_text())
+    begun_with = read_config(run_dir)
     changes = changed_fields(current_config(begun_with, info), experiment)
     for name, (before, after) in changes.items():
         if name.split(".")[0] in FIXED:

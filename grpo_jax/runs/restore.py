@@ -1,6 +1,5 @@
 """A run's policy: the one that it starts from, and the one at a checkpoint, by default its newest."""
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,13 +11,14 @@ from grpo_jax.algorithms.forward import HEAD, new_head
 from grpo_jax.errors import UserError
 from grpo_jax.experiment import (
     Experiment,
-    LoRAConfig,
     PolicyConfig,
     SamplingConfig,
-    ScratchConfig,
     load_run,
+    read_config,
     read_run,
 )
+from grpo_jax.experiment.recorded import config_from
+from grpo_jax.experiment.records import needed
 from grpo_jax.policy import Policy, fresh_adapters, load, merge, perturb
 from grpo_jax.policy.lora import split
 from grpo_jax.policy.transformer import Params
@@ -79,12 +79,12 @@ def _kept_step(run_dir: Path, step: int | None) -> int:
 
 def sampling_of(run_dir: str | Path) -> SamplingConfig:
     """How a run sampled completions when it began; run.json has what has changed since."""
-    return SamplingConfig(**_config(Path(run_dir))["sampling"])
+    return config_from(SamplingConfig, _recorded(run_dir, "sampling"))
 
 
 def method_of_run(run_dir: str | Path) -> str:
     """The name of the method that a run was trained with."""
-    method = _config(Path(run_dir))["method"]
+    method = _recorded(run_dir, "method")
     return method if isinstance(method, str) else method["name"]
 
 
@@ -107,18 +107,13 @@ def _load(config: PolicyConfig, seed: int) -> Policy:
 
 def _policy_of(run_dir: Path) -> tuple[PolicyConfig, int]:
     """Where a run's policy came from, and its seed, from config.json: the experiment's file is not needed for that."""
-    config = _config(run_dir)
-    fields = dict(config["policy"])
-    if fields["lora"] is not None:
-        fields["lora"] = LoRAConfig(**{**fields["lora"], "targets": tuple(fields["lora"]["targets"])})
-    return PolicyConfig(**{**fields, "scratch": ScratchConfig(**fields["scratch"])}), config["seed"]
+    return config_from(PolicyConfig, _recorded(run_dir, "policy")), _recorded(run_dir, "seed")
 
 
-def _config(run_dir: Path) -> dict[str, Any]:
-    try:
-        return json.loads((run_dir / "config.json").read_text())
-    except (OSError, ValueError):
-        raise UserError(f"{str(run_dir)!r} is not the directory of a run: its config.json cannot be read.") from None
+def _recorded(run_dir: str | Path, name: str) -> Any:
+    """A field of a run's config, as its config.json has it."""
+    run_dir = Path(run_dir)
+    return needed(read_config(run_dir), name, run_dir / "config.json")
 
 
 def checkpoint(state: State, reference: Any | None, tokens_seen: int = 0, tokens_sampled: int = 0) -> dict[str, Any]:

@@ -6,8 +6,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from grpo_jax.errors import UserError
-from grpo_jax.experiment import Experiment, SamplingConfig, load_run, read_run
+from grpo_jax.experiment import Experiment, SamplingConfig, load_run, read_config, read_run
 from grpo_jax.experiment.recorded import current_config
 from grpo_jax.runs.files import changed_since, read_json, read_rows
 
@@ -40,15 +39,12 @@ class Run:
     @property
     def status(self) -> str:
         """`running`, `finished`, `stopped` (by a callback), `interrupted` or `failed`."""
-        return self.info["status"]
+        return self.info.get("status", "unknown")
 
     @cached_property
     def config(self) -> dict[str, Any]:
         """The experiment as JSON, as it is now: functions by name, the task by its name and a digest of its data."""
-        config = read_json(self.run_dir / "config.json")
-        if not config:
-            raise UserError(f"{str(self.run_dir)!r} is not the directory of a run: its config.json cannot be read.")
-        return current_config(config, self.info)
+        return current_config(read_config(self.run_dir), self.info)
 
     @cached_property
     def experiment(self) -> Experiment:

@@ -14,9 +14,9 @@ from typing import Any
 
 from grpo_jax import statistics
 from grpo_jax.errors import UserError
-from grpo_jax.experiment import Ablation, PlannedRun, to_dict
+from grpo_jax.experiment import Ablation, PlannedRun, read_config, read_run, to_dict
 from grpo_jax.experiment.fingerprint import fingerprint
-from grpo_jax.runs.files import read_rows
+from grpo_jax.runs.files import read_json, read_rows
 from grpo_jax.statistics import Arm, Difference, Estimate, Score
 
 
@@ -147,11 +147,11 @@ def _row(arm: str, runs: Sequence[_Finished], compared: Arm, baseline: Sequence[
 
 def _status(run_dir: Path) -> str:
     """The status in a run's run.json, for a failed run with its error."""
-    try:
-        info = json.loads((run_dir / "run.json").read_text())
-    except (OSError, ValueError):
-        return "not run"
-    return f"failed: {info.get('error')}" if info["status"] == "failed" else info["status"]
+    info = read_json(run_dir / "run.json")
+    if not info:
+        return "damaged" if (run_dir / "run.json").exists() else "not run"
+    status = info.get("status", "damaged")
+    return f"failed: {info.get('error')}" if status == "failed" else status
 
 
 def _by_config(directory: Path, keys: Collection[str]) -> dict[str, Path]:
@@ -160,7 +160,7 @@ def _by_config(directory: Path, keys: Collection[str]) -> dict[str, Path]:
     for path in sorted(directory.glob("*/run.json")):
         if path.parent.name not in keys and _status(path.parent) == "finished":
             # The first versions named a run by its config alone.
-            found[json.loads(path.read_text()).get("config_key", path.parent.name)] = path.parent
+            found[read_json(path).get("config_key") or path.parent.name] = path.parent
     return found
 
 
@@ -183,20 +183,22 @@ def _read(run_dir: Path, run: PlannedRun, metric: str, *, allow_changes: bool) -
 
     Raises `UserError` if its data differ from the ablation's, if it lacks the metric, or was resumed with changes.
     """
-    info = json.loads((run_dir / "run.json").read_text())
+    info = read_run(run_dir)
     changed = [visit for visit in info.get("resumed", ()) if visit.get("changes") or visit.get("code")]
     if changed and not allow_changes:
         raise UserError(
             f"{str(run_dir)!r} was resumed with another config or other files at step {changed[0]['step']}: it is "
             "compared only with --allow-mixed."
         )
-    if json.loads((run_dir / "config.json").read_text())["task"] != json.loads(json.dumps(to_dict(run.config.task))):
+    if read_config(run_dir).get("task") != json.loads(json.dumps(to_dict(run.config.task))):
         raise UserError(f"{str(run_dir)!r} was trained on other data than its ablation's file now describes.")
     rows = list(read_rows(run_dir / "metrics.jsonl"))
     last = _last_row(run_dir, rows, metric)
     tokens = [row["num_sampled_tokens"] for row in rows if "num_sampled_tokens" in row]
     return _Finished(
-        score=Score(float(last[metric]), (last.get(f"{metric}_high", 0.0) - last.get(f"{metric}_low", 0.0)) / 2),
+        score=Score(
+            float(last[metric]), ((last.get(f"{metric}_high") or 0.0) - (last.get(f"{metric}_low") or 0.0)) / 2
+        ),
         tokens=float(tokens[-1]) if tokens else math.nan,  # runs of earlier versions did not count their tokens
         code=_code(info),
         machine=_machine(info),
@@ -207,16 +209,16 @@ def _code(info: Mapping[str, Any]) -> str:
     """The code of this package that a run was made with: its digest, or for the first versions their commit."""
     if info.get("package"):
         return info["package"]["digest"]
-    git = info["git"]
+    git = info.get("git")
     if git is None:
         return "none (outside of a git repository)"
-    return git["commit"] + (" with uncommitted changes" if git["dirty"] else "")
+    return git["commit"] + (" with uncommitted changes" if git.get("dirty") else "")
 
 
 def _machine(info: Mapping[str, Any]) -> str:
-    processor = info.get("processor")
-    if info["device"]["kind"] != "cpu" or not processor:
-        return info["device"]["kind"]
+    processor, kind = info.get("processor"), info.get("device", {}).get("kind", "unknown")
+    if kind != "cpu" or not processor:
+        return kind
     return f"{processor['name']} ({', '.join(processor['instructions'])}), {processor['cores']} cores"
 
 

@@ -151,10 +151,7 @@ def name_events(directory: Path, run: PlannedRun) -> None:
 
 def is_finished(run_dir: Path) -> bool:
     """Whether the directory holds a run that came to its end."""
-    try:
-        return json.loads((run_dir / "run.json").read_text())["status"] == "finished"
-    except (OSError, ValueError, KeyError):
-        return False
+    return read_json(run_dir / "run.json").get("status") == "finished"
 
 
 def _batches(runs: Sequence[PlannedRun], vectorize: bool) -> list[list[PlannedRun]]:

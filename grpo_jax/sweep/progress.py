@@ -1,6 +1,5 @@
 """The live table of all runs of a sweep, made from the files in their directories alone."""
 
-import json
 import time
 from collections.abc import Sequence, Set
 from datetime import UTC, datetime
@@ -161,10 +160,7 @@ class SweepProgress:
         if run.key in under_way:
             stage = current(self._stages(run)).name
             return "running" if stage == TRAINING else stage
-        try:
-            status = json.loads((self.directory / run.key / "run.json").read_text())["status"]
-        except (OSError, ValueError, KeyError):
-            return "waiting"
+        status = read_json(self.directory / run.key / "run.json").get("status", "waiting")
         return "interrupted" if status == "running" else status  # no process of this sweep's is making it
 
 

@@ -13,7 +13,7 @@ from os import PathLike, fspath
 from pathlib import Path
 from typing import Any
 
-from grpo_jax.errors import UserError, warn
+from grpo_jax.errors import UserError, failure_of, warn
 from grpo_jax.experiment.overrides import nearest
 from grpo_jax.experiment.sources import calling_folder
 from grpo_jax.tasks.checks import content
@@ -294,9 +294,11 @@ def _value(row: Row, source: str | Callable[[Row], Any], where: str, name: str) 
         return row[source]
     try:
         return source(row)
-    except Exception as error:  # the user's function
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # the user's function, which may even exit
         raise UserError(
-            f"{where}: the function for {name!r} failed with {type(error).__name__}: {error}; the columns are "
+            f"{where}: the function for {name!r} failed with {failure_of(error)}; the columns are "
             f"{', '.join(map(repr, row))}."
         ) from error
 

@@ -60,6 +60,12 @@ def test_text_becomes_a_value_that_the_field_admits(assignment, value):
     assert type(next(iter(found.values()))) is type(value)
 
 
+def test_a_field_of_a_config_that_is_none_switches_it_on():
+    config = override(toy(), parse_overrides(toy(), ["policy.lora.targets=('q','v')", "policy.lora.rank=8"]))
+    assert config.policy.lora == LoRAConfig(rank=8, targets=("q", "v"))
+    assert override(config, {"policy.lora": None}).policy.lora is None
+
+
 def test_a_later_assignment_of_the_same_field_wins():
     assert parse_overrides(toy(), ["steps=1", "seed=2", "steps=3"]) == {"steps": 3, "seed": 2}
 
@@ -69,8 +75,12 @@ def test_a_later_assignment_of_the_same_field_wins():
     [
         ("steps", "--set 'steps' is not of the form field=value, e.g. loss.beta=0.04."),
         ("steps.more=1", "'steps.more' is not a field: int has no fields of its own."),
-        ("policy.lora.rank=8", "'policy.lora.rank' cannot be set: policy.lora is None here."),
-        ("control.steps=8", "'control.steps' cannot be set: control is None here."),
+        ("policy.lora.rankk=8", "'policy.lora.rankk' is not a field: LoRAConfig has no 'rankk'; did you mean 'rank'?"),
+        ("policy.lora.rank=x", "LoRAConfig.rank = 'x' has the wrong type: it must be int."),
+        (
+            "control.steps=8",
+            "'control.steps' cannot be set: control is None here; set it whole, control={'steps': 8}.",
+        ),
         ("loss.betta=1", "'loss.betta' is not a field: LossConfig has no 'betta'; did you mean 'beta'?"),
         ("policy.scratch.alphabett=a", "ScratchConfig has no 'alphabett'; did you mean 'alphabet'?"),
         ("policy.scratch.zzz=a", "no 'zzz'; it must be one of alphabet, hidden_size, num_layers, num_heads."),

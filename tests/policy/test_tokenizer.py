@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from grpo_jax.errors import UserError
 from grpo_jax.policy import weights
 from grpo_jax.policy.gguf import parse
-from grpo_jax.policy.tokenizer import CharacterTokenizer, HuggingFaceTokenizer, from_directory, from_gguf
+from grpo_jax.policy.gguf_tokenizer import from_gguf
+from grpo_jax.policy.tokenizer import CharacterTokenizer, HuggingFaceTokenizer, from_directory
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "policies"
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
