@@ -204,6 +204,7 @@ class Trainer:
         done = 0
         if resume and checkpoints.latest_step(directory) is not None:
             done = self.load_checkpoint(directory)
+            self.log.require_rows(done)
         if not self.is_over(done):
             rows = f"{config.prompts_per_step} prompts × {config.group_size}"
             end = f"to {config.num_steps}" if config.token_budget is None else f"until {config.token_budget:,} tokens"

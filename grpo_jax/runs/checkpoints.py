@@ -4,10 +4,15 @@ A checkpoint is one pytree (e.g. `{"trainable": ..., "optimizer": ..., "step": 4
 leaf, under the leaf's path. So the saved leaves can be compared with the wanted ones, and a difference in structure,
 shape or dtype is reported before anything is read. Orbax writes a step into a temporary directory and renames it when
 everything is on disk, so an interrupted save leaves the earlier checkpoints unchanged.
+
+`SHA256SUMS` in a checkpoint's folder has the checksum of each of its files (`sha256sum -c` reads it). They are compared
+before anything is read, since a bit that has flipped on a disk may be a number as good as any other. A checkpoint
+without that file is of an earlier version, or its run was killed right after the save; it is read all the same.
 """
 
+import hashlib
 import logging
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,6 +22,9 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from grpo_jax.errors import RunError, UserError
+from grpo_jax.runs.files import write_text
+
+SUMS = "SHA256SUMS"  # in the folder of each checkpoint
 
 
 def save(directory: str | Path, step: int, state: Any, *, keep: int = 2) -> None:
@@ -31,6 +39,7 @@ def save(directory: str | Path, step: int, state: Any, *, keep: int = 2) -> None
         with _manager(directory, keep=keep, create=True) as manager:
             if step not in manager.all_steps():
                 manager.save(step, args=ocp.args.PyTreeSave(stored), force=True)
+                _write_sums(Path(directory) / str(step))
     except (OSError, ValueError) as error:
         raise RunError(
             f"the checkpoint of step {step} cannot be written to {directory}: {_first_line(error)}"
@@ -83,6 +92,9 @@ def restore(
         raise UserError(f"there is no checkpoint in {str(directory)!r}.")
     place = f"the checkpoint of step {step} in {str(directory)!r}"
     leaves = _flatten(like)
+    if (damaged := _damaged_file(Path(directory) / str(step))) is not None:
+        remedy = _remedy([other for other in kept_steps(directory) if other < step])
+        raise UserError(f"{place} is damaged: its file {damaged} is not what was saved{remedy}.")
     with _manager(directory) as manager:
         try:
             found = dict(manager.item_metadata(step).tree)
@@ -97,11 +109,42 @@ def restore(
         except UserError:
             raise
         except Exception as error:  # Orbax and TensorStore raise many types for foreign and for incomplete files
-            earlier = [other for other in manager.all_steps() if other < step]
-            remedy = f" (remove its folder to go back to step {max(earlier)})" if earlier else ""
+            remedy = _remedy([other for other in manager.all_steps() if other < step])
             raise UserError(f"{place} cannot be read: it is damaged or was not written by grpo_jax{remedy}.") from error
     restored = [_like(leaf, stored.get(name)) if name in wanted else leaf for name, leaf in leaves.items()]
     return step, jax.tree.unflatten(jax.tree.structure(like), restored)
+
+
+def _remedy(earlier: Sequence[int]) -> str:
+    return f" (remove its folder to go back to step {max(earlier)})" if earlier else ""
+
+
+def _write_sums(folder: Path) -> None:
+    """Writes the checksums of a checkpoint's files, in the form of the command sha256sum."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    lines = [f"{_sum_of(path)}  {path.relative_to(folder).as_posix()}\n" for path in files]
+    write_text(folder / SUMS, "".join(lines))
+
+
+def _damaged_file(folder: Path) -> str | None:
+    """The first file of a checkpoint that is missing or differs from its checksum; None if there is none."""
+    try:
+        lines = (folder / SUMS).read_text("utf-8", errors="replace").splitlines()
+    except OSError:
+        return None
+    for line in lines:
+        wanted, _, name = line.partition("  ")
+        try:
+            if _sum_of(folder / name) != wanted:
+                return name or SUMS
+        except (OSError, ValueError):
+            return name or SUMS
+    return None
+
+
+def _sum_of(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _flatten(tree: Any) -> dict[str, Any]:

@@ -209,6 +209,17 @@ class RunLog:
         """Shows one line about what happens now."""
         self.display.note(message)
 
+    def require_rows(self, done: int) -> None:
+        """Raises `UserError` if metrics.jsonl lacks one of the first `done` steps: it would never be whole again."""
+        path = self.run_dir / "metrics.jsonl"
+        have = {row["step"] for row in read_rows(path) if _place(row)[1]}
+        missing = sorted(set(range(done)) - have)
+        if missing:
+            raise UserError(
+                f"{path} lacks {len(missing)} of the first {done} steps, the first of them step {missing[0]}, though "
+                f"the run has a checkpoint of step {done}: put the file back, or begin a new run elsewhere."
+            )
+
     def _rewind(self, step: int) -> None:
         """Removes what an interrupted run has written from `step` on; evaluations at `step` itself still hold."""
         self._rewound = True

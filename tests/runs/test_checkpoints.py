@@ -150,10 +150,42 @@ def test_a_damaged_checkpoint_is_refused_and_the_one_before_it_is_named(tmp_path
     else:
         for path in (tmp_path / "2").rglob("d/*"):
             path.write_bytes(path.read_bytes()[:10])
+        (tmp_path / "2" / checkpoints.SUMS).unlink()  # it is of an earlier version
     with pytest.raises(UserError, match=r"cannot be read.*remove its folder to go back to step [12]\)\.$") as caught:
         checkpoints.restore(tmp_path, {"w": jnp.zeros(1000)})
     assert "\n" not in str(caught.value)
     assert checkpoints.restore(tmp_path, {"w": jnp.zeros(1000)}, step=1)[0] == 1
+
+
+def test_a_bit_that_has_flipped_in_any_file_is_found_and_the_file_is_named(tmp_path):
+    for step in (1, 2):
+        checkpoints.save(tmp_path, step, {"w": jnp.arange(1000.0)})
+    files = [path for path in (tmp_path / "2").rglob("*") if path.is_file() and path.stat().st_size]
+    assert len(files) > 5
+    for path in files:
+        good = path.read_bytes()
+        middle = len(good) // 2
+        path.write_bytes(good[:middle] + bytes([good[middle] ^ 1]) + good[middle + 1 :])
+        with pytest.raises(
+            UserError, match=r"is damaged: its file .* is not what was saved.*go back to step 1\)\.$"
+        ) as e:
+            checkpoints.restore(tmp_path, {"w": jnp.zeros(1000)})
+        assert path.name == checkpoints.SUMS or path.relative_to(tmp_path / "2").as_posix() in str(e.value)
+        path.write_bytes(good)
+    files[0].unlink()
+    with pytest.raises(UserError, match="is damaged: its file"):
+        checkpoints.restore(tmp_path, {"w": jnp.zeros(1000)})
+
+
+def test_a_checkpoint_without_checksums_is_read(tmp_path):
+    checkpoints.save(tmp_path, 1, make_state())
+    (tmp_path / "1" / checkpoints.SUMS).unlink()
+    assert_same(checkpoints.restore(tmp_path, make_state(0.0))[1], make_state())
+
+
+def test_the_checksums_are_those_that_sha256sum_checks(tmp_path):
+    checkpoints.save(tmp_path, 1, make_state())
+    subprocess.run(["sha256sum", "--check", "--quiet", checkpoints.SUMS], cwd=tmp_path / "1", check=True)
 
 
 def test_the_newest_of_several_checkpoints_before_a_damaged_one_is_named(tmp_path):

@@ -211,6 +211,23 @@ def test_resume_begins_a_run_where_there_is_none_or_one_that_was_killed_at_its_s
     assert not list(run_dir.glob(".*part")) and rows(run_dir / "metrics.jsonl") == [{"step": 0, "reward": 1.0}]
 
 
+def test_a_run_goes_on_only_if_its_log_holds_every_step_before(tmp_path):
+    with open_log(tmp_path / "run") as log:
+        for step in range(4):
+            log.step(step, {"reward": 1.0})
+        log.evaluation(2, Evaluation())
+        log.require_rows(4)
+        log.require_rows(3)  # what was written after the checkpoint is removed later
+        with pytest.raises(UserError, match=r"metrics\.jsonl lacks 1 of the first 5 steps, the first of them step 4, "):
+            log.require_rows(5)
+        path = tmp_path / "run" / "metrics.jsonl"
+        path.write_text("".join(line for line in path.open() if '"step": 2, "reward"' not in line))
+        with pytest.raises(
+            UserError, match="lacks 1 of the first 4 steps, the first of them step 2, though the run has"
+        ):
+            log.require_rows(4)
+
+
 def test_resume_begins_a_run_in_a_new_directory_too(tmp_path):
     with open_log(tmp_path / "new" / "run", resume=True):
         pass
