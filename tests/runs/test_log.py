@@ -263,6 +263,8 @@ def test_what_can_be_written_of_the_end_is_written_and_the_first_failure_is_rais
         log.step(0, {"reward": 1.0})
         monkeypatch.setattr("grpo_jax.runs.log.write_json", full)
     assert told == ["finished"]
+    info = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert info["status"] == "failed" and info["seed"] == 3  # changed in its place: that takes no room
     monkeypatch.undo()
     with open_log(tmp_path / "run", resume=True):  # the lock is free
         pass
