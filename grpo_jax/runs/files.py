@@ -3,7 +3,7 @@
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +89,19 @@ def write_text(path: Path, text: str) -> None:
         except OSError:
             part.unlink(missing_ok=True)
             raise
+
+
+def replace_bytes(path: Path, before: bytes, after: bytes) -> None:
+    """Replaces bytes of a file by as many others in their place, which takes no room on the disk; nothing if it cannot.
+
+    Only for a full disk: a process that is killed meanwhile may leave a part of both.
+    """
+    assert len(before) == len(after)
+    with suppress(OSError), path.open("r+b") as file:
+        place = file.read().find(before)
+        if place >= 0:
+            file.seek(place)
+            file.write(after)
 
 
 @contextmanager

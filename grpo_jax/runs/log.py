@@ -16,7 +16,17 @@ from grpo_jax.experiment import Experiment, to_dict
 from grpo_jax.runs import checkpoints, record
 from grpo_jax.runs.callbacks import Callbacks, EndEvent, EvaluationEvent, StartEvent, Status, StepEvent
 from grpo_jax.runs.display import Display
-from grpo_jax.runs.files import append_rows, assigned, json_line, jsonable, read_rows, write_json, write_text, writing
+from grpo_jax.runs.files import (
+    append_rows,
+    assigned,
+    json_line,
+    jsonable,
+    read_rows,
+    replace_bytes,
+    write_json,
+    write_text,
+    writing,
+)
 from grpo_jax.runs.lock import only_writer
 from grpo_jax.runs.result import Result, Stop
 from grpo_jax.runs.tensorboard import SAMPLE_TEXTS, TensorBoard
@@ -233,7 +243,13 @@ class RunLog:
 
     def _write_status(self, status: str, **more: Any) -> None:
         self._info |= {"status": status, **more}
-        write_json(self.run_dir / "run.json", self._info)
+        path = self.run_dir / "run.json"
+        try:
+            write_json(path, self._info)
+        except RunError:
+            if status == "failed":  # a full disk has no room for another file, but this one can be changed in its place
+                replace_bytes(path, b'"status": "running"', b'"status": "failed" ')
+            raise
 
 
 def display_of(
