@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 import hypothesis
-from hypothesis import HealthCheck
+from hypothesis import HealthCheck, Phase
 from hypothesis import strategies as st
 
 from grpo_jax.errors import UserError
@@ -28,6 +28,7 @@ def fuzz(examples: int) -> Any:
     return hypothesis.settings(
         max_examples=ASKED or examples,
         derandomize=not ASKED,
+        phases=(Phase.explicit, Phase.generate) if ASKED else tuple(Phase),  # to shrink takes longer than to find
         deadline=None,
         database=None,
         suppress_health_check=list(HealthCheck),

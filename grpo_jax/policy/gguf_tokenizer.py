@@ -4,7 +4,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from grpo_jax.errors import UserError
+from grpo_jax.errors import UserError, one_line, shown
+from grpo_jax.experiment.checked import admits
 from grpo_jax.policy.tokenizer import Tokenizer, fitted, quiet
 
 # Pre-tokenizers by their GGUF name. The regular expressions are those of the models' own tokenizer.json files.
@@ -30,6 +31,7 @@ def from_gguf(path: Path, metadata: Mapping[str, Any], rows: int | None = None) 
         return None
 
     def make() -> Tokenizer:
+        _check(path, metadata)
         quiet()
         from transformers import PreTrainedTokenizerFast
 
@@ -42,13 +44,43 @@ def from_gguf(path: Path, metadata: Mapping[str, Any], rows: int | None = None) 
             tokenizer_object=_byte_pairs(path, metadata),
             chat_template=metadata.get("tokenizer.chat_template"),
             clean_up_tokenization_spaces=False,
-            model_max_length=metadata.get(f"{metadata['general.architecture']}.context_length"),
+            model_max_length=metadata.get(f"{metadata.get('general.architecture')}.context_length"),
             **{f"{role}_token": name for role, key in names.items() if (name := token(key)) is not None},
         )
         end_of_turn = metadata.get("tokenizer.ggml.eot_token_id")
         return fitted(tokenizer, [] if end_of_turn is None else [end_of_turn], rows, path)
 
     return make
+
+
+_FIELDS: dict[str, Any] = {
+    "tokens": list[str],
+    "merges": list[str],
+    "token_type": list[int],
+    "add_space_prefix": bool,
+    "add_bos_token": bool,
+    **{f"{kind}_token_id": int for kind in ("bos", "eos", "eot", "padding", "unknown")},
+}
+
+
+def _check(path: Path, metadata: Mapping[str, Any]) -> None:
+    """Raises `UserError` for metadata of which no tokenizer can be made."""
+    tokens = metadata["tokenizer.ggml.tokens"]
+    for key, wanted in _FIELDS.items():
+        value = metadata.get(f"tokenizer.ggml.{key}")
+        if f"tokenizer.ggml.{key}" in metadata and not admits(wanted, value):
+            raise UserError(f"{path} has tokenizer.ggml.{key} = {shown(value)}, which must be {wanted}.")
+        if key.endswith("_id") and value is not None and not 0 <= value < len(tokens):
+            raise UserError(f"{path} has tokenizer.ggml.{key} = {value}, but {len(tokens)} tokens.")
+    if len(set(tokens)) != len(tokens) or not tokens:
+        raise UserError(f"{path} has {len(tokens)} tokens of which some are the same: each must be there once.")
+    if len(metadata.get("tokenizer.ggml.token_type", tokens)) != len(tokens):
+        raise UserError(f"{path} has another number of token types than of tokens, {len(tokens)}.")
+    if any(merge.count(" ") != 1 for merge in metadata.get("tokenizer.ggml.merges", ())):
+        raise UserError(f"{path} has a merge of other than two parts.")
+    template = metadata.get("tokenizer.chat_template")
+    if template is not None and not isinstance(template, str):
+        raise UserError(f"{path} has tokenizer.chat_template = {shown(template)}, which must be a text.")
 
 
 def _byte_pairs(path: Path, metadata: Mapping[str, Any]) -> Any:
@@ -59,20 +91,22 @@ def _byte_pairs(path: Path, metadata: Mapping[str, Any]) -> Any:
         return metadata.get(f"tokenizer.ggml.{key}", default)
 
     model, kind = get("model"), get("pre", "default")
-    if model != "gpt2" or kind not in _PRE_TOKENIZERS:
+    if model != "gpt2" or not isinstance(kind, str) or kind not in _PRE_TOKENIZERS:
         raise UserError(
-            f"{path} has a tokenizer of model {model!r} and pre-tokenizer {kind!r}: from GGUF files only "
+            f"{path} has a tokenizer of model {shown(model)} and pre-tokenizer {shown(kind)}: from GGUF files only "
             f"byte-level tokenizers ('gpt2') with one of {', '.join(_PRE_TOKENIZERS)} can be read."
         )
     tokens = get("tokens")
     split = _PRE_TOKENIZERS[kind]
-    tokenizer = Tokenizer(
-        models.BPE(
+    try:
+        pairs = models.BPE(
             vocab={token: i for i, token in enumerate(tokens)},
-            merges=[tuple(merge.split(" ")) for merge in get("merges")],
+            merges=[tuple(merge.split(" ")) for merge in get("merges", [])],
             ignore_merges=split == _LLAMA3_SPLIT,
         )
-    )
+    except Exception as error:  # of Rust, such as for a merge whose parts are no tokens
+        raise UserError(f"{path} has a tokenizer that cannot be made: {one_line(error)}.") from None
+    tokenizer = Tokenizer(pairs)
     if kind == "qwen2":
         tokenizer.normalizer = normalizers.NFC()
     by_words = pre_tokenizers.ByteLevel(add_prefix_space=bool(get("add_space_prefix", False)), use_regex=True)

@@ -140,6 +140,8 @@ class HuggingFaceTokenizer:
                 add_generation_prompt=open_turn and not continues,
                 continue_final_message=continues,
             )
+        except (ArithmeticError, LookupError, MemoryError, RecursionError, TypeError, ValueError) as error:
+            raise UserError(f"the chat template fails: {failure_of(error)}.") from None
         except TemplateError as error:  # an unknown role, or an order of roles that is not allowed
             roles = ", ".join(message["role"] for message in messages)
             raise UserError(f"the chat template does not accept messages of the roles {roles}: {error}.") from None

@@ -99,7 +99,7 @@ def render(page: Mapping[str, Any]) -> str:
 def run_page(run: Path) -> dict[str, Any]:
     """The data of the page about a run, finished or not."""
     info, config, summary = (read_json(run / f"{name}.json") for name in ("run", "config", "summary"))
-    rows = read_completions(run)
+    rows = _completions(run)
     charts, metrics = run_charts(run, summary.get("references", {}))
     shown, note = completions({run.resolve().name: rows})
     return {
@@ -128,7 +128,7 @@ def ablation_page(directory: Path, sweep: Sweep) -> dict[str, Any]:
     configs = {arm: read_json(run / "config.json") for arm, run in first.items()}
     charts, metrics = arm_charts(sweep.arms, sweep.metric)
     runs = {
-        f"{arm}, seed {sweep.seeds[run]}": read_completions(run)
+        f"{arm}, seed {sweep.seeds[run]}": _completions(run)
         for arm, directories in sweep.arms.items()
         for run in directories
     }
@@ -252,13 +252,32 @@ def _final(runs: Sequence[Path], sweep: Sweep) -> dict[int, statistics.Score]:
     return finals
 
 
+def _completions(run: Path) -> list[dict[str, Any]]:
+    """The rows of a run's completions. Raises `UserError` for one that lacks what the page shows."""
+    rows = read_completions(run)
+    for row in rows:
+        for name in ("step", "prompt", "completion", "rewards", "reward", "advantage"):
+            needed(row, name, run / "completions.jsonl")
+    return rows
+
+
+def _evaluated(run: Path, prefix: str) -> list[dict[str, Any]]:
+    """The rows of a run's evaluations on a split. Raises `UserError` for one that lacks what the page shows."""
+    rows = [row for row in read_rows(run / "metrics.jsonl") if row.get(f"{prefix}/success") is not None]
+    for row in rows:
+        for name in ("success_low", "success_high", "temperature", "num_prompts", "num_samples", "mean_length"):
+            if needed(row, f"{prefix}/{name}", run / "metrics.jsonl") is None:
+                raise UserError(f"{run / 'metrics.jsonl'} is damaged, or was edited: {prefix}/{name} is null.")
+    return rows
+
+
 def _score_table(run: Path, split: str) -> dict[str, Any] | None:
     """The evaluations of a split before and after training, and the control's; None if there are none."""
     prefix = "evaluation" if split == "held_out" else f"evaluation/{split}"
-    rows = [row for row in read_rows(run / "metrics.jsonl") if f"{prefix}/success" in row]
+    rows = _evaluated(run, prefix)
     if not rows:
         return None
-    control = [row for row in read_rows(run / "control" / "metrics.jsonl") if f"{prefix}/success" in row]
+    control = _evaluated(run / "control", prefix)
     shown = {"before": rows[0]}
     if len(rows) > 1:
         shown[f"after {rows[-1]['step']} updates"] = rows[-1]
