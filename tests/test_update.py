@@ -602,6 +602,8 @@ def test_a_warm_up_ends_at_the_learning_rate_and_never_wastes_an_update_at_0():
     np.testing.assert_allclose(rates(6, warmup_steps=4), [0.25, 0.5, 0.75, 1, 1, 1])
     np.testing.assert_allclose(rates(6, warmup_steps=4, schedule="linear"), [0.25, 0.5, 0.75, 1, 1, 0.5])
     np.testing.assert_allclose(rates(3, warmup_steps=1, schedule="linear"), [1, 1, 0.5])
+    # Of the two updates after the warm-up, the second is in the middle of the cosine.
+    np.testing.assert_allclose(rates(6, warmup_steps=4, schedule="cosine"), [0.25, 0.5, 0.75, 1, 1, 0.5], rtol=1e-6)
     np.testing.assert_allclose(rates(4, warmup_steps=8), np.arange(1, 5) / 8)  # longer than the run
 
 

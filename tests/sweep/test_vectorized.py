@@ -26,6 +26,7 @@ from grpo_jax.experiment import (
 )
 from grpo_jax.policy.tokenizer import CharacterTokenizer
 from grpo_jax.rewards import wordle
+from grpo_jax.runs.restore import restore_policy
 from grpo_jax.sweep import array_rewards, vectorized
 from grpo_jax.tasks.wordle import single_guess, six_turns
 
@@ -105,7 +106,7 @@ def test_a_seed_is_the_run_of_its_seed_to_the_last_digit(seeds, tmp_path, seed):
     assert ours == own
 
 
-def test_a_seed_samples_as_its_run_and_makes_as_many_updates_of_a_batch(tmp_path):
+def test_a_seed_samples_as_its_run_and_makes_as_many_updates_of_a_batch_at_the_same_rates(tmp_path):
     # Up to rounding: two updates in one program are fused otherwise than one.
     sampling = {"sampling.temperature": 0.8, "sampling.top_k": 20, "sampling.top_p": 0.5}
     updates = {
@@ -115,6 +116,7 @@ def test_a_seed_samples_as_its_run_and_makes_as_many_updates_of_a_batch(tmp_path
         "steps": 1,
         "evaluation.every": 0,
         "warm_start": None,
+        "optimizer.schedule": "linear",
     }
     config = override(CONFIG, {**sampling, **updates})
     training.train(config, tmp_path / "alone", quiet=True)
@@ -127,6 +129,10 @@ def test_a_seed_samples_as_its_run_and_makes_as_many_updates_of_a_batch(tmp_path
     assert said[0] == said[1]
     assert abs(other["importance_ratio"] - 1) > 1e-4  # measured in the second update
     assert other["sampling/logprob_difference/max"] < 1e-4  # measured in the first
+    # The rates are 1e-3 and 5e-4: over one update alone the schedule would make the second one at 0.
+    own, its = (restore_policy(tmp_path / name).params for name in ("alone", "seed"))
+    gaps = np.concatenate([np.abs(own[path] - its[path]).ravel() for path in own])
+    assert gaps.mean() < 1e-5
 
 
 def test_lanes_differ_in_their_seed(seeds):
