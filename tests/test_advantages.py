@@ -302,6 +302,18 @@ def test_a_tokens_advantage_is_less_by_the_kl_from_there_on():
     assert (found[..., 2] == 0).all()
 
 
+@pytest.mark.parametrize("ddof", [0, 1])
+def test_the_divisor_is_the_configs_also_with_the_kl_in_the_reward(ddof):
+    # Rewards less the KL are 1 - 0.5 * 2 = 0 and 1 - 0.5 * 0 = 1: half a unit around their mean, with the population's
+    # standard deviation 1/2 and the sample's 1/sqrt(2). With one token each, tokens are scaled as completions are.
+    kl, mask, expected = [[[2], [0]]], [[[1], [1]]], np.array([-1, 1]) / (1, 2**0.5)[ddof]
+    for scale in ("group", "batch", "whiten"):
+        found = with_kl(AdvantageConfig(scale, ddof=ddof, kl_coef=0.5), [[1, 1]], kl, mask)
+        np.testing.assert_allclose(found, [expected], rtol=1e-6)
+    config = AdvantageConfig("whiten", ddof=ddof, kl_coef=0.5, kl_level="token")
+    np.testing.assert_allclose(with_kl(config, [[1, 1]], kl, mask)[..., 0], [expected], rtol=1e-6)
+
+
 def test_a_completion_that_was_dropped_counts_in_no_kl_either():
     config = AdvantageConfig("none", "mean", kl_coef=1.0)
     found = with_kl(config, [[1, 0, 0]], np.ones((1, 3, 1)) * [[[1], [2], [50]]], np.ones((1, 3, 1)), [[1, 1, 0]])

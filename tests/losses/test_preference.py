@@ -70,6 +70,13 @@ def test_arithmetic_by_hand(loss):
         assert np.isfinite(gradient).all() and gradient[1, 1] == 0 and gradient[0, 0] < 0 < gradient[1, 0]
 
 
+def test_a_tie_is_no_correct_pair():
+    # An untrained policy is its own reference: every margin is 0, and none of its pairs is right.
+    logprobs, mask = np.full((4, 3), -1.0, np.float32), np.ones((4, 3), bool)
+    assert dpo_loss(logprobs, logprobs, mask, DPOConfig())[1]["rewards/accuracies"] == 0
+    assert bradley_terry_loss(np.array([0.5, 0.5, 2.0, 1.0]))[1]["rewards/accuracies"] == 0.5
+
+
 def test_robust_dpo_is_unbiased_under_flipped_labels():
     # Its mean over labels that are wrong with probability 0.2 is the loss of the correct labels; cDPO's mean is not.
     rng = np.random.default_rng(0)
