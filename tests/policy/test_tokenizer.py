@@ -38,9 +38,12 @@ METADATA = {
 
 
 def small(**changes) -> HuggingFaceTokenizer:
-    """A byte-level tokenizer. Its end-of-turn token <|im_end|> (1) is not its end-of-sequence token <|end|> (2)."""
+    """A byte-level tokenizer. Its end-of-turn token <|im_end|> (1) is not its end-of-sequence token <|end|> (2).
+
+    A change to None leaves the key out.
+    """
     metadata = {**METADATA, **{f"tokenizer.{key.replace('__', '.')}": value for key, value in changes.items()}}
-    return from_gguf(Path("small.gguf"), metadata)()
+    return from_gguf(Path("small.gguf"), {key: value for key, value in metadata.items() if value is not None})()
 
 
 def test_the_end_of_turn_token_of_a_gguf_file_stops_a_turn_too():

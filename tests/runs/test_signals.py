@@ -74,6 +74,7 @@ def test_a_second_signal_ends_a_process_that_python_does_not_hear_in(number: sig
         [sys.executable, "-c", COMPILES], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
     assert process.stdout is not None and process.stdout.readline() == "begun\n"
+    time.sleep(1)  # until it is within the one call that holds Python
     began = time.monotonic()
     try:
         process.send_signal(number)
