@@ -68,14 +68,15 @@ from grpo_jax.runs.lock import only_writer
 with only_writer(Path({str(tmp_path)!r})):
     child = os.fork()
     if child == 0:
+        print(os.getpid(), flush=True)  # once it has let go of the lock
         time.sleep(60)
-    print(child, flush=True)
-    os.kill(os.getpid(), 9)
+    time.sleep(60)
 """
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     child = int(process.stdout.readline())
     process.stdout.close()
+    process.kill()
     process.wait()
     try:
         with only_writer(tmp_path):
