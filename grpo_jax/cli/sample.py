@@ -12,7 +12,7 @@ from tyro.conf import Positional, arg
 from grpo_jax.cli import common
 from grpo_jax.cli.common import Flag, Inline, OptionalFloat, OptionalInt, OptionalStep, OptionalText
 from grpo_jax.errors import UserError, printable
-from grpo_jax.experiment import SamplingConfig, load_run, read_run
+from grpo_jax.experiment import SamplingConfig, load_run
 from grpo_jax.tasks import Example, Task
 
 Replies = Literal["environment", "person", "nobody"]
@@ -232,15 +232,12 @@ def _require_environment(task: Task | None, example: Example | None) -> None:
 def _speaker(source: str, options: Options) -> _Speaker:
     """The policy of a run with the settings of its training, or any other policy."""
     from grpo_jax import policy
-    from grpo_jax.runs.files import changed_since, read_rows
-    from grpo_jax.runs.restore import sampling_of
+    from grpo_jax.runs.run import Run
 
     if not common.is_run(source):
         return _Speaker(policy.load(source), None, None, options)
-    run_dir = Path(source)
-    sampling = replace(sampling_of(source), **changed_since(read_run(run_dir), "sampling"))
-    first_prompt = next((row["prompt"] for row in read_rows(run_dir / "completions.jsonl")), None)
-    return _Speaker(common.tuned_policy(run_dir, options.step), sampling, first_prompt, options)
+    run = Run(source)
+    return _Speaker(common.tuned_policy(run.run_dir, options.step), run.sampling, run.first_prompt, options)
 
 
 def _has_several_turns(run_dir: Path) -> bool:

@@ -57,6 +57,11 @@ def read_rows(path: Path, *, of_run: bool = True) -> Iterator[dict[str, Any]]:
             yield row
 
 
+def is_evaluation(row: Mapping[str, Any]) -> bool:
+    """Whether a row of metrics.jsonl is of an evaluation; else it is of a training step."""
+    return any(name.startswith("evaluation/") for name in row)
+
+
 def append_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     """Appends rows to a .jsonl file, all or none: if the disk is full, the file is cut to its length before."""
     data = "".join(map(json_line, rows)).encode()

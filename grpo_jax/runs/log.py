@@ -19,6 +19,7 @@ from grpo_jax.runs.display import Display
 from grpo_jax.runs.files import (
     append_rows,
     assigned,
+    is_evaluation,
     json_line,
     jsonable,
     read_rows,
@@ -269,4 +270,4 @@ def _flat(values: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, An
 
 def _place(row: Mapping[str, Any]) -> tuple[int, int]:
     """Where a row belongs in a file: the evaluations at a step come before the step, which moves the parameters."""
-    return row["step"], int(not any(key.startswith("evaluation/") for key in row))
+    return row["step"], int(not is_evaluation(row))

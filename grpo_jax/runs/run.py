@@ -1,6 +1,5 @@
 """A run's directory, read: its config, metrics, evaluations, completions and policy."""
 
-from collections.abc import Mapping
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -8,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from grpo_jax.experiment import Experiment, SamplingConfig, load_run, read_config, read_run
 from grpo_jax.experiment.recorded import current_config
-from grpo_jax.runs.files import changed_since, read_json, read_rows
+from grpo_jax.runs.files import changed_since, is_evaluation, read_json, read_rows
 
 if TYPE_CHECKING:
     from grpo_jax.policy import Policy
@@ -61,12 +60,12 @@ class Run:
     @cached_property
     def metrics(self) -> list[dict[str, Any]]:
         """The metrics of each training step, in their order, with its `step`."""
-        return [row for row in self._rows if not _is_evaluation(row)]
+        return [row for row in self._rows if not is_evaluation(row)]
 
     @cached_property
     def evaluations(self) -> list[dict[str, Any]]:
         """The metrics of each evaluation, in their order, with the `step` after which it was made."""
-        return [row for row in self._rows if _is_evaluation(row)]
+        return [row for row in self._rows if is_evaluation(row)]
 
     @cached_property
     def completions(self) -> list[dict[str, Any]]:
@@ -93,7 +92,3 @@ class Run:
     @cached_property
     def _rows(self) -> list[dict[str, Any]]:
         return list(read_rows(self.run_dir / "metrics.jsonl"))
-
-
-def _is_evaluation(row: Mapping[str, Any]) -> bool:
-    return any(name.startswith("evaluation/") for name in row)

@@ -7,12 +7,13 @@ its arm and seed, in the group of its arm; another one by its directory. Their p
 
 import os
 import sys
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from contextlib import redirect_stdout
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, ClassVar
 
 from grpo_jax.errors import UserError
 from grpo_jax.experiment.overrides import nearest
@@ -20,7 +21,28 @@ from grpo_jax.runs.callbacks import Callback, EndEvent, EvaluationEvent, StartEv
 from grpo_jax.runs.files import jsonable, write_text
 
 
-class Trackio(Callback):
+class _Tracker(Callback, ABC):
+    """What trackers have in common: a package that is needed, a project, and the package's run."""
+
+    package: ClassVar[str]
+
+    def __init__(self, project: str | None = None, **options: Any) -> None:
+        self._package = _require(self.package)
+        self._project, self._options = project, options
+        self._run: Any = None
+
+    def on_step(self, event: StepEvent) -> None:
+        self._log(event)
+
+    def on_evaluation(self, event: EvaluationEvent) -> None:
+        self._log(event)
+
+    @abstractmethod
+    def _log(self, event: StepEvent | EvaluationEvent) -> None:
+        """Sends the metrics of an event."""
+
+
+class Trackio(_Tracker):
     """Logs a run to Trackio: to this machine (`trackio show` opens it), or where Trackio's own variables say.
 
     Args:
@@ -31,10 +53,7 @@ class Trackio(Callback):
       UserError: if the package is not installed.
     """
 
-    def __init__(self, project: str | None = None, **options: Any) -> None:
-        self._package = _require("trackio")
-        self._project, self._options = project, options
-        self._run: Any = None
+    package = "trackio"
 
     def on_start(self, event: StartEvent) -> None:
         # What Trackio prints is no part of what a command prints on stdout.
@@ -48,10 +67,7 @@ class Trackio(Callback):
                 **self._options,
             )
 
-    def on_step(self, event: StepEvent) -> None:
-        self._run.log(_numbers(event), step=event.step)
-
-    def on_evaluation(self, event: EvaluationEvent) -> None:
+    def _log(self, event: StepEvent | EvaluationEvent) -> None:
         self._run.log(_numbers(event), step=event.step)
 
     def on_end(self, event: EndEvent) -> None:
@@ -60,7 +76,7 @@ class Trackio(Callback):
                 self._package.finish()
 
 
-class Wandb(Callback):
+class Wandb(_Tracker):
     """Logs a run to Weights & Biases, or with WANDB_MODE=offline to the run's directory.
 
     Metrics are drawn over the metric `step`, since a run that is resumed repeats steps, which W&B's own count cannot.
@@ -73,10 +89,7 @@ class Wandb(Callback):
       UserError: if the package is not installed.
     """
 
-    def __init__(self, project: str | None = None, **options: Any) -> None:
-        self._package = _require("wandb")
-        self._project, self._options = project, options
-        self._run: Any = None
+    package = "wandb"
 
     def on_start(self, event: StartEvent) -> None:
         note = event.run_dir / "wandb_id.txt"
@@ -94,10 +107,7 @@ class Wandb(Callback):
         write_text(note, f"{self._run.id}\n")
         self._run.define_metric("*", step_metric="step")
 
-    def on_step(self, event: StepEvent) -> None:
-        self._run.log({"step": event.step, **_numbers(event)})
-
-    def on_evaluation(self, event: EvaluationEvent) -> None:
+    def _log(self, event: StepEvent | EvaluationEvent) -> None:
         self._run.log({"step": event.step, **_numbers(event)})
 
     def on_end(self, event: EndEvent) -> None:

@@ -1,12 +1,12 @@
 """The live table of all runs of a sweep, made from the files in their directories alone."""
 
 import time
-from collections.abc import Sequence, Set
+from collections.abc import Mapping, Sequence, Set
 from datetime import UTC, datetime
 from pathlib import Path
 from statistics import fmean, median
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 from rich.console import Console
 from rich.live import Live
@@ -38,6 +38,13 @@ STYLES = {
     CONTROL: "bold",
     "waiting": "dim",
 }
+
+
+class _Seen(NamedTuple):
+    """A run as its files were: its parts, and its status."""
+
+    stages: list[Stage]
+    status: str
 
 
 class SweepProgress:
@@ -77,11 +84,12 @@ class SweepProgress:
     def show(self, under_way: Set[str], failed: Set[str]) -> None:
         """Shows the runs as their files are now; `under_way` and `failed` are keys of this sweep's."""
         if self._live is None:
+            seen = self._look(under_way, failed)
             for run in self.runs:
-                status = self._status(run, under_way, failed)
+                status = seen[run.key].status
                 if status != self._shown.get(run.key, "waiting"):
                     self._shown[run.key] = status
-                    far = f"  ({self._far(under_way, failed)})" if status == "finished" else ""
+                    far = f"  ({self._far(seen, under_way)})" if status == "finished" else ""
                     line = f"{_name(run)}  seed {run.seed}  {run.key}  {status}{far}"
                     self.console.print(Text(line), soft_wrap=True)
         elif time.monotonic() - self._drawn > 1:  # reading every file of a large sweep takes a while
@@ -90,14 +98,15 @@ class SweepProgress:
 
     def table(self, under_way: Set[str], failed: Set[str]) -> Table:
         """Returns the table: one row for each run."""
-        table = Table(title=self._far(under_way, failed, "runs finished"), title_justify="left")
+        seen = self._look(under_way, failed)
+        table = Table(title=self._far(seen, under_way, "runs finished"), title_justify="left")
         for column in ("arm", "seed", "run", "status"):
             table.add_column(column, justify="right" if column == "seed" else "left")
         for column in ("step", "reward", self.metric.removeprefix("evaluation/")):
             table.add_column(column, justify="right")
         for run in self.runs:
-            status, latest = self._status(run, under_way, failed), latest_metrics(self.directory / run.key)
-            steps = self._steps(run, status, latest)
+            status, latest = seen[run.key].status, latest_metrics(self.directory / run.key)
+            steps = self._steps(run, seen[run.key], latest)
             figures = [_figure(latest.get(name)) for name in ("reward", self.metric)]
             style = STYLES.get(status, "")
             table.add_row(_name(run), str(run.seed), run.key, Text(status, style=style), steps, *figures)
@@ -108,24 +117,35 @@ class SweepProgress:
 
         None if there is no step to go by, or if nothing is under way.
         """
+        return self._time_left(self._look(under_way, failed), under_way)
+
+    def _look(self, under_way: Set[str], failed: Set[str]) -> dict[str, _Seen]:
+        """Each run as its files are now, which are read once for all that is shown."""
+        seen = {}
+        for run in self.runs:
+            stages = stages_of(self.directory / run.key, run.config)
+            seen[run.key] = _Seen(stages, self._status(run, stages, under_way, failed))
+        return seen
+
+    def _time_left(self, seen: Mapping[str, _Seen], under_way: Set[str]) -> float | None:
         if not under_way:
             return None
-        stages = {run.key: stages_of(self.directory / run.key, run.config) for run in self.runs}
-        status = {run.key: self._status(run, under_way, failed) for run in self.runs}
         took = {
             run.key: seconds
             for run in self.runs
-            if status[run.key] == "finished"
+            if seen[run.key].status == "finished"
             and (seconds := read_json(self.directory / run.key / "summary.json").get("seconds")) is not None
         }
         now = datetime.now(UTC)
-        begun = (overhead_of(self.directory / key, stages[key], now) for key in under_way)
+        begun = (overhead_of(self.directory / key, seen[key].stages, now) for key in under_way)
         overhead = median([seconds for seconds in begun if seconds is not None] or [0.0])
-        pace, left = pace_of(stages.values()), []
+        pace, left = pace_of(each.stages for each in seen.values()), []
         for batch in self.together:
-            open_runs = [run for run in batch if status[run.key] not in ("finished", "failed")]
+            open_runs = [run for run in batch if seen[run.key].status not in ("finished", "failed")]
             if open_runs:  # of runs in one program, the slowest one counts
-                each = [seconds_left(stages[run.key], pace, self._duration(run, took), overhead) for run in open_runs]
+                each = [
+                    seconds_left(seen[run.key].stages, pace, self._duration(run, took), overhead) for run in open_runs
+                ]
                 known = [seconds for seconds in each if seconds is not None]
                 left.append(max(known) if len(known) == len(each) else None)
         return sweep_seconds_left(left, self.jobs)
@@ -135,30 +155,27 @@ class SweepProgress:
         same = [took[other.key] for other in self.runs if other.key in took and other.arms == run.arms]
         return fmean(same or took.values()) if took else None
 
-    def _far(self, under_way: Set[str], failed: Set[str], what: str = "runs") -> str:
+    def _far(self, seen: Mapping[str, _Seen], under_way: Set[str], what: str = "runs") -> str:
         """How many runs are finished, and about how long the others still take."""
-        done = sum(self._status(run, under_way, failed) == "finished" for run in self.runs)
-        left = self.time_left(under_way, failed)
+        done = sum(each.status == "finished" for each in seen.values())
+        left = self._time_left(seen, under_way)
         return f"{done} of {len(self.runs)} {what}" + (f", about {time_text(left)} left" if left else "")
 
-    def _steps(self, run: PlannedRun, status: str, latest: dict[str, Any]) -> str:
+    def _steps(self, run: PlannedRun, seen: _Seen, latest: dict[str, Any]) -> str:
         """How many steps of how many: of the warm start or the control while they are under way."""
-        if status in (WARM_START, CONTROL):
-            [stage] = [each for each in self._stages(run) if each.name == status]
+        if seen.status in (WARM_START, CONTROL):
+            [stage] = [each for each in seen.stages if each.name == seen.status]
             return f"{stage.done}/{stage.total}"
         # Step s is the one after s updates; evaluations carry the number of updates itself.
         steps = latest["step"] + ("reward" in latest or "loss" in latest) if latest else 0
         steps = str(min(steps, run.config.num_steps))
         return steps if run.config.token_budget is not None else f"{steps}/{run.config.num_steps}"
 
-    def _stages(self, run: PlannedRun) -> list[Stage]:
-        return stages_of(self.directory / run.key, run.config)
-
-    def _status(self, run: PlannedRun, under_way: Set[str], failed: Set[str]) -> str:
+    def _status(self, run: PlannedRun, stages: Sequence[Stage], under_way: Set[str], failed: Set[str]) -> str:
         if run.key in failed:
             return "failed"
         if run.key in under_way:
-            stage = current(self._stages(run)).name
+            stage = current(stages).name
             return "running" if stage == TRAINING else stage
         status = read_json(self.directory / run.key / "run.json").get("status", "waiting")
         return "interrupted" if status == "running" else status  # no process of this sweep's is making it
