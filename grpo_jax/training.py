@@ -176,10 +176,16 @@ class Trainer:
         return None if function is None else self.replicas.compile(function)
 
     @cached_property
-    def take_minibatch(self) -> Callable[..., Batch]:
-        """(placed batch, index) -> one of its mini-batches, compiled."""
+    def _take_minibatch(self) -> Callable[..., Batch]:
         count = self.experiment.num_minibatches
         return self.replicas.compile(lambda batch, index: minibatch(batch, index, count))
+
+    def minibatches(self, batch: Batch) -> list[Batch]:
+        """The mini-batches of a placed batch, cut once for all passes over it."""
+        count = self.experiment.num_minibatches
+        if count == 1:
+            return [batch]
+        return [self._take_minibatch(batch, self.replicas.broadcast(np.int32(index))) for index in range(count)]
 
     @cached_property
     def _reference_kl(self) -> Callable[..., Any]:
@@ -244,12 +250,7 @@ class Trainer:
             if batch.advantages is not None and train_batch.batch.advantages is None:
                 train_batch = train_batch.with_advantages(layout.gather(batch.advantages))
         outputs: list[UpdateOutput] = []
-        for index in [*range(config.num_minibatches)] * config.num_iterations:
-            piece = (
-                batch
-                if config.num_minibatches == 1
-                else self.take_minibatch(batch, replicas.broadcast(np.int32(index)))
-            )
+        for piece in self.minibatches(batch) * config.num_iterations:
             first = replicas.broadcast(np.bool_(not outputs))
             self.state, output = self.update(self.state, frozen, reference, piece, first)
             if not outputs and output.logprob_gaps is not None:

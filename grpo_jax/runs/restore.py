@@ -56,7 +56,8 @@ def restore_with_head(run_dir: str | Path, step: int | None = None) -> tuple[Pol
     config, seed = _policy_of(run_dir)
     policy = _load(config, seed)
     trainable, frozen = split(policy.params, policy.lora)
-    if any(f"trainable/{name}" in checkpoints.saved_leaves(directory, step) for name in HEAD):
+    saved = checkpoints.saved_leaves(directory, step)
+    if any(f"trainable/{name}" in saved for name in HEAD):
         trainable |= new_head(policy.config.hidden_size)
     _, state = checkpoints.restore(directory, {"trainable": trainable}, step=step, partial=True)
     trained = jax.tree.map(jnp.asarray, state["trainable"])
