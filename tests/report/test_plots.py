@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import tracemalloc
 from pathlib import Path
 
 import matplotlib.image
@@ -113,6 +114,14 @@ def test_smoothing_keeps_a_constant_and_a_straight_line_inside_and_halves_noise(
     np.testing.assert_allclose(plots.smooth(line, 2.0)[15:26], line[15:26], atol=1e-9)
     noise = np.random.default_rng(0).normal(size=500)
     assert plots.smooth(noise, 2.0).std() < noise.std() / 2
+
+
+def test_smoothing_a_long_run_needs_memory_for_its_steps_and_not_for_their_pairs():
+    tracemalloc.start()
+    plots.smooth(np.arange(20_000.0), 400.0)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 100 * 20_000 * 8  # all pairs have 20,000 * 20,000 * 8 bytes
 
 
 def test_without_metrics_there_is_one_sentence(tmp_path):
