@@ -157,11 +157,16 @@ def latest_step(directory: str | Path) -> int | None:
 
 
 def kept_steps(directory: str | Path) -> list[int]:
-    """The steps that are completely saved in `directory`, the newest last."""
-    directory = Path(directory)
-    if not directory.is_dir():
+    """The steps that are completely saved in `directory`, the newest last.
+
+    Raises `UserError` if that is no directory.
+    """
+    try:
+        return sorted(int(name) for name in os.listdir(directory) if name.isdecimal() and name == str(int(name)))
+    except FileNotFoundError:
         return []
-    return sorted(int(path.name) for path in directory.iterdir() if _is_step(path.name) and path.is_dir())
+    except OSError as error:
+        raise UserError(f"{str(directory)!r} cannot be read, where checkpoints are kept: {error.strerror}.") from None
 
 
 def saved_leaves(directory: str | Path, step: int | None = None) -> set[str]:
@@ -241,10 +246,6 @@ def remedy(directory: str | Path, step: int) -> str:
 
 def _place(directory: str | Path, step: int) -> str:
     return f"the checkpoint of step {step} in {str(directory)!r}"
-
-
-def _is_step(name: str) -> bool:
-    return name.isdecimal() and name == str(int(name))
 
 
 def _unfinished(directory: Path) -> list[Path]:

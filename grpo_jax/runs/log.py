@@ -110,6 +110,7 @@ class RunLog:
         """Writes how the run begins or goes on, and tells its callbacks."""
         changes: dict[str, Any] = {}
         if self.resume and (self.run_dir / "run.json").exists():
+            record.require_whole(self.run_dir)
             self._kept = kept_log(self.run_dir)
             self._info = record.continue_run(self.run_dir, self._experiment, self._source, self._overrides)
             changes = self._info["resumed"][-1]["changes"]
@@ -257,7 +258,7 @@ class RunLog:
         self._board.rewind(kept.step, evaluations)
 
     def _write_status(self, status: str, **more: Any) -> None:
-        self._info |= {"status": status, **more}
+        self._info = record.with_checksum({**self._info, "status": status, **more})
         path = self.run_dir / "run.json"
         try:
             write_json(path, self._info)

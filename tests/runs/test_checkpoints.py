@@ -153,7 +153,9 @@ def test_a_damaged_checkpoint_is_refused_and_the_one_before_it_is_named(tmp_path
             path.write_bytes(path.read_bytes()[:10])
         (tmp_path / "2" / checkpoints.SUMS).unlink()
         checkpoints._write_sums(tmp_path / "2")  # so that only Orbax can find it
-    with pytest.raises(UserError, match=r"(cannot be read|SHA256SUMS is missing).*to go back to step [12]\)\.$") as caught:
+    with pytest.raises(
+        UserError, match=r"(cannot be read|SHA256SUMS is missing).*to go back to step [12]\)\.$"
+    ) as caught:
         checkpoints.restore(tmp_path, {"w": jnp.zeros(1000)})
     assert "\n" not in str(caught.value)
     assert checkpoints.restore(tmp_path, {"w": jnp.zeros(1000)}, step=1)[0] == 1
