@@ -87,12 +87,13 @@ class Saver:
           RunError: if the directory cannot be written, or if the save before this one has failed.
         """
         self.wait()
-        if step in kept_steps(self._directory):
-            return
         leaves = {name: np.asarray(leaf) if _is_number(leaf) else leaf for name, leaf in _flatten(state).items()}
         stored = {name: leaf for name, leaf in leaves.items() if leaf.size}  # Orbax refuses arrays without elements
         part = self._directory / f".{step}.part"
         try:
+            steps = kept_steps(self._directory)
+            if step in steps:
+                return
             self._directory.mkdir(parents=True, exist_ok=True)
             for left in _unfinished(self._directory):
                 shutil.rmtree(left)
@@ -100,7 +101,7 @@ class Saver:
             checkpointer.save(part, args=ocp.args.PyTreeSave(stored))
         except Exception as error:  # Orbax and TensorStore raise many types
             raise self._failure(step, part, error) from error
-        removed = set(kept_steps(self._directory)) - set(keep([*kept_steps(self._directory), step]))
+        removed = set(steps) - set(keep(sorted([*steps, step])))
         self._pending = self._pool.submit(self._finish, checkpointer, step, part, files or {}, removed)
 
     def wait(self) -> None:

@@ -10,9 +10,9 @@ from grpo_jax.runs.files import is_evaluation
 
 
 def scores(config: CheckpointConfig, rows: Iterable[Mapping[str, Any]]) -> dict[int, float]:
-    """What the policy scored after each evaluated step, by `config.metric`, from the rows of metrics.jsonl.
+    """What the policy scored after steps that were evaluated, by `config.metric`, from the rows of metrics.jsonl.
 
-    An evaluation whose metric is not finite has no score.
+    The policy before training has no checkpoint and no score, nor has an evaluation whose metric is not finite.
     Raises `UserError` if the evaluations have no such metric.
     """
     if not config.best:
@@ -24,7 +24,7 @@ def scores(config: CheckpointConfig, rows: Iterable[Mapping[str, Any]]) -> dict[
             f"checkpoints.metric = {config.metric!r}, and the evaluations have no such metric"
             f"{nearest(config.metric, names)}"
         )
-    return {row["step"]: row[config.metric] for row in found if row.get(config.metric) is not None}
+    return {row["step"]: row[config.metric] for row in found if row["step"] and row.get(config.metric) is not None}
 
 
 def best_of(config: CheckpointConfig, steps: Iterable[int], scores: Mapping[int, float]) -> list[int]:

@@ -3,6 +3,8 @@
 import os
 import subprocess
 import sys
+import threading
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -238,6 +240,87 @@ def test_a_place_that_cannot_be_written_is_one_sentence(tmp_path):
 def test_why_it_cannot_be_written_is_the_first_line_or_the_kind_of_the_error():
     assert checkpoints._first_line(OSError("\n the disk is full \n and more")) == "the disk is full "
     assert checkpoints._first_line(ValueError()) == "ValueError"
+
+
+def slow_disk(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
+    """Nothing gets its checksums until the event is set."""
+    ready, write_sums = threading.Event(), checkpoints._write_sums
+
+    def wait(folder: Path) -> None:
+        assert ready.wait(60)
+        write_sums(folder)
+
+    monkeypatch.setattr(checkpoints, "_write_sums", wait)
+    return ready
+
+
+def test_the_state_is_saved_as_it_was_though_it_changes_while_it_is_written(tmp_path, monkeypatch):
+    ready, array = slow_disk(monkeypatch), np.arange(1_000_000.0)
+    with checkpoints.Saver(tmp_path) as saver:
+        saver.save(1, {"w": array}, files={"note": "of step 1"})
+        array[:] = -1
+        assert checkpoints.kept_steps(tmp_path) == []  # it is there when all of it is
+        ready.set()
+        saver.wait()
+        assert checkpoints.kept_steps(tmp_path) == [1] and checkpoints.read_file(tmp_path, 1, "note") == "of step 1"
+        saver.save(2, {"w": array})
+    assert checkpoints.kept_steps(tmp_path) == [1, 2] and not list(tmp_path.glob(".*"))
+    np.testing.assert_array_equal(checkpoints.restore(tmp_path, {"w": array}, step=1)[1]["w"], np.arange(1_000_000.0))
+
+
+def test_one_checkpoint_is_written_at_a_time(tmp_path, monkeypatch):
+    ready, done = slow_disk(monkeypatch), []
+    with checkpoints.Saver(tmp_path) as saver:
+        saver.save(1, {"w": np.ones(3)})
+        threading.Timer(0.3, lambda: (done.append(checkpoints.kept_steps(tmp_path)), ready.set())).start()
+        saver.save(2, {"w": np.ones(3)})
+        assert done == [[]] and checkpoints.kept_steps(tmp_path)[0] == 1
+
+
+def full(*_: object) -> None:
+    raise OSError(28, "No space left on device")
+
+
+def test_a_checkpoint_that_cannot_be_finished_is_the_failure_of_the_next_call_and_leaves_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoints, "_write_sums", full)
+    says = "the checkpoint of step 1 cannot be written to .*: .*No space left on device"
+    with pytest.raises(RunError, match=says):
+        checkpoints.save(tmp_path, 1, {"w": np.ones(3)})
+    with checkpoints.Saver(tmp_path) as saver:
+        saver.save(1, {"w": np.ones(3)})
+        with pytest.raises(RunError, match=says):
+            saver.save(2, {"w": np.ones(3)})
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(ZeroDivisionError), checkpoints.Saver(tmp_path) as saver:  # what went wrong first is told
+        saver.save(1, {"w": np.ones(3)})
+        raise ZeroDivisionError
+
+
+def test_an_error_elsewhere_waits_for_the_checkpoint_that_is_being_written(tmp_path, monkeypatch):
+    ready = slow_disk(monkeypatch)
+    threading.Timer(0.3, ready.set).start()
+    with pytest.raises(ZeroDivisionError), checkpoints.Saver(tmp_path) as saver:
+        saver.save(1, {"w": np.ones(3)})
+        raise ZeroDivisionError
+    assert checkpoints.kept_steps(tmp_path) == [1]
+
+
+def test_arrays_are_placed_one_after_the_other(tmp_path):
+    checkpoints.save(tmp_path, 1, {"a": np.ones(3), "b": np.arange(4.0), "n": 5, "none": np.ones((0, 2))})
+    placed: list[tuple[int, ...]] = []
+
+    def place(array: np.ndarray) -> list[float]:
+        placed.append(array.shape)
+        return array.tolist()
+
+    like = {"a": np.zeros(3), "b": np.zeros(4), "n": 0, "none": np.zeros((0, 2))}
+    assert checkpoints.restore(tmp_path, like, place=place)[1] == {
+        "a": [1.0] * 3,
+        "b": [0, 1, 2, 3],
+        "n": 5,
+        "none": [],
+    }
+    assert placed == [(3,), (4,), (0, 2)]
 
 
 def test_orbax_prints_nothing(tmp_path, capfd, caplog):

@@ -9,53 +9,28 @@ import os
 import random
 import shutil
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import letters
-import numpy as np
 import pytest
 from malformed import ASKED
-from scripted import Scripted
+from simple_run import assert_same_run, lines, simple_training
 
 from grpo_jax import cli, training
 from grpo_jax.errors import UserError
 from grpo_jax.experiment import load
 from grpo_jax.runs import checkpoints
 from grpo_jax.runs.log import RunLog, display_of
-from grpo_jax.runs.restore import restore_policy
 from grpo_jax.runs.rows import kept_log
-from grpo_jax.update import State, UpdateOutput
 
 OVERRIDES = ["steps=6", "evaluation.every=2", "evaluation.num_prompts=2", "evaluation.num_samples=1"]
-TIMES = {"step_time", "tokens_per_second"}
-
-
-def simple_update(*_: Any) -> Any:
-    """An update by the mean reward of the batch."""
-
-    def update(state: State, frozen: Any, reference: Any, batch: Any, first: Any) -> tuple[State, UpdateOutput]:
-        moved = jax.tree.map(lambda x: 0.5 * x + batch.rewards.mean(), state.trainable)
-        counts = {"skipped_updates": jnp.int32(0), "empty_updates": jnp.int32(0)}
-        return state._replace(trainable=moved), UpdateOutput({"grad_norm": batch.rewards.sum(), **counts})
-
-    return update
-
-
-def answer(prompt: str, sample: int) -> str:
-    return "abcd"[sample % 4] + prompt[:2]
 
 
 @pytest.fixture(scope="module", autouse=True)
 def _simple():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training, "make_update", simple_update)
-        patch.setattr(training, "run", partial(training.run, make_generator=lambda actor: Scripted(answer)))
-        patch.setattr("grpo_jax.report.plots.learning_curve", lambda run_dir: run_dir / "learning_curve.png")
+    with simple_training():
         yield
 
 
@@ -98,15 +73,6 @@ def content(directory: Path) -> dict[str, bytes | None]:
     """All files and folders but the lock, which says who looked at the run last."""
     paths = [path for path in directory.rglob("*") if path.name != ".lock"]
     return {str(path.relative_to(directory)): path.read_bytes() if path.is_file() else None for path in paths}
-
-
-def lines(run: Path, name: str) -> list[bytes]:
-    return (run / name).read_bytes().splitlines(keepends=True)
-
-
-def timeless(run: Path) -> list[dict[str, Any]]:
-    rows = [json.loads(line) for line in lines(run, "metrics.jsonl")]
-    return [{name: value for name, value in row.items() if name not in TIMES} for row in rows]
 
 
 # Kinds of damage -----------------------------------------------------------------------------------------------------
@@ -354,10 +320,7 @@ def test_a_run_with_damage_that_can_be_healed_ends_as_if_nothing_had_happened(
     HEALED[name](run)
     assert name == "nothing" or content(run) != content(interrupted) or "lock" in name
     assert resume(source, run, capfd) == (0, "")
-    assert timeless(run) == timeless(whole)
-    assert lines(run, COMPLETIONS) == lines(whole, COMPLETIONS)
-    one, other = restore_policy(run).params, restore_policy(whole).params
-    assert all(np.array_equal(one[path], other[path]) for path in other)
+    assert_same_run(run, whole)
     assert json.loads((run / "run.json").read_text())["status"] == "finished"
     assert checkpoints.kept_steps(run / "checkpoints") == [4, 6]
     assert not [path for path in (run / "checkpoints").iterdir() if path.name.startswith(".")]
