@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from grpo_jax.experiment import (
         Ablation,
         AdvantageConfig,
+        CheckpointConfig,
         DPOConfig,
         EvaluationConfig,
         Experiment,
@@ -53,6 +54,7 @@ __all__ = [
     "Ablation",
     "AdvantageConfig",
     "Callback",
+    "CheckpointConfig",
     "DPOConfig",
     "EndEvent",
     "Evaluation",

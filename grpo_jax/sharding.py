@@ -66,8 +66,16 @@ class Replicas:
         return jax.tree.map(lambda x: x[0], placed)
 
     def fetch(self, placed: Any) -> Any:
-        """One copy of what is equal on all devices, on the host."""
-        return jax.tree.map(lambda x: x[0], jax.device_get(placed))
+        """One copy of what is equal on all devices, on the host (on a CPU: the device's own memory)."""
+        return jax.tree.map(lambda x: x[0], jax.device_get(jax.tree.map(lambda x: x.addressable_data(0), placed)))
+
+    def place(self, array: np.ndarray) -> jax.Array:
+        """Copies an array of the host to all devices, as `replicate` does, but without a second copy on a device."""
+        return jax.device_put(np.broadcast_to(array, (self.count, *array.shape)), _layout(self))
+
+    def shapes(self, placed: Any) -> Any:
+        """The shape and dtype of one copy of what is equal on all devices."""
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), placed)
 
     def gather(self, placed: Any) -> Any:
         """The devices' shares [P / count, ...] joined to [P, ...], on the host."""
@@ -80,6 +88,13 @@ def _replicating(replicas: Replicas) -> Callable[..., Any]:
     # of another name have another layout, for which the first call of such a function is compiled a second time.
     devices = jax.local_devices()[: replicas.count]
     return jax.pmap(lambda _, x: x, axis_name=replicas.axis_name, in_axes=(0, None), devices=devices)
+
+
+@cache
+def _layout(replicas: Replicas) -> jax.sharding.Sharding:
+    """Where the arrays are that `replicate` returns."""
+    sharding: jax.sharding.Sharding = replicas.replicate(0.0).sharding
+    return sharding
 
 
 def replicas_for(wanted: int | None = None) -> Replicas:

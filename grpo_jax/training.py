@@ -7,7 +7,7 @@ A step depends on the experiment, the step's number and the state alone: its pro
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,8 @@ from grpo_jax.evaluation import Evaluation
 from grpo_jax.experiment import Experiment, variant_of
 from grpo_jax.policy import Policy
 from grpo_jax.rollout import Actor, Generator, Rollout, encode_prompts, make_actor
-from grpo_jax.runs import checkpoints
+from grpo_jax.runs import checkpoints, retention
+from grpo_jax.runs.files import read_rows
 from grpo_jax.runs.log import RunLog, display_of
 from grpo_jax.runs.restore import OPTIONAL_LEAVES, checkpoint, source_policy
 from grpo_jax.runs.result import Result, summarize
@@ -69,6 +70,8 @@ def run(experiment: Experiment, log: RunLog, make_generator: MakeGenerator = lam
     with terminable(), log:
         start = starting_policy(experiment, log, resume=resume)
         trainer = Trainer(experiment, start, log, make_generator)
+        # The trainer has copied what it trains. Only a control needs the start again, and the host holds it until then.
+        start = replace(start, params={} if experiment.control is None else jax.device_get(start.params))
         before, group_before = trainer.evaluate(0), trainer.sample_group()
         done = trainer.fit(resume=resume)
         # A callback that stops the run at an evaluation has it evaluated already.
@@ -79,7 +82,7 @@ def run(experiment: Experiment, log: RunLog, make_generator: MakeGenerator = lam
         if experiment.control is not None:
             variant, control_dir = variant_of(experiment, experiment.control), run_dir / "control"
             display = display_of(variant, title="control", quiet=quiet)
-            with RunLog(control_dir, variant, resume=_has_begun(control_dir), display=display) as control_log:
+            with RunLog(control_dir, variant, resume=True, display=display) as control_log:
                 other = Trainer(variant, start, control_log, make_generator)
                 if log.stop is not None:  # as many steps as the run itself made
                     other.last_step = min(done, variant.num_steps)
@@ -97,17 +100,11 @@ def starting_policy(experiment: Experiment, log: RunLog, *, resume: bool = False
             log.note(f"loading {experiment.policy.source}")
         return source_policy(experiment)
     variant, warm_dir = variant_of(experiment, experiment.warm_start), log.run_dir / "warm_start"
-    resume = resume and _has_begun(warm_dir)
     display = display_of(variant, title="warm start", quiet=log.display.quiet)
     with RunLog(warm_dir, variant, resume=resume, display=display) as warm_log:
         trainer = Trainer(variant, starting_policy(variant, warm_log, resume=resume), warm_log)
         trainer.fit(resume=resume)
     return trainer.policy()
-
-
-def _has_begun(run_dir: Path) -> bool:
-    """Whether anything of a run is there: one that was killed at its very start has no run.json yet."""
-    return run_dir.is_dir() and any(run_dir.iterdir())
 
 
 class Trainer:
@@ -129,13 +126,14 @@ class Trainer:
         log: RunLog,
         make_generator: MakeGenerator = lambda actor: actor,
     ) -> None:
-        self.experiment, self.start, self.log, self.make_generator = experiment, start, log, make_generator
+        self.experiment, self.log, self.make_generator = experiment, log, make_generator
+        self.start = replace(start, params={})  # its parameters are on the devices from here on
         config, tokenizer = experiment, start.require_tokenizer()
         self.algorithm = algorithm_of(config)
         self.replicas = shared_out(config)
         self.prompts = encode_prompts(config.task, tokenizer, start.config.max_positions, config.sampling.max_tokens)
-        self._actor = make_actor(start, self.replicas)
-        trainable = self._actor.trainable
+        actor = make_actor(start, self.replicas)
+        self._actor, trainable = actor._replace(trainable={}), actor.trainable
         if self.algorithm.has_head:
             trainable = {**trainable, **self.replicas.replicate(new_head(start.config.hidden_size))}
         self.optimizer, self.schedule = make_optimizer(config.optimizer, config.num_steps * config.updates_per_step)
@@ -152,6 +150,7 @@ class Trainer:
         self.watch = UpdateWatch(config.optimizer.max_skipped_updates)
         self.last_step = config.num_steps
         self.last_evaluation: tuple[int, dict[str, Evaluation]] = (-1, {})
+        self._saver = checkpoints.Saver(log.run_dir / "checkpoints")
 
     @property
     def actor(self) -> Actor:
@@ -210,12 +209,14 @@ class Trainer:
         done = 0
         if resume and checkpoints.latest_step(directory) is not None:
             done = self.load_checkpoint(directory)
-            self.log.require_rows(done)
+        self._scores()  # which finds a wrong `checkpoints.metric` before anything is trained
         if not self.is_over(done):
             rows = f"{config.prompts_per_step} prompts × {config.group_size}"
             end = f"to {config.num_steps}" if config.token_budget is None else f"until {config.token_budget:,} tokens"
             self.log.note(f"training: steps {done + 1} {end}, {rows} completions each; the first compiles")
-        with stop_between_steps() as stop:
+        if self.log.lacks_evaluation and not self.is_over(done):
+            self.evaluate(done)
+        with self._saver, stop_between_steps() as stop:
             while not self.is_over(done):
                 self.step(done)
                 done += 1
@@ -224,12 +225,13 @@ class Trainer:
                     self.evaluate(done)
                     over = self.is_over(done)  # a callback may stop the run at an evaluation
                 stopping = stop()  # asked once: what arrives after it waits for the next step
-                if done % config.checkpoint_every == 0 or over or stopping:
-                    self.save(done)
+                if done % config.checkpoint_every == 0 or over or stopping or self._is_kept(done):
+                    self.start_saving(done)
                 if stopping:
+                    self._saver.wait()  # that the checkpoint cannot be written is the greater news
                     raise interruption(stop.number)
-        if done == 0:
-            self.save(0)
+            if done == 0:
+                self.start_saving(0)
         return done
 
     def is_over(self, done: int) -> bool:
@@ -297,24 +299,48 @@ class Trainer:
 
     def save(self, step: int) -> None:
         """Saves everything that step `step` depends on."""
-        checkpoints.save(self.log.run_dir / "checkpoints", step, self._checkpoint())
+        self.start_saving(step)
+        self._saver.wait()
+
+    def start_saving(self, step: int) -> None:
+        """Saves the same as it is now, while training may go on."""
+        config, scores = self.experiment.checkpoints, self._scores()
+        state = self._checkpoint(self.replicas.fetch)
+        keep = partial(retention.remaining, config, scores=scores)
+        self._saver.save(step, state, keep=keep, files=self.log.seal())
+
+    def _is_kept(self, done: int) -> bool:
+        """Whether the policy after `done` steps is one that `experiment.checkpoints` keeps for long."""
+        return retention.is_wanted(self.experiment.checkpoints, done, self._scores())
+
+    def _scores(self) -> dict[int, float]:
+        config = self.experiment.checkpoints
+        return retention.scores(config, read_rows(self.log.run_dir / "metrics.jsonl")) if config.best else {}
 
     def load_checkpoint(self, directory: Path) -> int:
         """Continues from the newest checkpoint, and returns its step."""
-        done, saved = checkpoints.restore(directory, self._checkpoint(), optional_leaves=OPTIONAL_LEAVES)
+        like = self._checkpoint(self.replicas.shapes)
+        del self.state  # before it is replaced, lest there be two
+        place = self.replicas.place
+        done, saved = checkpoints.restore(directory, like, optional_leaves=OPTIONAL_LEAVES, place=place)
         self.tokens_seen, self.tokens_sampled = saved.pop("tokens_seen"), saved.pop("tokens_sampled")
-        saved = self.replicas.replicate(jax.tree.map(jnp.asarray, saved))
+        self.watch.in_a_row = saved.pop("skipped_in_a_row")
         reference = saved.pop("reference")
         self.reference = self.reference if reference is None else reference
         self.state = State(**saved)
         self.watch.skipped = int(self.replicas.fetch(self.state.skipped))
         return done
 
-    def _checkpoint(self) -> dict[str, Any]:
+    def _checkpoint(self, one_copy: Callable[[Any], Any]) -> dict[str, Any]:
         """What a checkpoint holds now. A reference that is never synced is where training began, and not kept."""
         reference = self.reference if self.experiment.loss_config.sync_ref_model else None
-        state, reference = self.replicas.first((self.state, reference))
-        return checkpoint(state, reference, self.tokens_seen, self.tokens_sampled)
+        return checkpoint(
+            one_copy(self.state),
+            one_copy(reference),
+            tokens_seen=self.tokens_seen,
+            tokens_sampled=self.tokens_sampled,
+            skipped_in_a_row=self.watch.in_a_row,
+        )
 
     def evaluate(self, step: int) -> dict[str, Evaluation]:
         """Evaluates the policy as it is now on every split."""

@@ -142,13 +142,14 @@ class UpdateWatch:
 
     Attributes:
       skipped: how many updates have been skipped so far, as `State` counts them.
+      in_a_row: how many of the last ones.
     """
 
     def __init__(self, limit: int) -> None:
         """`limit` is `optimizer.max_skipped_updates`."""
         self.skipped = 0
         self._limit = limit
-        self._in_a_row = 0
+        self.in_a_row = 0
         self._told: set[str] = set()
 
     def see(self, step: int, outputs: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -161,15 +162,15 @@ class UpdateWatch:
         for output in outputs:
             new = int(output["skipped_updates"]) - self.skipped
             self.skipped += new
-            self._in_a_row = self._in_a_row + new if new else 0
+            self.in_a_row = self.in_a_row + new if new else 0
             norm = float(output["grad_norm"])
             why = "its gradient is not finite" if not np.isfinite(norm) else "of its log-probabilities"
             if new and "skipped" not in self._told:
                 self._told.add("skipped")
                 notes.append(f"step {step}: an update was skipped, because {why} (gradient norm {norm:g})")
-            if self._in_a_row >= self._limit:
+            if self.in_a_row >= self._limit:
                 raise RunError(
-                    f"step {step}: {self._in_a_row} updates in a row were skipped, the last one because {why} (norm "
+                    f"step {step}: {self.in_a_row} updates in a row were skipped, the last one because {why} (norm "
                     f"{norm:g}): lower optimizer.learning_rate, or look for rewards and losses that "
                     "become very large. optimizer.max_skipped_updates says how many are allowed."
                 )

@@ -132,6 +132,10 @@ def has(name: str) -> Callable[[Path, Path], bool]:
     return lambda one, other: not (one / name).exists() and (other / name).exists()
 
 
+def lacks(name: str) -> Callable[[Path, Path], bool]:
+    return lambda one, other: (one / name).exists() and not (other / name).exists()
+
+
 class Flaky:
     """A reward that fails the first time that it is called, and again every third time."""
 
@@ -187,6 +191,9 @@ CASES = {
     "seed": case(2, FROM_START),
     "devices": case(2, check=same_up_to_rounding, may=LATER),
     "checkpoint_every": case(1, check=has("checkpoints/1")),
+    "checkpoints.last": case(1, check=lacks("checkpoints/1"), checkpoint_every=1),
+    "checkpoints.best": case(1, check=has("checkpoints/1"), evaluation__every=1),
+    "checkpoints.every": case(1, check=has("checkpoints/1")),
     "sampling.temperature": case(0.5, FROM_START - {"before"}),
     "sampling.top_k": case(2, FROM_START),
     "sampling.top_p": case(0.4, FROM_START),
@@ -260,6 +267,7 @@ ELSEWHERE = {
     "ppo": ("algorithms/test_objectives.py", [
         "gamma", "lam", "cliprange_value", "vf_coef", "kl_coef", "whiten_advantages",
     ]),
+    "checkpoints": ("runs/test_retention.py", ["metric"]),
     "dpo": ("losses/test_preference.py and algorithms/test_objectives.py", ["beta", "loss_type", "label_smoothing"]),
     "reward_model": ("algorithms/test_objectives.py", ["center_rewards_coefficient"]),
     "optimizer": ("test_update.py", ["schedule", "warmup_steps", "weight_decay", "b1", "b2", "eps", "max_grad_norm",

@@ -20,12 +20,13 @@ from grpo_jax.experiment import (
     Experiment,
     RewardConfig,
     load,
+    load_run,
     override,
 )
 from grpo_jax.rewards.scoring import Scores
 from grpo_jax.rollout import Actor
 from grpo_jax.runs.checkpoints import latest_step
-from grpo_jax.runs.restore import restore, source_policy
+from grpo_jax.runs.restore import restore_policy, source_policy
 from grpo_jax.training import train
 
 TIMES = {"step_time", "tokens_per_second"}
@@ -62,7 +63,7 @@ def assert_same_run(run_dir: Path, other: Path) -> None:
     """Metrics, completions and the final parameters agree to the last bit."""
     assert timeless(run_dir) == timeless(other)
     assert (run_dir / "completions.jsonl").read_text() == (other / "completions.jsonl").read_text()
-    one, two = restore(run_dir)[1].params, restore(other)[1].params
+    one, two = restore_policy(run_dir).params, restore_policy(other).params
     assert one.keys() == two.keys()
     assert all(np.array_equal(one[path], two[path]) for path in one)
 
@@ -116,7 +117,7 @@ def test_a_run_directory_explains_the_run(finished, source):
 
 
 def test_a_run_can_be_restored_and_its_evaluation_found_again(finished):
-    experiment, policy = restore(finished)
+    experiment, policy = load_run(finished), restore_policy(finished)
     expected = json.loads((finished / "summary.json").read_text())["after"]["held_out"]
     found = evaluation.evaluate(policy, experiment).to_dict()
     assert {**found, "pass_at_k": {str(k): value for k, value in found["pass_at_k"].items()}} == expected
@@ -131,11 +132,11 @@ def test_a_warm_start_and_a_control_are_runs_of_their_own(source, tmp_path):
         assert latest_step(tmp_path / name / "checkpoints") == steps
         assert (tmp_path / name / "metrics.jsonl").is_file()
 
-    _, warm = restore(tmp_path / "warm_start")
+    warm = restore_policy(tmp_path / "warm_start")
     before = evaluation.evaluate(warm, experiment)
     assert before == result.before["held_out"]  # the training began where the warm start ended
     assert before.success > evaluation.evaluate(source_policy(experiment), experiment).success + 0.2
-    variant, control = restore(tmp_path / "control")
+    variant, control = load_run(tmp_path / "control"), restore_policy(tmp_path / "control")
     assert (variant.method, variant.steps, variant.control) == ("sft", 2, None)
     assert evaluation.evaluate(control, variant) == result.control["held_out"]
     first = rows(tmp_path / "control/metrics.jsonl")[0]
@@ -302,9 +303,9 @@ def test_a_run_without_a_checkpoint_has_no_policy_to_restore(source, tmp_path):
     with pytest.raises(RunError):
         train(at_step(0, fail, load(source)), tmp_path / "run", source=source, quiet=True)
     with pytest.raises(UserError, match="has no checkpoint yet"):
-        restore(tmp_path / "run")
+        restore_policy(tmp_path / "run")
     with pytest.raises(UserError, match="is not the directory of a run"):
-        restore(tmp_path)
+        restore_policy(tmp_path)
 
 
 # What ends a run -----------------------------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ from grpo_jax.policy import Policy, load
 from grpo_jax.rollout import Actor, from_completions
 from grpo_jax.runs.checkpoints import latest_step
 from grpo_jax.runs.log import RunLog
-from grpo_jax.runs.restore import restore
+from grpo_jax.runs.restore import restore_policy
 from grpo_jax.runs.signals import stop_between_steps
 from grpo_jax.training import Result, Trainer, starting_policy, summarize, train
 from grpo_jax.update import State, UpdateOutput
@@ -138,9 +138,7 @@ def test_what_happens_is_said_with_its_numbers(run: Told) -> None:
 
 def test_the_policy_that_is_returned_is_that_of_the_last_checkpoint(run: Told) -> None:
     params = run.result.policy.params
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("grpo_jax.runs.restore.load_run", lambda run_dir: run.config)
-        restored = restore(run.run_dir)[1].params
+    restored = restore_policy(run.run_dir).params
     assert params.keys() == restored.keys()
     assert all(np.array_equal(params[path], restored[path]) for path in params)
     assert latest_step(run.run_dir / "checkpoints") == 4
@@ -171,14 +169,14 @@ def test_a_control_begins_where_the_warm_start_ended_and_a_finished_run_is_gone_
 ) -> None:
     monkeypatch.setattr(training, "make_update", add_one)
     ended: dict[str, float] = {}
-    save = training.Trainer.save
+    save = training.Trainer.start_saving
 
     def noted(trainer: Trainer, step: int) -> None:
         gained = trainer.policy().params["norm.scale"] - start.params["norm.scale"]
         ended[trainer.log.run_dir.name] = float(gained.mean())
         save(trainer, step)
 
-    monkeypatch.setattr(training.Trainer, "save", noted)
+    monkeypatch.setattr(training.Trainer, "start_saving", noted)
     warm_start, control = {"method": "sft", "steps": 5}, {"method": "sft", "steps": 2}
     changes = {"method": "sft", "steps": 1, "warm_start": warm_start, "control": control}
     config = override(letters.config, changes)
@@ -234,12 +232,6 @@ def test_a_run_of_which_no_update_is_made_says_so_and_fails(tmp_path: Path, monk
         "step 0: an update was skipped, because its gradient is not finite (gradient norm nan)"
     ]
     assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "failed"
-
-
-def test_a_run_has_begun_when_anything_of_it_is_there(tmp_path: Path) -> None:
-    assert not training._has_begun(tmp_path) and not training._has_begun(tmp_path / "nowhere")
-    (tmp_path / "metrics.jsonl").touch()
-    assert training._has_begun(tmp_path)
 
 
 @dataclass

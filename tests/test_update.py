@@ -504,6 +504,14 @@ def test_so_many_skipped_updates_in_a_row_end_the_run_and_one_good_one_between_t
         watch.see(10, [said(10, math.inf)])
 
 
+def test_the_skipped_updates_before_a_run_was_resumed_count_among_those_in_a_row():
+    before, after = UpdateWatch(limit=3), UpdateWatch(limit=3)
+    before.see(7, [said(0), said(1, math.nan), said(2, math.nan)])
+    after.skipped, after.in_a_row = before.skipped, before.in_a_row
+    with pytest.raises(RunError, match="step 8: 3 updates in a row were skipped"):
+        after.see(8, [said(3, math.nan)])
+
+
 def test_a_parameter_that_is_not_a_number_skips_the_step():
     _, trainable, _ = parts()
     broken = {**trainable, "norm.scale": trainable["norm.scale"].at[3].set(jnp.nan)}

@@ -33,7 +33,8 @@ OptionalStep = Annotated[
     arg(
         name="step",
         metavar="N",
-        help="The run's checkpoint of this step. Default: the newest. A run keeps the newest two.",
+        help="The run's checkpoint of this step. Default: the newest. A run keeps its newest two, or those that the "
+        "experiment's fields `checkpoints` ask for.",
         help_behavior_hint="",
     ),
 ]

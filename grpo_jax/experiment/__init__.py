@@ -7,6 +7,7 @@ loads is a config whose fields have the types and ranges that they claim.
 
 from grpo_jax.experiment.ablation import Ablation, Budget, PlannedRun
 from grpo_jax.experiment.configs import (
+    CheckpointConfig,
     EvaluationConfig,
     LoRAConfig,
     OptimizerConfig,
@@ -49,6 +50,7 @@ __all__ = [
     "Ablation",
     "AdvantageConfig",
     "Budget",
+    "CheckpointConfig",
     "DPOConfig",
     "EvaluationConfig",
     "Experiment",

@@ -203,3 +203,30 @@ class EvaluationConfig(Checked):
             every=(self.every >= 0, "0 (only before and after) or above"),
             batch_size=(self.batch_size > 0, "positive (completions sampled at once)"),
         )
+
+
+@dataclass(frozen=True)
+class CheckpointConfig(Checked):
+    """Which of a run's checkpoints remain: all that one of these three fields asks for.
+
+    `last` is how many of the newest. `best` is how many of the best by `metric`, which is the name of an evaluation's
+    metric in metrics.jsonl, such as `evaluation/success` or `evaluation/train/reward`; the larger, the better, and of
+    equal ones the earlier. Then every evaluation that is one of the best so far is saved, whatever `checkpoint_every`
+    says. `every` keeps the checkpoint of each step that it divides, and saves it; 0 for none.
+    """
+
+    last: int = 2
+    best: int = 0
+    metric: str = "evaluation/success"
+    every: int = 0
+
+    def _ranges(self) -> Ranges:
+        return dict(
+            last=(self.last > 0, "positive: a run goes on from its newest checkpoint"),
+            best=(self.best >= 0, "0 (none) or above"),
+            metric=(
+                self.metric.startswith("evaluation/"),
+                "the name of an evaluation's metric, such as 'evaluation/success'",
+            ),
+            every=(self.every >= 0, "0 (none) or above"),
+        )

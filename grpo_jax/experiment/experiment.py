@@ -9,6 +9,8 @@ from grpo_jax.errors import UserError, shown
 from grpo_jax.experiment.checked import Checked, Range, Ranges
 from grpo_jax.experiment.configs import (
     ADDED_LATER,
+    NOT_IN_NAMES,
+    CheckpointConfig,
     EvaluationConfig,
     OptimizerConfig,
     PolicyConfig,
@@ -97,6 +99,7 @@ class Experiment(Checked):
     reward_model: RewardModelConfig = RewardModelConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
+    checkpoints: CheckpointConfig = field(default=CheckpointConfig(), metadata=NOT_IN_NAMES)
     warm_start: Mapping[str, Any] | None = None
     control: Mapping[str, Any] | None = None
 
@@ -184,6 +187,10 @@ class Experiment(Checked):
             yield "reward.retries", "it is read with reward.on_failure 'retry' alone"
         if self.reward.max_failure_rate != RewardConfig().max_failure_rate and self.reward.on_failure != "drop":
             yield "reward.max_failure_rate", "it is read with reward.on_failure 'drop' alone"
+        if self.checkpoints.best and not self.evaluation.every:
+            yield "checkpoints.best", "with evaluation.every = 0 the policy is not evaluated while it is trained"
+        if self.checkpoints.metric != CheckpointConfig().metric and not self.checkpoints.best:
+            yield "checkpoints.metric", "it is read with checkpoints.best alone"
 
     def __post_init__(self) -> None:
         if isinstance(self.method, str) and self.method not in METHODS:

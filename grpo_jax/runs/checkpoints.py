@@ -2,48 +2,154 @@
 
 A checkpoint is one pytree (e.g. `{"trainable": ..., "optimizer": ..., "step": 40}`), stored flat: one array for each
 leaf, under the leaf's path. So the saved leaves can be compared with the wanted ones, and a difference in structure,
-shape or dtype is reported before anything is read. Orbax writes a step into a temporary directory and renames it when
-everything is on disk, so an interrupted save leaves the earlier checkpoints unchanged.
+shape or dtype is reported before anything is read.
 
-`SHA256SUMS` in a checkpoint's folder has the checksum of each of its files (`sha256sum -c` reads it). They are compared
-before anything is read, since a bit that has flipped on a disk may be a number as good as any other. A checkpoint
-without that file is of an earlier version, or its run was killed right after the save; it is read all the same.
+A checkpoint is written into a folder whose name begins with a dot, and gets its own name when everything is on the
+disk. So it is whole or absent, however the process ends. `SHA256SUMS` in it has the checksum of each of its files
+(`sha256sum -c` reads it). They are compared before anything is read, since a bit that has flipped on a disk may be a
+number as good as any other. Earlier versions wrote the checksums after the checkpoint had its name: one of theirs (its
+arrays are in a folder `default`) may lack them, and is read all the same.
+
+`Saver` writes while training goes on. Orbax copies the arrays before `save` returns, and writes the copy in threads of
+its own. The arrays are not compressed: weights become 7 % smaller by that, and take twice as long to write.
 """
 
 import hashlib
 import logging
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import os
+import shutil
+from collections.abc import Callable, Collection, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
 from grpo_jax.errors import RunError, UserError
-from grpo_jax.runs.files import write_text
+from grpo_jax.runs.files import sync
 
 SUMS = "SHA256SUMS"  # in the folder of each checkpoint
+_DAY = 86_400  # seconds that a save may take; Orbax's own limit of ten minutes is too short for a slow disk
+
+# What Orbax logs of a failure is no news: it raises the error too, and this module says what follows from it.
+logging.getLogger("absl").addFilter(lambda record: f"{os.sep}orbax{os.sep}" not in record.pathname)
 
 
-def save(directory: str | Path, step: int, state: Any, *, keep: int = 2) -> None:
-    """Saves the pytree `state` of arrays and numbers as the checkpoint of `step`. Only the newest `keep` remain.
+def newest_two(steps: Sequence[int]) -> Collection[int]:
+    """Of the saved steps, in their order, the newest two."""
+    return steps[-2:]
 
-    If the step is saved already, nothing happens: a run that is resumed and stopped at once has nothing new to save.
-    Raises `RunError` if the directory cannot be written.
+
+class Saver:
+    """Saves checkpoints to a directory while training goes on, one at a time.
+
+    Leaving it as a context waits for the last one. A save that fails is a `RunError` of the next `save` or `wait`, or
+    of the context's end if nothing else has failed there.
     """
-    leaves = {name: np.asarray(leaf) if _is_number(leaf) else leaf for name, leaf in _flatten(state).items()}
-    stored = {name: leaf for name, leaf in leaves.items() if leaf.size}  # Orbax refuses arrays without elements
-    try:
-        with _manager(directory, keep=keep, create=True) as manager:
-            if step not in manager.all_steps():
-                manager.save(step, args=ocp.args.PyTreeSave(stored), force=True)
-                _write_sums(Path(directory) / str(step))
-    except (OSError, ValueError) as error:
-        raise RunError(
-            f"the checkpoint of step {step} cannot be written to {directory}: {_first_line(error)}"
-        ) from error
+
+    def __init__(self, directory: str | Path) -> None:
+        self._directory = Path(directory).absolute()
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._pending: Future[None] | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        try:
+            self.wait()
+        except RunError:
+            if error is None:
+                raise  # else what went wrong first is what must be told
+        finally:
+            self._pool.shutdown()
+
+    def save(
+        self,
+        step: int,
+        state: Any,
+        *,
+        keep: Callable[[Sequence[int]], Collection[int]] = newest_two,
+        files: Mapping[str, str] | None = None,
+    ) -> None:
+        """Saves the pytree `state` of arrays and numbers, as it is now, as the checkpoint of `step`.
+
+        If the step is saved already, nothing happens: a run that is resumed and stopped at once has nothing new.
+
+        Args:
+          keep: of the steps that are then saved, in their order, those that remain; the others are removed.
+          files: further files of the checkpoint, by name, with their content.
+
+        Raises:
+          RunError: if the directory cannot be written, or if the save before this one has failed.
+        """
+        self.wait()
+        leaves = {name: np.asarray(leaf) if _is_number(leaf) else leaf for name, leaf in _flatten(state).items()}
+        stored = {name: leaf for name, leaf in leaves.items() if leaf.size}  # Orbax refuses arrays without elements
+        part = self._directory / f".{step}.part"
+        try:
+            steps = kept_steps(self._directory)
+            if step in steps:
+                return
+            self._directory.mkdir(parents=True, exist_ok=True)
+            for left in _unfinished(self._directory):
+                shutil.rmtree(left)
+            checkpointer = ocp.AsyncCheckpointer(_handler(), timeout_secs=_DAY)
+            checkpointer.save(part, args=ocp.args.PyTreeSave(stored))
+        except Exception as error:  # Orbax and TensorStore raise many types
+            raise self._failure(step, part, error) from error
+        removed = set(steps) - set(keep(sorted([*steps, step])))
+        self._pending = self._pool.submit(self._finish, checkpointer, step, part, files or {}, removed)
+
+    def wait(self) -> None:
+        """Returns when everything is on the disk. Raises `RunError` if it could not be written."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+
+    def _finish(
+        self,
+        checkpointer: ocp.AsyncCheckpointer,
+        step: int,
+        part: Path,
+        files: Mapping[str, str],
+        removed: Collection[int],
+    ) -> None:
+        """Waits for the arrays and writes the rest; then the checkpoint gets its name, and earlier ones may go."""
+        try:
+            with checkpointer:
+                checkpointer.wait_until_finished()
+            for name, text in files.items():
+                (part / name).write_text(text, "utf-8")
+            _write_sums(part)
+            part.rename(self._directory / str(step))
+            sync(self._directory)
+            for other in removed:
+                gone = self._directory / f".{other}.part"  # or a process that is killed here would leave half of it
+                (self._directory / str(other)).rename(gone)
+                shutil.rmtree(gone)
+        except Exception as error:
+            raise self._failure(step, part, error) from error
+
+    def _failure(self, step: int, part: Path, error: Exception) -> RunError:
+        shutil.rmtree(part, ignore_errors=True)  # which makes room for the record of the failure
+        return RunError(f"the checkpoint of step {step} cannot be written to {self._directory}: {_first_line(error)}")
+
+
+def save(
+    directory: str | Path,
+    step: int,
+    state: Any,
+    *,
+    keep: Callable[[Sequence[int]], Collection[int]] = newest_two,
+    files: Mapping[str, str] | None = None,
+) -> None:
+    """Saves one checkpoint as `Saver.save` does, and returns when it is on the disk."""
+    with Saver(directory) as saver:
+        saver.save(step, state, keep=keep, files=files)
 
 
 def latest_step(directory: str | Path) -> int | None:
@@ -52,11 +158,16 @@ def latest_step(directory: str | Path) -> int | None:
 
 
 def kept_steps(directory: str | Path) -> list[int]:
-    """The steps that are completely saved in `directory`, the newest last."""
-    if not Path(directory).is_dir():
+    """The steps that are completely saved in `directory`, the newest last.
+
+    Raises `UserError` if that is no directory.
+    """
+    try:
+        return sorted(int(name) for name in os.listdir(directory) if name.isdecimal() and name == str(int(name)))
+    except FileNotFoundError:
         return []
-    with _manager(directory) as manager:
-        return sorted(manager.all_steps())
+    except OSError as error:
+        raise UserError(f"{str(directory)!r} cannot be read, where checkpoints are kept: {error.strerror}.") from None
 
 
 def saved_leaves(directory: str | Path, step: int | None = None) -> set[str]:
@@ -64,11 +175,16 @@ def saved_leaves(directory: str | Path, step: int | None = None) -> set[str]:
     step = latest_step(directory) if step is None else step
     if step is None:
         return set()
-    with _manager(directory) as manager:
-        try:
-            return set(dict(manager.item_metadata(step).tree))
-        except Exception:  # a damaged checkpoint; `restore` says so
-            return set()
+    try:
+        return set(_metadata(_arrays(directory, step)))
+    except Exception:  # a damaged checkpoint; `restore` says so
+        return set()
+
+
+def read_file(directory: str | Path, step: int, name: str) -> str | None:
+    """One of the `files` that were saved with a checkpoint; None if there is none of this name."""
+    path = Path(directory) / str(step) / name
+    return path.read_text("utf-8") if path.is_file() else None
 
 
 def restore(
@@ -78,67 +194,118 @@ def restore(
     step: int | None = None,
     optional_leaves: Collection[str] = (),
     partial: bool = False,
+    place: Callable[[np.ndarray], Any] = lambda array: array,
 ) -> tuple[int, Any]:
     """Reads the checkpoint of `step` (default: the newest) into the structure of `like` and returns (step, state).
 
     `like` is a pytree of arrays, `jax.ShapeDtypeStruct`s or numbers. A leaf with a sharding is returned as a
-    `jax.Array` with that sharding, a number as a number, and any other leaf as a NumPy array. `optional_leaves` names
-    leaves that the checkpoint may lack, because earlier versions did not save them; then those of `like` are returned.
-    With `partial`, `like` may be a part of what was saved, and the rest is not read.
+    `jax.Array` with that sharding, a number as a number, and any other leaf as what `place` makes of its NumPy array.
+    The arrays are placed one after the other, and each is let go of then, so that there is one copy of the state and no
+    second one. `optional_leaves` names leaves that the checkpoint may lack, because earlier versions did not save them;
+    then those of `like` are returned. With `partial`, `like` may be a part of what was saved, and the rest is not read.
     Raises `UserError` if there is no checkpoint, if it cannot be read, or if a leaf's name, shape or dtype differs.
     """
     step = latest_step(directory) if step is None else step
     if step is None:
         raise UserError(f"there is no checkpoint in {str(directory)!r}.")
-    place = f"the checkpoint of step {step} in {str(directory)!r}"
+    require_whole(directory, step)
     leaves = _flatten(like)
-    if (damaged := _damaged_file(Path(directory) / str(step))) is not None:
-        remedy = _remedy([other for other in kept_steps(directory) if other < step])
-        raise UserError(f"{place} is damaged: its file {damaged} is not what was saved{remedy}.")
-    with _manager(directory) as manager:
-        try:
-            found = dict(manager.item_metadata(step).tree)
-            wanted = {name: leaf for name, leaf in leaves.items() if name in found or name not in optional_leaves}
-            if partial:
-                found = {name: leaf for name, leaf in found.items() if name in wanted}
-            _compare(place, wanted, found)
-            arguments = {name: _restore_arguments(wanted[name]) for name in found}
-            item = dict.fromkeys(found, 0)
-            how = ocp.args.PyTreeRestore(item=item, restore_args=arguments, partial_restore=True)
-            stored = manager.restore(step, args=how)
-        except UserError:
-            raise
-        except Exception as error:  # Orbax and TensorStore raise many types for foreign and for incomplete files
-            remedy = _remedy([other for other in manager.all_steps() if other < step])
-            raise UserError(f"{place} cannot be read: it is damaged or was not written by grpo_jax{remedy}.") from error
-    restored = [_like(leaf, stored.get(name)) if name in wanted else leaf for name, leaf in leaves.items()]
+    try:
+        folder = _arrays(directory, step)
+        found = _metadata(folder)
+        wanted = {name: leaf for name, leaf in leaves.items() if name in found or name not in optional_leaves}
+        if partial:
+            found = {name: leaf for name, leaf in found.items() if name in wanted}
+        _compare(_place(directory, step), wanted, found)
+        arguments = {name: _restore_arguments(wanted[name]) for name in found}
+        item = dict.fromkeys(found, 0)
+        how = ocp.args.PyTreeRestore(item=item, restore_args=arguments, partial_restore=True)
+        with ocp.Checkpointer(_handler()) as checkpointer:
+            stored = checkpointer.restore(folder, args=how)
+    except UserError:
+        raise
+    except Exception as error:  # Orbax and TensorStore raise many types for foreign and for incomplete files
+        raise UserError(
+            f"{_place(directory, step)} cannot be read: it is damaged or was not written by grpo_jax"
+            f"{remedy(directory, step)}."
+        ) from error
+    restored = [_like(leaf, stored.pop(name, None), place) if name in wanted else leaf for name, leaf in leaves.items()]
     return step, jax.tree.unflatten(jax.tree.structure(like), restored)
 
 
-def _remedy(earlier: Sequence[int]) -> str:
+def require_whole(directory: str | Path, step: int) -> None:
+    """Raises `UserError` if a file of a checkpoint is not what was saved."""
+    if (damage := _damage(Path(directory) / str(step))) is not None:
+        raise UserError(f"{_place(directory, step)} is damaged: its file {damage}{remedy(directory, step)}.")
+
+
+def remedy(directory: str | Path, step: int) -> str:
+    """What to do about a checkpoint that is of no use, as the end of a sentence; empty if there is no earlier one."""
+    earlier = [other for other in kept_steps(directory) if other < step]
     return f" (remove its folder to go back to step {max(earlier)})" if earlier else ""
 
 
+def _place(directory: str | Path, step: int) -> str:
+    return f"the checkpoint of step {step} in {str(directory)!r}"
+
+
+def _unfinished(directory: Path) -> list[Path]:
+    """What a process that was killed has left in a directory of checkpoints, also one of an earlier version."""
+    found = [path for path in directory.iterdir() if ".orbax-checkpoint-tmp" in path.name or path.suffix == ".part"]
+    return [path for path in found if path.is_dir()]
+
+
+def _handler() -> ocp.PyTreeCheckpointHandler:
+    return ocp.PyTreeCheckpointHandler(use_compression=False)
+
+
+def _arrays(directory: str | Path, step: int) -> Path:
+    """The folder in which Orbax has written a checkpoint's arrays."""
+    folder = Path(directory).resolve() / str(step)
+    return folder / "default" if _is_of_earlier_version(folder) else folder
+
+
+def _is_of_earlier_version(folder: Path) -> bool:
+    return (folder / "default").is_dir()
+
+
+def _metadata(folder: Path) -> dict[str, Any]:
+    """The shape and dtype of each array in a checkpoint, by its path."""
+    with ocp.Checkpointer(_handler()) as checkpointer:
+        return dict(checkpointer.metadata(folder).item_metadata.tree)
+
+
+def _files(folder: Path) -> dict[str, Path]:
+    """The files of a checkpoint by their names in it; hidden ones, as of a file manager, are no part of it."""
+    paths = (path for path in folder.rglob("*") if path.is_file() and not path.name.startswith("."))
+    return {path.relative_to(folder).as_posix(): path for path in sorted(paths) if path != folder / SUMS}
+
+
 def _write_sums(folder: Path) -> None:
-    """Writes the checksums of a checkpoint's files, in the form of the command sha256sum."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    lines = [f"{_sum_of(path)}  {path.relative_to(folder).as_posix()}\n" for path in files]
-    write_text(folder / SUMS, "".join(lines))
+    """Writes the checksums of a checkpoint's files, in the form of the command sha256sum; all of it is on the disk."""
+    files = _files(folder)
+    (folder / SUMS).write_text("".join(f"{_sum_of(path)}  {name}\n" for name, path in files.items()))
+    for path in (*files.values(), folder / SUMS, *(path for path in folder.rglob("*") if path.is_dir()), folder):
+        sync(path)
 
 
-def _damaged_file(folder: Path) -> str | None:
-    """The first file of a checkpoint that is missing or differs from its checksum; None if there is none."""
+def _damage(folder: Path) -> str | None:
+    """The first file of a checkpoint that is missing, added, or not what was saved, and which of these; else None."""
     try:
         lines = (folder / SUMS).read_text("utf-8", errors="replace").splitlines()
+    except FileNotFoundError:
+        return None if _is_of_earlier_version(folder) else f"{SUMS} is missing"
     except OSError:
-        return None
-    for line in lines:
-        wanted, _, name = line.partition("  ")
+        return f"{SUMS} cannot be read"
+    sums = {name: wanted for wanted, _, name in (line.partition("  ") for line in lines)}
+    for name in sorted(sums.keys() | _files(folder).keys()):
         try:
-            if _sum_of(folder / name) != wanted:
-                return name or SUMS
+            if _sum_of(folder / name) != sums.get(name):
+                return f"{name or SUMS} is not what was saved"
+        except FileNotFoundError:
+            return f"{name} is missing"
         except (OSError, ValueError):
-            return name or SUMS
+            return f"{name or SUMS} cannot be read"
     return None
 
 
@@ -185,30 +352,14 @@ def _restore_arguments(leaf: Any) -> ocp.RestoreArgs:
     return ocp.RestoreArgs(restore_type=np.ndarray) if sharding is None else ocp.ArrayRestoreArgs(sharding=sharding)
 
 
-def _like(leaf: Any, value: Any) -> Any:
+def _like(leaf: Any, value: Any, place: Callable[[np.ndarray], Any]) -> Any:
     """A restored value as the type of `leaf`."""
     if value is None:  # an array without elements is not stored
-        return np.zeros(leaf.shape, leaf.dtype)
-    return type(leaf)(value.item()) if _is_number(leaf) else value
+        value = np.zeros(leaf.shape, leaf.dtype)
+    if _is_number(leaf):
+        return type(leaf)(value.item())
+    return place(value) if isinstance(value, np.ndarray) else value
 
 
 def _first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-
-@contextmanager
-def _manager(
-    directory: str | Path, *, keep: int | None = None, create: bool = False
-) -> Iterator[ocp.CheckpointManager]:
-    """Opens `directory` with Orbax. Its log messages (through absl) are switched off meanwhile."""
-    logger = logging.getLogger("absl")
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)
-    # Not asynchronous: when `save` returns, everything is on disk.
-    options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=create, enable_async_checkpointing=False)
-    try:
-        handler = ocp.PyTreeCheckpointHandler()
-        with ocp.CheckpointManager(Path(directory).resolve(), options=options, item_handlers=handler) as manager:
-            yield manager
-    finally:
-        logger.setLevel(level)

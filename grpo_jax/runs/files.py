@@ -91,9 +91,19 @@ def write_text(path: Path, text: str) -> None:
                 file.flush()
                 os.fsync(file.fileno())
             part.replace(path)
+            sync(path.parent)
         except OSError:
             part.unlink(missing_ok=True)
             raise
+
+
+def sync(path: Path) -> None:
+    """Returns when a file's content, or the names in a folder, are on the disk and outlast a power cut."""
+    number = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)
 
 
 def replace_bytes(path: Path, before: bytes, after: bytes) -> None:

@@ -1,5 +1,6 @@
 """What a run writes and shows: its directory, metrics, completions, its callbacks, and the progress display."""
 
+import json
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
@@ -13,7 +14,7 @@ from rich.console import Console
 
 from grpo_jax.errors import RunError, UserError
 from grpo_jax.experiment import Experiment, to_dict
-from grpo_jax.runs import checkpoints, record
+from grpo_jax.runs import record
 from grpo_jax.runs.callbacks import Callbacks, EndEvent, EvaluationEvent, StartEvent, Status, StepEvent
 from grpo_jax.runs.display import Display
 from grpo_jax.runs.files import (
@@ -24,12 +25,14 @@ from grpo_jax.runs.files import (
     jsonable,
     read_rows,
     replace_bytes,
+    sync,
     write_json,
     write_text,
     writing,
 )
 from grpo_jax.runs.lock import only_writer
 from grpo_jax.runs.result import Result, Stop
+from grpo_jax.runs.rows import COMPLETIONS, LOG, METRICS, Checksums, KeptLog, add_row, kept_log, key_of
 from grpo_jax.runs.tensorboard import SAMPLE_TEXTS, TensorBoard
 
 
@@ -41,10 +44,12 @@ class RunLog:
     `events`, `summary.json`, and `checkpoints` (see `grpo_jax.runs.checkpoints`).
 
     Steps count from 0: step s is the one made with the parameters after s updates, and an evaluation "at s" is one of
-    those parameters. With `resume` nothing is written twice: the first step that arrives, s, removes what an
-    interrupted run had written from s on, and an evaluation replaces an earlier one at its step. The record of how the
-    run began stays: `config.json` is not written again, and run.json lists each visit under `resumed`, with the fields
-    and files that have changed since (see `grpo_jax.runs.record`). The status in run.json ends as `finished`,
+    those parameters. With `resume` nothing is written twice: what an interrupted run had written after its newest
+    checkpoint is removed, and an evaluation replaces an earlier one at its step. Before that, the checkpoint and the
+    rows of all steps before it are checked (see `grpo_jax.runs.rows`), and a run that is refused is left as it was. The
+    record of how the run began stays: `config.json` is not written again, and run.json lists each visit under
+    `resumed`, with the fields and files that have changed since (see `grpo_jax.runs.record`). The status in run.json
+    ends as `finished`,
     `stopped` (a callback ended training early, which run.json names), `interrupted` (KeyboardInterrupt) or `failed`. A
     run that is refused before its first step (`UserError`) leaves no directory behind.
     With `resume` a run also begins where there is none: in a new or an empty directory, or in one whose run was killed
@@ -78,7 +83,8 @@ class RunLog:
         self.resume = resume
         self._result: Result | None = None
         self._info: dict[str, Any] = {}
-        self._rewound = not resume
+        self._kept: KeptLog | None = None
+        self._checksums: dict[str, Checksums] = {METRICS: {}, COMPLETIONS: {}}
         self._is_new = False
         self._board = TensorBoard(self.run_dir / "events", text_every=max(1, experiment.num_steps // SAMPLE_TEXTS))
         self._callbacks = Callbacks(callbacks)
@@ -103,7 +109,9 @@ class RunLog:
     def _begin(self) -> None:
         """Writes how the run begins or goes on, and tells its callbacks."""
         changes: dict[str, Any] = {}
-        if self.resume and (self.run_dir / "run.json").is_file():
+        if self.resume and (self.run_dir / "run.json").exists():
+            record.require_whole(self.run_dir)
+            self._kept = kept_log(self.run_dir)
             self._info = record.continue_run(self.run_dir, self._experiment, self._source, self._overrides)
             changes = self._info["resumed"][-1]["changes"]
         else:
@@ -115,12 +123,14 @@ class RunLog:
             self.note(f"changed since the run began: {name} was {before}, and is {now} from here on")
         event = self._start_event()
         self._board.on_start(event)
+        if self._kept is not None:
+            self._rewind(self._kept)
         self._callbacks.start(event)
 
     def _start_event(self) -> StartEvent:
         arm = assigned(self._info).get("arm")
         name = self.run_dir.resolve().name if arm is None else f"{arm} seed {self._experiment.seed}"
-        first_step = (checkpoints.latest_step(self.run_dir / "checkpoints") or 0) if self.resume else 0
+        first_step = 0 if self._kept is None else self._kept.step
         return StartEvent(self.run_dir, name, arm, jsonable(to_dict(self._experiment)), first_step)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
@@ -185,10 +195,8 @@ class RunLog:
         histograms: Mapping[str, np.ndarray] | None = None,
     ) -> None:
         """Records training step `step`: its metrics, its completions (`completions.jsonl`) and arrays to histogram."""
-        if not self._rewound:
-            self._rewind(step)
-        append_rows(self.run_dir / "metrics.jsonl", [{"step": step, **metrics}])
-        append_rows(self.run_dir / "completions.jsonl", ({"step": step, **row} for row in completions or ()))
+        self._append(METRICS, [{"step": step, **metrics}])
+        self._append(COMPLETIONS, [{"step": step, **row} for row in completions or ()])
         event = StepEvent(step, dict(metrics), [dict(row) for row in completions or ()], dict(histograms or {}))
         self._board.on_step(event)
         self.display.update(step, metrics, event.first_group())
@@ -200,12 +208,13 @@ class RunLog:
         split = values.pop("split", "held_out")
         prefix = "evaluation" if split == "held_out" else f"evaluation/{split}"
         row = {"step": step, **{f"{prefix}/{key}": value for key, value in _flat(values)}}
-        path = self.run_dir / "metrics.jsonl"
         if self.resume:
-            others = [r for r in read_rows(path) if r["step"] != step or f"{prefix}/success" not in r]
-            write_text(path, "".join(map(json_line, sorted([*others, row], key=_place))))
+            others = [other for other in read_rows(self.run_dir / METRICS) if key_of(other) != key_of(row)]
+            self._checksums[METRICS].pop(key_of(row), None)
+            add_row(self._checksums[METRICS], row)
+            write_text(self.run_dir / METRICS, "".join(map(json_line, sorted([*others, row], key=_place))))
         else:
-            append_rows(path, [row])
+            self._append(METRICS, [row])
         event = EvaluationEvent(step, evaluation, {name: value for name, value in row.items() if name != "step"})
         self._board.on_evaluation(event)
         self.display.evaluation(step, evaluation)
@@ -220,30 +229,36 @@ class RunLog:
         """Shows one line about what happens now."""
         self.display.note(message)
 
-    def require_rows(self, done: int) -> None:
-        """Raises `UserError` if metrics.jsonl lacks one of the first `done` steps: it would never be whole again."""
-        path = self.run_dir / "metrics.jsonl"
-        have = {row["step"] for row in read_rows(path) if _place(row)[1]}
-        missing = sorted(set(range(done)) - have)
-        if missing:
-            raise UserError(
-                f"{path} lacks {len(missing)} of the first {done} steps, the first of them step {missing[0]}, though "
-                f"the run has a checkpoint of step {done}: put the file back, or begin a new run elsewhere."
-            )
+    @property
+    def lacks_evaluation(self) -> bool:
+        """Whether the evaluation at the step from which a run goes on is to be made again."""
+        return self._kept is not None and not self._kept.is_evaluated
 
-    def _rewind(self, step: int) -> None:
-        """Removes what an interrupted run has written from `step` on; evaluations at `step` itself still hold."""
-        self._rewound = True
-        kept: list[dict[str, Any]] = []
+    def seal(self) -> dict[str, str]:
+        """Makes the log as durable as a checkpoint; returns the file by which the checkpoint knows the log's rows."""
         with writing(self.run_dir):
-            for name in ("metrics.jsonl", "completions.jsonl"):
-                rows = [row for row in read_rows(self.run_dir / name) if _place(row) < (step, 1)]
-                write_text(self.run_dir / name, "".join(map(json_line, rows)))
-                kept += [row for row in rows if row["step"] == step]
-        self._board.rewind(step, kept)
+            for path in (self.run_dir / METRICS, self.run_dir / COMPLETIONS, self.run_dir):
+                if path.exists():
+                    sync(path)
+        return {LOG: json.dumps(self._checksums)}
+
+    def _append(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
+        append_rows(self.run_dir / name, rows)
+        for row in rows:
+            add_row(self._checksums[name], row)
+
+    def _rewind(self, kept: KeptLog) -> None:
+        """Removes what an interrupted run has written after its checkpoint."""
+        for name, rows in kept.files.items():
+            path = self.run_dir / name
+            self._checksums[name] = dict(rows.checksums)
+            if path.exists():
+                write_text(path, b"".join(rows.lines).decode())
+        evaluations = [row for row in read_rows(self.run_dir / METRICS) if _place(row) == (kept.step, 0)]
+        self._board.rewind(kept.step, evaluations)
 
     def _write_status(self, status: str, **more: Any) -> None:
-        self._info |= {"status": status, **more}
+        self._info = record.with_checksum({**self._info, "status": status, **more})
         path = self.run_dir / "run.json"
         try:
             write_json(path, self._info)

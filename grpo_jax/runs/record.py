@@ -6,13 +6,15 @@ The record of a run's beginning is never written again. When a run is resumed, r
 same).
 """
 
+import hashlib
+import json
 import os
 import platform
 import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -22,7 +24,7 @@ from grpo_jax import sharding
 from grpo_jax.errors import UserError
 from grpo_jax.experiment import Experiment, code_of, read_config, read_run, sources, to_dict
 from grpo_jax.experiment.fingerprint import fingerprint
-from grpo_jax.experiment.recorded import changed_fields, current_config
+from grpo_jax.experiment.recorded import changed_fields, current_config, jsonable
 from grpo_jax.runs import checkpoints
 from grpo_jax.runs.files import write_json, writing
 from grpo_jax.runs.lock import NAME as LOCK
@@ -31,6 +33,7 @@ PACKAGES = ("grpo_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "t
 # What a run that was killed before it had written run.json may have left; a sweep puts a warm start there before.
 BEGINNING = {"code", ".code.part", "config.json", ".config.json.part", ".run.json.part", "warm_start"}
 OUTPUT = (".log", ".out", ".err", ".txt")  # where a scheduler may write what the run prints
+CHANGING = ("status", "finished", "stop", "error", "sha256")  # of run.json, what is no part of the record
 FIXED = ("policy", "seed", "method", "warm_start")  # what a run's checkpoints were made from
 
 
@@ -82,6 +85,7 @@ def begin_run(
         "seed": experiment.seed,
         "key": fingerprint(experiment),
         "config_key": fingerprint(experiment, files=False),
+        "config_sha256": _sha256((run_dir / "config.json").read_bytes()),
         "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
         "platform": platform.platform(),
         "device": sharding.describe(),
@@ -126,6 +130,35 @@ def continue_run(
     return {**info, "by_program": by_program, "resumed": [*visits, visit]}
 
 
+def with_checksum(info: Mapping[str, Any]) -> dict[str, Any]:
+    """The content of run.json with the checksum of its record, which is all but the run's status."""
+    record = {name: value for name, value in info.items() if name not in CHANGING}
+    return {**info, "sha256": _sha256(json.dumps(jsonable(record), sort_keys=True).encode())}
+
+
+def require_whole(run_dir: Path) -> None:
+    """Raises `UserError` if the record of a run, or a copy of its files, is not what was written.
+
+    A run of an earlier version has no checksums of the one, and one that a notebook made has no copies.
+    """
+    info = read_run(run_dir)
+    path = run_dir / "run.json"
+    if "sha256" in info and info != with_checksum(info):
+        raise UserError(f"{path} is damaged, or was edited: put it back as it was, or begin a new run elsewhere.")
+    wanted: dict[str, str] = {}
+    if "config_sha256" in info:
+        wanted["config.json"] = info["config_sha256"]
+    for code in (info.get("code"), *(visit.get("code") for visit in info.get("resumed", ()))):
+        for name, digest in {} if code is None else code.get("files", {}).items():
+            if name not in code.get("not_copied", ()):
+                wanted[f"{code['directory']}/{name}"] = digest
+    for name, digest in wanted.items():
+        path = run_dir / name
+        if not path.is_file() or _sha256(path.read_bytes()) != digest:
+            what = "is damaged, or was edited" if path.exists() else "is missing"
+            raise UserError(f"{path} {what}: put it back as it was, or begin a new run elsewhere.")
+
+
 def processor() -> dict[str, Any]:
     """What rounding depends on besides versions: the processor, its widest instructions, the cores of this process."""
     try:
@@ -157,6 +190,10 @@ def _keep_files(run_dir: Path, source: Path, name: str) -> dict[str, Any]:
         shutil.rmtree(run_dir / name, ignore_errors=True)  # of a process that was killed before it had noted them
         part.rename(run_dir / name)
     return {"directory": name, **sources.describe(source)}
+
+
+def _sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
 
 
 def _version(package: str) -> str | None:

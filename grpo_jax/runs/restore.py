@@ -9,14 +9,7 @@ import jax.numpy as jnp
 
 from grpo_jax.algorithms.forward import HEAD, new_head
 from grpo_jax.errors import UserError
-from grpo_jax.experiment import (
-    Experiment,
-    PolicyConfig,
-    SamplingConfig,
-    load_run,
-    read_config,
-    read_run,
-)
+from grpo_jax.experiment import Experiment, PolicyConfig, SamplingConfig, read_config, read_run
 from grpo_jax.experiment.recorded import config_from
 from grpo_jax.experiment.records import needed
 from grpo_jax.policy import Policy, fresh_adapters, load, merge, perturb
@@ -26,16 +19,7 @@ from grpo_jax.rollout import model_of
 from grpo_jax.runs import checkpoints
 from grpo_jax.update import State
 
-OPTIONAL_LEAVES = ("tokens_sampled",)  # not in the checkpoints of the first versions
-
-
-def restore(run_dir: str | Path) -> tuple[Experiment, Policy]:
-    """The experiment of a run, a warm start or a control, and the policy at its newest checkpoint.
-
-    Raises:
-      UserError: if the directory holds no run, or a run without a checkpoint.
-    """
-    return load_run(run_dir), restore_policy(run_dir)
+OPTIONAL_LEAVES = ("tokens_sampled", "skipped_in_a_row")  # not in the checkpoints of earlier versions
 
 
 def restore_policy(run_dir: str | Path, step: int | None = None) -> Policy:
@@ -117,7 +101,10 @@ def _recorded(run_dir: str | Path, name: str) -> Any:
     return needed(read_config(run_dir), name, run_dir / "config.json")
 
 
-def checkpoint(state: State, reference: Any | None, tokens_seen: int = 0, tokens_sampled: int = 0) -> dict[str, Any]:
-    """Everything that a step depends on, as the pytree that is saved and restored."""
-    tokens = {"tokens_seen": tokens_seen, "tokens_sampled": tokens_sampled}
-    return {**state._asdict(), "reference": reference, **tokens}
+def checkpoint(state: State, reference: Any | None, **counts: int) -> dict[str, Any]:
+    """Everything that a step depends on, as the pytree that is saved and restored.
+
+    Args:
+      counts: `tokens_seen`, `tokens_sampled` and `skipped_in_a_row`.
+    """
+    return {**state._asdict(), "reference": reference, **counts}

@@ -9,7 +9,15 @@ import numpy as np
 import pytest
 
 from grpo_jax import experiment
-from grpo_jax.experiment import Experiment, LoRAConfig, LossConfig, Method, PolicyConfig, SamplingConfig
+from grpo_jax.experiment import (
+    CheckpointConfig,
+    Experiment,
+    LoRAConfig,
+    LossConfig,
+    Method,
+    PolicyConfig,
+    SamplingConfig,
+)
 from grpo_jax.experiment.fingerprint import fingerprint
 
 
@@ -217,6 +225,11 @@ def test_the_defaults_have_the_names_of_the_first_versions(config, name):
 
 def test_the_default_experiment_has_the_name_of_the_first_versions():
     assert fingerprint(Experiment(task=None, rewards={"length": len})) == "929edd82149b"
+
+
+def test_which_checkpoints_are_kept_counts_in_no_name():
+    config = Experiment(task=None, rewards={"length": len}, checkpoints=CheckpointConfig(last=5, every=10))
+    assert fingerprint(config) == "929edd82149b"
 
 
 @pytest.mark.parametrize(

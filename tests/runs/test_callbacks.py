@@ -12,6 +12,7 @@ import pytest
 
 from grpo_jax.errors import RunError, UserError
 from grpo_jax.experiment import Experiment
+from grpo_jax.runs import checkpoints
 from grpo_jax.runs.callbacks import Callback, StopTraining
 from grpo_jax.runs.log import RunLog, display_of
 
@@ -134,11 +135,12 @@ def test_a_callback_that_stops_the_run_is_recorded_and_the_others_are_told(tmp_p
     assert (info(tmp_path)["status"], info(tmp_path)["stop"]) == ("finished", None)
 
 
-def test_a_run_that_goes_on_is_stopped_after_the_steps_that_it_has(tmp_path, monkeypatch):
+def test_a_run_that_goes_on_is_stopped_after_the_steps_that_it_has(tmp_path):
     notes = Notes()
-    with log_of(tmp_path):
-        pass
-    monkeypatch.setattr("grpo_jax.runs.checkpoints.latest_step", lambda directory: 3)
+    with log_of(tmp_path) as log:
+        for step in range(3):
+            log.step(step, {"reward": 1.0})
+        checkpoints.save(tmp_path / "checkpoints", 3, {"x": np.ones(1)}, files=log.seal())
     with log_of(tmp_path, notes, Raises("on_evaluation", StopTraining()), resume=True) as log:
         log.evaluation(0, Evaluation())  # the policy before training, which is shown again
     assert notes.events[0].first_step == 3 and info(tmp_path)["stop"]["steps"] == 3

@@ -3,11 +3,14 @@
 import os
 import subprocess
 import sys
+import threading
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -130,7 +133,7 @@ def test_the_saved_leaves_are_those_of_the_newest_checkpoint(tmp_path):
 
 def test_as_many_checkpoints_remain_as_are_to_be_kept(tmp_path):
     for step in (1, 2, 3, 4):
-        checkpoints.save(tmp_path, step, {"w": np.ones(1)}, keep=3)
+        checkpoints.save(tmp_path, step, {"w": np.ones(1)}, keep=lambda steps: steps[-3:])
     assert sorted(os.listdir(tmp_path)) == ["2", "3", "4"]
 
 
@@ -150,8 +153,11 @@ def test_a_damaged_checkpoint_is_refused_and_the_one_before_it_is_named(tmp_path
     else:
         for path in (tmp_path / "2").rglob("d/*"):
             path.write_bytes(path.read_bytes()[:10])
-        (tmp_path / "2" / checkpoints.SUMS).unlink()  # it is of an earlier version
-    with pytest.raises(UserError, match=r"cannot be read.*remove its folder to go back to step [12]\)\.$") as caught:
+        (tmp_path / "2" / checkpoints.SUMS).unlink()
+        checkpoints._write_sums(tmp_path / "2")  # so that only Orbax can find it
+    with pytest.raises(
+        UserError, match=r"(cannot be read|SHA256SUMS is missing).*to go back to step [12]\)\.$"
+    ) as caught:
         checkpoints.restore(tmp_path, {"w": jnp.zeros(1000)})
     assert "\n" not in str(caught.value)
     assert checkpoints.restore(tmp_path, {"w": jnp.zeros(1000)}, step=1)[0] == 1
@@ -175,10 +181,18 @@ def test_a_bit_that_has_flipped_in_any_file_is_found_and_the_file_is_named(tmp_p
         checkpoints.restore(tmp_path, {"w": jnp.zeros(1000)})
 
 
-def test_a_checkpoint_without_checksums_is_read(tmp_path):
+def test_a_checkpoint_without_checksums_is_read_if_it_is_of_an_earlier_version(tmp_path):
     checkpoints.save(tmp_path, 1, make_state())
-    (tmp_path / "1" / checkpoints.SUMS).unlink()
-    assert_same(checkpoints.restore(tmp_path, make_state(0.0))[1], make_state())
+    checkpoints.save(tmp_path, 2, make_state())
+    with ocp.CheckpointManager(tmp_path, item_handlers=ocp.PyTreeCheckpointHandler()) as manager:
+        manager.save(3, args=ocp.args.PyTreeSave(checkpoints._flatten({"w": np.arange(3.0), "n": np.asarray(3)})))
+    step, found = checkpoints.restore(tmp_path, {"w": np.zeros(3), "n": 0})
+    assert step == 3 and found["n"] == 3 and found["w"].tolist() == [0, 1, 2]
+    checkpoints._write_sums(tmp_path / "3")  # as they were written there
+    assert checkpoints.restore(tmp_path, {"w": np.zeros(3), "n": 0})[0] == 3
+    (tmp_path / "2" / checkpoints.SUMS).unlink()
+    with pytest.raises(UserError, match=r"of step 2 .* is damaged: its file SHA256SUMS is missing .*step 1"):
+        checkpoints.restore(tmp_path, make_state(0.0), step=2)
 
 
 def test_the_checksums_are_those_that_sha256sum_checks(tmp_path):
@@ -188,10 +202,10 @@ def test_the_checksums_are_those_that_sha256sum_checks(tmp_path):
 
 def test_the_newest_of_several_checkpoints_before_a_damaged_one_is_named(tmp_path):
     for step in (3, 5, 8):
-        checkpoints.save(tmp_path, step, {"w": np.ones(1)}, keep=9)
+        checkpoints.save(tmp_path, step, {"w": np.ones(1)}, keep=list)
     (tmp_path / "9").mkdir()
     (tmp_path / "9" / "weights.bin").write_bytes(b"not of Orbax")
-    with pytest.raises(UserError, match=r"of step 9 in .* cannot be read.*to go back to step 8\)\.$"):
+    with pytest.raises(UserError, match=r"of step 9 in .* is damaged.*to go back to step 8\)\.$"):
         checkpoints.restore(tmp_path, {"w": np.zeros(1)})
 
 
@@ -204,7 +218,7 @@ from grpo_jax.runs import checkpoints
 state = {{"w": np.random.default_rng(0).normal(size=5_000_000)}}
 checkpoints.save({str(tmp_path)!r}, 1, {{"w": np.ones(3)}})
 def kill():
-    while not any("tmp" in p.name for p in pathlib.Path({str(tmp_path)!r}).iterdir()):
+    while not any(".2.part" in p.name for p in pathlib.Path({str(tmp_path)!r}).iterdir()):
         time.sleep(0.0005)
     os._exit(9)
 threading.Thread(target=kill, daemon=True).start()
@@ -226,6 +240,87 @@ def test_a_place_that_cannot_be_written_is_one_sentence(tmp_path):
 def test_why_it_cannot_be_written_is_the_first_line_or_the_kind_of_the_error():
     assert checkpoints._first_line(OSError("\n the disk is full \n and more")) == "the disk is full "
     assert checkpoints._first_line(ValueError()) == "ValueError"
+
+
+def slow_disk(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
+    """Nothing gets its checksums until the event is set."""
+    ready, write_sums = threading.Event(), checkpoints._write_sums
+
+    def wait(folder: Path) -> None:
+        assert ready.wait(60)
+        write_sums(folder)
+
+    monkeypatch.setattr(checkpoints, "_write_sums", wait)
+    return ready
+
+
+def test_the_state_is_saved_as_it_was_though_it_changes_while_it_is_written(tmp_path, monkeypatch):
+    ready, array = slow_disk(monkeypatch), np.arange(1_000_000.0)
+    with checkpoints.Saver(tmp_path) as saver:
+        saver.save(1, {"w": array}, files={"note": "of step 1"})
+        array[:] = -1
+        assert checkpoints.kept_steps(tmp_path) == []  # it is there when all of it is
+        ready.set()
+        saver.wait()
+        assert checkpoints.kept_steps(tmp_path) == [1] and checkpoints.read_file(tmp_path, 1, "note") == "of step 1"
+        saver.save(2, {"w": array})
+    assert checkpoints.kept_steps(tmp_path) == [1, 2] and not list(tmp_path.glob(".*"))
+    np.testing.assert_array_equal(checkpoints.restore(tmp_path, {"w": array}, step=1)[1]["w"], np.arange(1_000_000.0))
+
+
+def test_one_checkpoint_is_written_at_a_time(tmp_path, monkeypatch):
+    ready, done = slow_disk(monkeypatch), []
+    with checkpoints.Saver(tmp_path) as saver:
+        saver.save(1, {"w": np.ones(3)})
+        threading.Timer(0.3, lambda: (done.append(checkpoints.kept_steps(tmp_path)), ready.set())).start()
+        saver.save(2, {"w": np.ones(3)})
+        assert done == [[]] and checkpoints.kept_steps(tmp_path)[0] == 1
+
+
+def full(*_: object) -> None:
+    raise OSError(28, "No space left on device")
+
+
+def test_a_checkpoint_that_cannot_be_finished_is_the_failure_of_the_next_call_and_leaves_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoints, "_write_sums", full)
+    says = "the checkpoint of step 1 cannot be written to .*: .*No space left on device"
+    with pytest.raises(RunError, match=says):
+        checkpoints.save(tmp_path, 1, {"w": np.ones(3)})
+    with checkpoints.Saver(tmp_path) as saver:
+        saver.save(1, {"w": np.ones(3)})
+        with pytest.raises(RunError, match=says):
+            saver.save(2, {"w": np.ones(3)})
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(ZeroDivisionError), checkpoints.Saver(tmp_path) as saver:  # what went wrong first is told
+        saver.save(1, {"w": np.ones(3)})
+        raise ZeroDivisionError
+
+
+def test_an_error_elsewhere_waits_for_the_checkpoint_that_is_being_written(tmp_path, monkeypatch):
+    ready = slow_disk(monkeypatch)
+    threading.Timer(0.3, ready.set).start()
+    with pytest.raises(ZeroDivisionError), checkpoints.Saver(tmp_path) as saver:
+        saver.save(1, {"w": np.ones(3)})
+        raise ZeroDivisionError
+    assert checkpoints.kept_steps(tmp_path) == [1]
+
+
+def test_arrays_are_placed_one_after_the_other(tmp_path):
+    checkpoints.save(tmp_path, 1, {"a": np.ones(3), "b": np.arange(4.0), "n": 5, "none": np.ones((0, 2))})
+    placed: list[tuple[int, ...]] = []
+
+    def place(array: np.ndarray) -> list[float]:
+        placed.append(array.shape)
+        return array.tolist()
+
+    like = {"a": np.zeros(3), "b": np.zeros(4), "n": 0, "none": np.zeros((0, 2))}
+    assert checkpoints.restore(tmp_path, like, place=place)[1] == {
+        "a": [1.0] * 3,
+        "b": [0, 1, 2, 3],
+        "n": 5,
+        "none": [],
+    }
+    assert placed == [(3,), (4,), (0, 2)]
 
 
 def test_orbax_prints_nothing(tmp_path, capfd, caplog):

@@ -1,5 +1,6 @@
 """What run.json says of how a run began and was resumed, value by value."""
 
+import hashlib
 import json
 import os
 import platform
@@ -54,6 +55,7 @@ def test_a_run_that_a_program_began_has_a_record_without_files(tmp_path, monkeyp
         "seed": 3,
         "key": fingerprint(config),
         "config_key": fingerprint(config, files=False),
+        "config_sha256": hashlib.sha256((tmp_path / "config.json").read_bytes()).hexdigest(),
         "versions": {
             "python": platform.python_version(),
             **{name: record._version(name) for name in record.PACKAGES},

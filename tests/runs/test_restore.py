@@ -78,8 +78,7 @@ def test_the_policy_of_an_experiment_is_made_from_its_seed_its_dtype_and_its_per
 
 def test_a_checkpoint_holds_the_state_the_reference_and_the_counts_of_tokens():
     fields = {name: number for number, name in enumerate(State._fields)}
-    found = restore.checkpoint(State(**fields), "reference", 5, 7)
-    assert found == {**fields, "reference": "reference", "tokens_seen": 5, "tokens_sampled": 7}
-    assert restore.checkpoint(State(**fields), None) == {
-        **fields, "reference": None, "tokens_seen": 0, "tokens_sampled": 0}  # fmt: skip
-    assert restore.OPTIONAL_LEAVES == ("tokens_sampled",)
+    counts = {"tokens_seen": 5, "tokens_sampled": 7, "skipped_in_a_row": 2}
+    found = restore.checkpoint(State(**fields), "reference", **counts)
+    assert found == {**fields, "reference": "reference", **counts}
+    assert set(restore.OPTIONAL_LEAVES) == {"tokens_sampled", "skipped_in_a_row"}

@@ -160,7 +160,8 @@ def test_a_sweep_killed_in_the_middle_and_gone_on_with_is_one_left_alone(source,
 
 
 def test_a_run_of_a_sweep_can_be_restored(source, tmp_path):
-    from grpo_jax.runs.restore import restore
+    from grpo_jax.experiment import load_run
+    from grpo_jax.runs.restore import restore_policy
 
     source.write_text(
         FILE
@@ -170,7 +171,7 @@ def test_a_run_of_a_sweep_can_be_restored(source, tmp_path):
     )
     [run] = [run for run in load_ablation(source).runs() if run.arms == ("hot",) and run.seed == 3]
     worker.run(source, "hot", [3], tmp_path, budget="steps")
-    config, _ = restore(tmp_path / run.key)
+    config, _ = load_run(tmp_path / run.key), restore_policy(tmp_path / run.key)
     assert (config.sampling.temperature, config.seed) == (2.0, 3)
 
 
