@@ -22,9 +22,11 @@ from grpo_jax.algorithms.minibatches import lay_out, minibatch, shared_out
 from grpo_jax.errors import RunError
 from grpo_jax.evaluation import Evaluation
 from grpo_jax.experiment import Experiment, variant_of
+from grpo_jax.guards import Alarm, Guard
 from grpo_jax.policy import Policy
 from grpo_jax.rollout import Actor, Generator, Rollout, encode_prompts, make_actor
-from grpo_jax.runs import checkpoints
+from grpo_jax.runs import checkpoints, rollback
+from grpo_jax.runs.files import is_evaluation, read_rows
 from grpo_jax.runs.log import RunLog, display_of
 from grpo_jax.runs.restore import OPTIONAL_LEAVES, checkpoint, source_policy
 from grpo_jax.runs.result import Result, summarize
@@ -102,6 +104,8 @@ def starting_policy(experiment: Experiment, log: RunLog, *, resume: bool = False
     with RunLog(warm_dir, variant, resume=resume, display=display) as warm_log:
         trainer = Trainer(variant, starting_policy(variant, warm_log, resume=resume), warm_log)
         trainer.fit(resume=resume)
+    if warm_log.stop is not None:
+        raise RunError(f"the warm start was stopped after {warm_log.stop.steps} steps: {warm_log.stop.reason}")
     return trainer.policy()
 
 
@@ -118,6 +122,7 @@ class Trainer:
       reference: the trained parameters of the reference policy; None where the method needs none.
       tokens_seen, tokens_sampled: how many tokens the run has read and written, and how many of them it sampled.
       watch: what has been seen of updates that were not made.
+      guard: what has been seen of spikes and of collapses.
       last_step: after how many steps training ends at the latest.
       last_evaluation: after how many steps the policy was evaluated last, and what it scored on each split.
     """
@@ -150,6 +155,7 @@ class Trainer:
         self.reference = jax.tree.map(jnp.copy, trainable) if needs_reference else None
         self.tokens_seen = self.tokens_sampled = 0
         self.watch = UpdateWatch(config.optimizer.max_skipped_updates)
+        self.guard = Guard(config)
         self.last_step = config.num_steps
         self.last_evaluation: tuple[int, dict[str, Evaluation]] = (-1, {})
 
@@ -211,6 +217,11 @@ class Trainer:
         if resume and checkpoints.latest_step(directory) is not None:
             done = self.load_checkpoint(directory)
             self.log.require_rows(done)
+            for row in read_rows(self.log.run_dir / "metrics.jsonl"):
+                if row["step"] < done and not is_evaluation(row):
+                    self.guard.see(row["step"], row)
+        elif rollback.rolls_back(config):
+            self.save(0)
         if not self.is_over(done):
             rows = f"{config.prompts_per_step} prompts × {config.group_size}"
             end = f"to {config.num_steps}" if config.token_budget is None else f"until {config.token_budget:,} tokens"
@@ -245,6 +256,8 @@ class Trainer:
         layout = lay_out(config, train_batch.batch, step, replicas)
         batch, found = layout.split(train_batch.batch), {}
         frozen, reference = self._actor.frozen, self.reference
+        spike_limit = self.guard.spike_limit
+        limit = () if spike_limit is None else (replicas.broadcast(np.float32(spike_limit)),)
         if self.before_updates is not None:
             batch, found = self.before_updates(self.state.trainable, frozen, reference, batch)
             if batch.advantages is not None and train_batch.batch.advantages is None:
@@ -252,7 +265,7 @@ class Trainer:
         outputs: list[UpdateOutput] = []
         for piece in self.minibatches(batch) * config.num_iterations:
             first = replicas.broadcast(np.bool_(not outputs))
-            self.state, output = self.update(self.state, frozen, reference, piece, first)
+            self.state, output = self.update(self.state, frozen, reference, piece, first, *limit)
             if not outputs and output.logprob_gaps is not None:
                 gaps = layout.gather_first(output.logprob_gaps)
                 self.check_logprobs(gaps, train_batch.rollout, step)
@@ -261,10 +274,14 @@ class Trainer:
         metrics = metrics_of(of_updates, config.num_minibatches)
         # These come after an update's own gap, which is 0 where log-probabilities were recomputed.
         metrics |= {name: float(value) for name, value in replicas.fetch(found).items()}
+        if metrics.get("spiked_updates"):
+            metrics["spike_limit"] = float(np.float32(spike_limit))
+            if rollback.rolls_back(config):
+                metrics["rolled_back"] = step + 1 - self.roll_back(step)
         self.sync_reference(step + 1)
         self.record(step, train_batch, metrics, seconds=time.monotonic() - began)
         for note in self.watch.see(step, of_updates):
-            self.log.note(note)
+            self.log.warn(Alarm(step, "update", note))
 
     def record(self, step: int, train_batch: TrainBatch, metrics: dict[str, float], *, seconds: float) -> None:
         """Logs a step: its batch, with the advantages that the update found, and its update's metrics."""
@@ -280,6 +297,8 @@ class Trainer:
             "tokens_per_second": train_batch.new_tokens / seconds,
         }
         self.log.step(step, metrics, train_batch.rows, train_batch.histograms)
+        for alarm in self.guard.see(step, metrics):
+            self.log.warn(alarm)
 
     def context(self) -> StepContext:
         """What batches are made from now."""
@@ -297,7 +316,17 @@ class Trainer:
 
     def save(self, step: int) -> None:
         """Saves everything that step `step` depends on."""
-        checkpoints.save(self.log.run_dir / "checkpoints", step, self._checkpoint())
+        directory = self.log.run_dir / "checkpoints"
+        keep = rollback.num_kept(directory, self.experiment, step)
+        checkpoints.save(directory, step, self._checkpoint(), keep=keep)
+
+    def roll_back(self, step: int) -> int:
+        """Takes policy, optimizer and reference from the checkpoint before a spike in `step`; returns its step."""
+        done, saved = rollback.restore(self.log.run_dir / "checkpoints", self._checkpoint(), self.experiment, step)
+        saved = self.replicas.replicate(saved)
+        self.state = self.state._replace(trainable=saved["trainable"], optimizer=saved["optimizer"])
+        self.reference = self.reference if saved["reference"] is None else saved["reference"]
+        return done
 
     def load_checkpoint(self, directory: Path) -> int:
         """Continues from the newest checkpoint, and returns its step."""

@@ -101,10 +101,15 @@ def reward_metrics(scores: Scores, rewards: np.ndarray, sample_mask: np.ndarray)
 
 
 def completion_metrics(rollout: Rollout) -> dict[str, float]:
-    """Lengths of completions, and how alike those of a group are: a policy that collapses repeats one of them."""
+    """Lengths of completions, and how alike they are: a policy that collapses repeats one of them.
+
+    `top_share` is the share of a group that its commonest text has, the mean over groups; `most_common_ratio` is the
+    share of all completions that the commonest text of all has.
+    """
     lengths = rollout.mask.sum(-1)
     texts = [["\n".join(e.turns) for e in group] for group in rollout.episodes]
     size = lengths.shape[1]
+    of_all = Counter(text for group in texts for text in group)
     return {
         "completions/mean_length": float(lengths.mean()),
         "completions/min_length": float(lengths.min()),
@@ -112,6 +117,7 @@ def completion_metrics(rollout: Rollout) -> dict[str, float]:
         "completions/clipped_ratio": float(np.mean(~rollout.ended)),
         "completions/unique_fraction": float(np.mean([len(set(group)) / size for group in texts])),
         "completions/top_share": float(np.mean([max(Counter(group).values()) / size for group in texts])),
+        "completions/most_common_ratio": max(of_all.values()) / of_all.total(),
     }
 
 

@@ -8,6 +8,7 @@ loads is a config whose fields have the types and ranges that they claim.
 from grpo_jax.experiment.ablation import Ablation, Budget, PlannedRun
 from grpo_jax.experiment.configs import (
     EvaluationConfig,
+    GuardConfig,
     LoRAConfig,
     OptimizerConfig,
     PolicyConfig,
@@ -52,6 +53,7 @@ __all__ = [
     "DPOConfig",
     "EvaluationConfig",
     "Experiment",
+    "GuardConfig",
     "LoRAConfig",
     "LossConfig",
     "Method",

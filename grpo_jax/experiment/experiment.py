@@ -10,6 +10,7 @@ from grpo_jax.experiment.checked import Checked, Range, Ranges
 from grpo_jax.experiment.configs import (
     ADDED_LATER,
     EvaluationConfig,
+    GuardConfig,
     OptimizerConfig,
     PolicyConfig,
     RewardConfig,
@@ -97,6 +98,7 @@ class Experiment(Checked):
     reward_model: RewardModelConfig = RewardModelConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
+    guards: GuardConfig = field(default=GuardConfig(), metadata=ADDED_LATER)
     warm_start: Mapping[str, Any] | None = None
     control: Mapping[str, Any] | None = None
 
@@ -121,7 +123,7 @@ class Experiment(Checked):
             group_size=method_of(self.method).group_size_range(self),
             num_iterations=_number_of_updates(self.num_iterations, self.loss_config),
             num_minibatches=_number_of_updates(self.num_minibatches, self.loss_config),
-            dynamic_sampling_rounds=(self.dynamic_sampling_rounds >= 0, "0 (off) or above"),
+            dynamic_sampling_rounds=(0 <= self.dynamic_sampling_rounds <= 1000, "between 0 (off) and 1000"),
             gradient_accumulation_steps=(
                 self.gradient_accumulation_steps > 0 and self._can_be_divided(),
                 f"a number that, with num_minibatches = {self.num_minibatches}, divides the {self.prompts_per_step} "
@@ -184,6 +186,13 @@ class Experiment(Checked):
             yield "reward.retries", "it is read with reward.on_failure 'retry' alone"
         if self.reward.max_failure_rate != RewardConfig().max_failure_rate and self.reward.on_failure != "drop":
             yield "reward.max_failure_rate", "it is read with reward.on_failure 'drop' alone"
+        yield from self.guards.inert()
+        method = method_of(self.method)
+        if self.guards.spike_metric == "loss" and "loss" in method.reads:
+            yield "guards.spike_metric", "the loss of a policy gradient is about 0, and a multiple of it says nothing"
+        for name in method.unwatched:
+            if getattr(self.guards, name) is not None:
+                yield f"guards.{name}", f"the steps of method {method.name!r} do not measure it"
 
     def __post_init__(self) -> None:
         if isinstance(self.method, str) and self.method not in METHODS:
