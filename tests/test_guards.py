@@ -93,9 +93,7 @@ def test_an_update_without_tokens_has_no_entropy() -> None:
 
 
 def test_a_rule_whose_metric_is_not_measured_is_refused_at_the_first_step() -> None:
-    with pytest.raises(
-        RunError, match=r"guards.min_entropy is set, but the steps of this run do not measure 'entropy'"
-    ):
+    with pytest.raises(RunError, match=r"guards.min_entropy is set, but the steps .* do not measure 'entropy'"):
         guard(min_entropy=0.1).see(0, {"loss": 1.0})
 
 
@@ -109,7 +107,7 @@ def test_a_rule_whose_metric_is_not_measured_is_refused_at_the_first_step() -> N
         ({"guards.spike_window": 5}, "guards.spike_window is set"),
         (
             {"guards.watch_signal": False, "guards.patience": 5},
-            "guards.patience is set.*no rule about a collapse is on",
+            "guards.patience is set.*no rule about a collapse",
         ),
         ({"guards.spike_factor": 2.0, "guards.spike_metric": "loss"}, "the loss of a policy gradient is about 0"),
         ({"method": "sft", "guards.min_entropy": 0.1}, "the steps of method 'sft' do not measure it"),
@@ -262,14 +260,11 @@ def test_a_spike_that_is_only_told_changes_nothing(tmp_path: Path) -> None:
     assert params(warned) == params(without)
 
 
-@pytest.mark.parametrize(
-    "changes", [{"num_iterations": 2, "num_minibatches": 2}, {"gradient_accumulation_steps": 2, "devices": 2}]
-)
-def test_a_spike_is_found_in_any_update_and_on_any_number_of_devices(changes: dict[str, Any], tmp_path: Path) -> None:
+def test_a_spike_is_found_in_any_update_and_on_any_number_of_devices(tmp_path: Path) -> None:
+    changes = {"num_iterations": 2, "num_minibatches": 2, "gradient_accumulation_steps": 2, "devices": 2}
     train(override(exploding(), changes), tmp_path / "run", quiet=True)
-    spiked = [row["spiked_updates"] for row in rows(tmp_path / "run")]
-    assert spiked[SPIKE] == changes.get("num_iterations", 1) * changes.get("num_minibatches", 1)
-    assert sum(spiked) == spiked[SPIKE] == rows(tmp_path / "run")[-1]["skipped_updates"]
+    found = rows(tmp_path / "run")
+    assert [row["spiked_updates"] for row in found] == [0, 0, 0, 4, 0, 0] and found[-1]["skipped_updates"] == 4
 
 
 def pays_nothing(*, completions: list[str], **columns: Any) -> list[float]:
