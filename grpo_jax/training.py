@@ -23,18 +23,19 @@ from grpo_jax.errors import RunError
 from grpo_jax.evaluation import Evaluation
 from grpo_jax.experiment import Experiment, variant_of
 from grpo_jax.guards import Alarm, Guard
+from grpo_jax.memory import Plan, out_of_memory_explained, require_memory, require_memory_for_scratch
 from grpo_jax.policy import Policy
 from grpo_jax.rollout import Actor, Generator, Rollout, encode_prompts, make_actor
 from grpo_jax.runs import checkpoints, rollback
-from grpo_jax.runs.files import is_evaluation, read_rows
 from grpo_jax.runs.log import RunLog, display_of
 from grpo_jax.runs.restore import OPTIONAL_LEAVES, checkpoint, source_policy
 from grpo_jax.runs.result import Result, summarize
 from grpo_jax.runs.signals import interruption, stop_between_steps, terminable
 from grpo_jax.sharding import Array
-from grpo_jax.update import State, UpdateOutput, UpdateWatch, make_optimizer, make_update, metrics_of
+from grpo_jax.update import State, UpdateOutput, UpdateWatch, make_optimizer, make_update, metrics_of, require_logprobs
 
 MakeGenerator = Callable[[Actor], Generator]
+OWN_SAMPLER: MakeGenerator = lambda actor: actor  # noqa: E731
 
 
 def train(
@@ -45,7 +46,7 @@ def train(
     overrides: Iterable[str] = (),
     resume: bool = False,
     quiet: bool = False,
-    make_generator: MakeGenerator = lambda actor: actor,
+    make_generator: MakeGenerator = OWN_SAMPLER,
 ) -> Result:
     """Runs an experiment: its warm start, the training itself, and its control, each with a run directory.
 
@@ -64,13 +65,14 @@ def train(
     return run(experiment, log, make_generator)
 
 
-def run(experiment: Experiment, log: RunLog, make_generator: MakeGenerator = lambda actor: actor) -> Result:
+def run(experiment: Experiment, log: RunLog, make_generator: MakeGenerator = OWN_SAMPLER) -> Result:
     """The same with a log of the caller's own, which says where it is written, who is told, and whether it goes on."""
     began = time.monotonic()
     run_dir, resume, quiet = log.run_dir, log.resume, log.display.quiet
-    with terminable(), log:
+    with terminable(), log, out_of_memory_explained() as plans:
         start = starting_policy(experiment, log, resume=resume)
         trainer = Trainer(experiment, start, log, make_generator)
+        plans.append(trainer.plan)
         before, group_before = trainer.evaluate(0), trainer.sample_group()
         done = trainer.fit(resume=resume)
         # A callback that stops the run at an evaluation has it evaluated already.
@@ -97,6 +99,7 @@ def starting_policy(experiment: Experiment, log: RunLog, *, resume: bool = False
     if experiment.warm_start is None:
         if experiment.policy.source != "scratch":
             log.note(f"loading {experiment.policy.source}")
+        require_memory_for_scratch(experiment)
         return source_policy(experiment)
     variant, warm_dir = variant_of(experiment, experiment.warm_start), log.run_dir / "warm_start"
     resume = resume and _has_begun(warm_dir)
@@ -122,6 +125,7 @@ class Trainer:
       reference: the trained parameters of the reference policy; None where the method needs none.
       tokens_seen, tokens_sampled: how many tokens the run has read and written, and how many of them it sampled.
       watch: what has been seen of updates that were not made.
+      plan: what its memory follows from.
       guard: what has been seen of spikes and of collapses.
       last_step: after how many steps training ends at the latest.
       last_evaluation: after how many steps the policy was evaluated last, and what it scored on each split.
@@ -132,13 +136,17 @@ class Trainer:
         experiment: Experiment,
         start: Policy,
         log: RunLog,
-        make_generator: MakeGenerator = lambda actor: actor,
+        make_generator: MakeGenerator = OWN_SAMPLER,
     ) -> None:
         self.experiment, self.start, self.log, self.make_generator = experiment, start, log, make_generator
         config, tokenizer = experiment, start.require_tokenizer()
         self.algorithm = algorithm_of(config)
         self.replicas = shared_out(config)
         self.prompts = encode_prompts(config.task, tokenizer, start.config.max_positions, config.sampling.max_tokens)
+        longest, samples = max(map(len, self.prompts.ids["train"])), make_generator is OWN_SAMPLER
+        self.plan = Plan(config, start.config, self.replicas.count, longest, samples)
+        for warning in require_memory(self.plan):
+            log.note(warning)
         self._actor = make_actor(start, self.replicas)
         trainable = self._actor.trainable
         if self.algorithm.has_head:
@@ -216,16 +224,16 @@ class Trainer:
         done = 0
         if resume and checkpoints.latest_step(directory) is not None:
             done = self.load_checkpoint(directory)
-            self.log.require_rows(done)
-            for row in read_rows(self.log.run_dir / "metrics.jsonl"):
-                if row["step"] < done and not is_evaluation(row):
-                    self.guard.see(row["step"], row)
+            for row in self.log.require_rows(done):
+                self.guard.see(row["step"], row)
         elif rollback.rolls_back(config):
             self.save(0)
         if not self.is_over(done):
-            rows = f"{config.prompts_per_step} prompts × {config.group_size}"
+            rows, rounds = f"{config.prompts_per_step} prompts × {config.group_size}", config.dynamic_sampling_rounds
             end = f"to {config.num_steps}" if config.token_budget is None else f"until {config.token_budget:,} tokens"
-            self.log.note(f"training: steps {done + 1} {end}, {rows} completions each; the first compiles")
+            most = (rounds + 1) * config.prompts_per_step * config.group_size
+            up_to = f" (up to {most:,} completions with dynamic sampling)" if rounds else ""
+            self.log.note(f"training: steps {done + 1} {end}, {rows} completions each{up_to}; the first compiles")
         with stop_between_steps() as stop:
             while not self.is_over(done):
                 self.step(done)
@@ -368,21 +376,7 @@ class Trainer:
         return replace(self.start, params=params)
 
     def check_logprobs(self, gaps: Array, rollout: Rollout | None, step: int) -> None:
-        """Raises `RunError` naming the first token whose log-probability the update did not find again.
-
-        Args:
-          gaps: [P, G, T], in nats.
-          rollout: the episodes that the tokens are from.
-        """
+        """Raises `RunError` naming the first token whose log-probability the update did not find again."""
         assert rollout is not None, "a batch that the policy sampled has its rollout"
         bound = self.experiment.sampling.logprob_bound(self._actor.model.dtype)
-        broken = np.argwhere(~(gaps <= bound))
-        if len(broken):
-            p, g, t = broken[0]
-            token = self._actor.tokenizer.decode([int(rollout.tokens[p, g, t])])
-            raise RunError(
-                f"step {step}: token {t} ({token!r}) of sample {g} of prompt {rollout.prompt_ids[p]} was sampled with "
-                f"log-probability {rollout.logprobs[p, g, t]:.4f}, which the update missed by {gaps[p, g, t]:.4f}, "
-                f"more than sampling.max_logprob_difference = {bound:g}: the sampler and the trainer disagree about "
-                "the policy, and the update was not made."
-            )
+        require_logprobs(gaps, rollout, self._actor.tokenizer, bound, step)

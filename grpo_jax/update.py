@@ -19,7 +19,9 @@ from grpo_jax.algorithms import Batch, Setup, algorithm_of
 from grpo_jax.algorithms.batch import micro_batches
 from grpo_jax.errors import RunError
 from grpo_jax.experiment import OptimizerConfig
+from grpo_jax.policy.tokenizer import Tokenizer
 from grpo_jax.policy.transformer import Params
+from grpo_jax.rollout import Rollout
 from grpo_jax.sharding import Array
 
 
@@ -144,6 +146,26 @@ def make_update(setup: Setup, optimizer: optax.GradientTransformation) -> Update
         return state, UpdateOutput(metrics, gaps)
 
     return update
+
+
+def require_logprobs(gaps: Array, rollout: Rollout, tokenizer: Tokenizer, bound: float, step: int) -> None:
+    """Raises `RunError` naming the first token whose log-probability the update missed by more than the bound.
+
+    Args:
+      gaps: [P, G, T], in nats.
+      rollout: the episodes that the tokens are from.
+      bound: in nats (`SamplingConfig.logprob_bound`).
+    """
+    broken = np.argwhere(~(gaps <= bound))
+    if len(broken):
+        p, g, t = broken[0]
+        token = tokenizer.decode([int(rollout.tokens[p, g, t])])
+        raise RunError(
+            f"step {step}: token {t} ({token!r}) of sample {g} of prompt {rollout.prompt_ids[p]} was sampled with "
+            f"log-probability {rollout.logprobs[p, g, t]:.4f}, which the update missed by {gaps[p, g, t]:.4f}, more "
+            f"than sampling.max_logprob_difference = {bound:g}: the sampler and the trainer disagree about the policy, and "
+            "the update was not made."
+        )
 
 
 class UpdateWatch:

@@ -19,7 +19,7 @@ FLOORS = [
     {"rollout"},
     {"evaluation"},
     {"algorithms"},
-    {"update"},
+    {"update", "memory"},
     {"runs"},
     {"training"},
     {"sweep", "statistics", "reward_model"},

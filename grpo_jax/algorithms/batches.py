@@ -1,7 +1,6 @@
 """What methods have in common in making a step's batch: arrays, the schedule of prompts, metrics and rows."""
 
 from collections import Counter
-from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -41,18 +40,23 @@ def reward_arrays(scores: Scores, shape: tuple[int, ...]) -> tuple[np.ndarray, n
 
 
 def schedule(
-    seed: int, step: int, num_prompts: int, num_examples: int, *, further: Sequence[int] = ()
+    seed: int, step: int, num_prompts: int, num_examples: int, *, occurred: Counter[int] | None = None
 ) -> tuple[list[int], list[int]]:
-    """Which examples a step trains on, and the ids that name their noise; those of `further` steps are appended.
+    """Which examples a step trains on, and the ids that name their noise.
 
     Examples come in shuffled epochs, each a permutation named by (seed, epoch). An example that occurs again within
     the step gets another id, so that its completions differ.
+
+    Args:
+      occurred: how often each example has occurred in earlier rounds of the step. These examples are added to it.
     """
-    indices = []
-    for position in (s * num_prompts + i for s in (step, *further) for i in range(num_prompts)):
+    occurred, indices, ids = Counter() if occurred is None else occurred, [], []
+    for position in range(step * num_prompts, (step + 1) * num_prompts):
         epoch, place = divmod(position, num_examples)
-        indices.append(int(_epoch(seed, epoch, num_examples)[place]))
-    ids = [index + num_examples * indices[:i].count(index) for i, index in enumerate(indices)]
+        index = int(_epoch(seed, epoch, num_examples)[place])
+        indices.append(index)
+        ids.append(index + num_examples * occurred[index])
+        occurred[index] += 1
     return indices, ids
 
 

@@ -235,16 +235,20 @@ class RunLog:
             write_json(self.run_dir / "run.json", self._info)
         self.note(alarm.message)
 
-    def require_rows(self, done: int) -> None:
-        """Raises `UserError` if metrics.jsonl lacks one of the first `done` steps: it would never be whole again."""
+    def require_rows(self, done: int) -> list[dict[str, Any]]:
+        """The rows of the first `done` steps in metrics.jsonl.
+
+        Raises `UserError` if it lacks one of them: it would never be whole again.
+        """
         path = self.run_dir / "metrics.jsonl"
-        have = {row["step"] for row in read_rows(path) if _place(row)[1]}
-        missing = sorted(set(range(done)) - have)
+        rows = [row for row in read_rows(path) if row["step"] < done and not is_evaluation(row)]
+        missing = sorted(set(range(done)) - {row["step"] for row in rows})
         if missing:
             raise UserError(
                 f"{path} lacks {len(missing)} of the first {done} steps, the first of them step {missing[0]}, though "
                 f"the run has a checkpoint of step {done}: put the file back, or begin a new run elsewhere."
             )
+        return rows
 
     def _rewind(self, step: int) -> None:
         """Removes what an interrupted run has written from `step` on; evaluations at `step` itself still hold."""
