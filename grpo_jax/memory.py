@@ -77,7 +77,8 @@ def terms(plan: Plan) -> list[Term]:
     longest = e.sampling.max_tokens * e.task.max_turns
     place = 2 * c.num_layers * c.num_kv_heads * c.head_dim * item
     v = e.evaluation
-    prompts = max(1, min(v.batch_size // v.num_samples // num_devices, -(-v.num_prompts // num_devices)))
+    examples = [min(v.num_prompts, len(getattr(e.task, split))) for split in v.splits]
+    prompts = max(1, min(v.batch_size // v.num_samples // num_devices, -(-max(examples) // num_devices)))
     evaluated = prompts * v.num_samples if type(algorithm).evaluate is Algorithm.evaluate else 0
     sampled = num_rows if algorithm.on_policy else 0
     rows = max(evaluated, sampled)
@@ -99,7 +100,7 @@ def terms(plan: Plan) -> list[Term]:
     more = "raise gradient_accumulation_steps" + ("" if e.gradient_checkpointing else " or set gradient_checkpointing")
     policy = f"lower {smaller}{adapters}"
     count = e.prompts_per_step * e.group_size
-    records = min(v.num_prompts, max(len(e.task.train), len(e.task.held_out))) * v.num_samples
+    records = sum(examples) * v.num_samples
     completions = "prompts_per_step or group_size" if count >= records else "evaluation.num_samples"
     reference = 4 * trained if algorithm.needs_reference(e) else 0
     return [

@@ -163,8 +163,8 @@ def require_logprobs(gaps: Array, rollout: Rollout, tokenizer: Tokenizer, bound:
         raise RunError(
             f"step {step}: token {t} ({token!r}) of sample {g} of prompt {rollout.prompt_ids[p]} was sampled with "
             f"log-probability {rollout.logprobs[p, g, t]:.4f}, which the update missed by {gaps[p, g, t]:.4f}, more "
-            f"than sampling.max_logprob_difference = {bound:g}: the sampler and the trainer disagree about the policy, and "
-            "the update was not made."
+            f"than sampling.max_logprob_difference = {bound:g}: the sampler and the trainer disagree about the policy, "
+            "and the update was not made."
         )
 
 
