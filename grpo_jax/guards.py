@@ -12,7 +12,7 @@ again from a checkpoint before the spike and left out the batches around it.
 import math
 import statistics
 from collections import Counter, deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from grpo_jax.errors import RunError
@@ -66,6 +66,17 @@ class Guard:
         Raises:
           RunError: if the steps lack the metric of a rule, as those of a method or loss of the user's own may.
         """
+        for name, metric in MEASURED.items():
+            if getattr(self._config, name) is not None and metric not in metrics:
+                raise RunError(f"guards.{name} is set, but the steps of this run do not measure {metric!r}.")
+        return self._take(step, metrics)
+
+    def replay(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Takes the metrics of steps that were made before the run was interrupted, as metrics.jsonl has them."""
+        for row in rows:
+            self._take(row["step"], row)
+
+    def _take(self, step: int, metrics: Mapping[str, Any]) -> list[Alarm]:
         alarms = [*self._spikes(step, metrics), *self._collapses(step, metrics)]
         value = _number(metrics, self._config.spike_metric)
         if 0 < value < math.inf:  # a step without a signal has no gradient, and is nothing to compare with
@@ -103,9 +114,6 @@ class Guard:
     def _rules(self, metrics: Mapping[str, Any]) -> dict[str, tuple[bool, str]]:
         """For each rule whether it finds a collapse in this step, and what is to be said then."""
         c, rules = self._config, {}
-        for name, metric in MEASURED.items():
-            if getattr(c, name) is not None and metric not in metrics:
-                raise RunError(f"guards.{name} is set, but the steps of this run do not measure {metric!r}.")
         if c.min_entropy is not None:
             entropy = math.nan if metrics.get("empty_updates") else _number(metrics, MEASURED["min_entropy"])
             rules["min_entropy"] = (

@@ -21,6 +21,7 @@ from grpo_jax.logprobs import MAX_LOGITS
 from grpo_jax.policy.config import ModelConfig, from_scratch
 from grpo_jax.policy.transformer import abstract
 
+PROGRAM = 4e8  # bytes that the programs of a run and their compiler took on a CPU, whatever the policy
 COMPLETION = 1000  # bytes: text, tokens and metrics of one completion as Python objects, at the least
 When = Literal["always", "sampling", "training", "host"]
 Size = Literal["certain", "likely"]
@@ -64,65 +65,89 @@ class Plan(NamedTuple):
 
 def terms(plan: Plan) -> list[Term]:
     """What a run needs memory for."""
-    (e, c, num_devices, prompt_length, samples), algorithm = plan, algorithm_of(plan.experiment)
-    shapes = abstract(c, dtype=e.policy.dtype, lora=e.policy.lora)
+    return [*_of_policy(plan), _of_activations(plan), _of_sampling(plan), *_of_host(plan)]
+
+
+def _of_policy(plan: Plan) -> list[Term]:
+    """Adam keeps two numbers for each trained one, and the gradient is one more; all of them are float32."""
+    e = plan.experiment
+    shapes = abstract(plan.model, dtype=e.policy.dtype, lora=e.policy.lora)
     sizes = {path: math.prod(leaf.shape) for path, leaf in shapes.items()}
     trained = sum(n for path, n in sizes.items() if e.policy.lora is None or ".lora_" in path)
-    item = 2 if e.policy.dtype == "bfloat16" else 4
-    frozen = (sum(sizes.values()) - trained) * item
-    copy = trained * item if item < 4 else 0  # of masters in the dtype that is computed in
-
-    # Sampling: the keys and values of every row, and the logits of its next token.
-    num_rows = -(-e.prompts_per_step * e.group_size // num_devices)
-    longest = e.sampling.max_tokens * e.task.max_turns
-    place = 2 * c.num_layers * c.num_kv_heads * c.head_dim * item
-    v = e.evaluation
-    examples = [min(v.num_prompts, len(getattr(e.task, split))) for split in v.splits]
-    prompts = max(1, min(v.batch_size // v.num_samples // num_devices, -(-max(examples) // num_devices)))
-    evaluated = prompts * v.num_samples if type(algorithm).evaluate is Algorithm.evaluate else 0
-    sampled = num_rows if algorithm.on_policy else 0
-    rows = max(evaluated, sampled)
-
-    # Training: a micro-batch.
-    pieces = num_devices * e.num_minibatches * e.gradient_accumulation_steps
-    micro = -(-e.prompts_per_step * e.group_size // pieces)
-    tokens = micro * longest + -(-e.prompts_per_step // pieces) * prompt_length
-    attention = c.num_heads * (prompt_length + longest)
-    heads = (c.num_heads + c.num_kv_heads) * c.head_dim
-    layer = 8 * c.hidden_size + 4 * heads + 5 * c.intermediate_size + 3 * attention
-    layers = c.num_layers * c.hidden_size + layer if e.gradient_checkpointing else c.num_layers * layer
-    logits = min(tokens, max(256, MAX_LOGITS // c.vocab_size)) * c.vocab_size
-
+    weights = 12 * trained + (sum(sizes.values()) - trained) * _item(plan)
+    reference = 4 * trained if algorithm_of(e).needs_reference(e) else 0
+    copies = 8 * trained + (trained * _item(plan) if _item(plan) < 4 else 0)
     smaller = "policy.scratch.hidden_size or num_layers" if e.policy.source == "scratch" else "the size of the policy"
-    adapters = "" if e.policy.lora is not None else " (or train adapters alone: policy.lora)"
-    batch = "prompts_per_step, group_size or sampling.max_tokens"
-    of_rows = batch if sampled >= evaluated else "evaluation.batch_size or num_samples"
-    more = "raise gradient_accumulation_steps" + ("" if e.gradient_checkpointing else " or set gradient_checkpointing")
-    policy = f"lower {smaller}{adapters}"
-    count = e.prompts_per_step * e.group_size
-    records = sum(examples) * v.num_samples
-    completions = "prompts_per_step or group_size" if count >= records else "evaluation.num_samples"
-    reference = 4 * trained if algorithm.needs_reference(e) else 0
+    advice = f"lower {smaller}" + (" (or train adapters alone: policy.lora)" if e.policy.lora is None else "")
     return [
-        Term("weights and optimizer", 12 * trained + frozen, 12 * trained + frozen, "always", policy),
-        Term("the reference policy", reference, reference, "always", policy),
-        Term("gradients", 4 * trained, 12 * trained + copy, "training", policy),
-        Term("activations", 0, 4 * tokens * layers + 16 * logits, "training", more),
-        Term(
-            "keys and values",
-            rows * max(e.sampling.max_tokens - 1, 1) * place * samples,
-            rows * (longest * place + 16 * c.vocab_size) + -(-rows // e.group_size) * prompt_length * place + copy,
-            "sampling",
-            f"lower {of_rows}",
-        ),
-        Term(
-            "completions",
-            (count + records) * COMPLETION,
-            (count * (1 + e.dynamic_sampling_rounds) + 2 * records) * COMPLETION,
-            "host",
-            f"lower {completions}" + (" or dynamic_sampling_rounds" if e.dynamic_sampling_rounds else ""),
-        ),
+        Term("weights and optimizer", weights, weights, "always", advice),
+        Term("the reference policy", reference, reference, "always", advice),
+        Term("gradients", 4 * trained, 4 * trained + copies, "training", advice),
     ]
+
+
+def _of_activations(plan: Plan) -> Term:
+    """What the backward pass of a micro-batch keeps: float32 numbers by token and layer, and a chunk of logits."""
+    e, c = plan.experiment, plan.model
+    pieces = plan.num_devices * e.num_minibatches * e.gradient_accumulation_steps
+    length = _longest(plan)
+    completions, prompts = -(-e.prompts_per_step * e.group_size // pieces), -(-e.prompts_per_step // pieces)
+    tokens = completions * length + prompts * plan.prompt_length
+    heads, attended = (c.num_heads + c.num_kv_heads) * c.head_dim, plan.prompt_length + length
+    layer = 8 * c.hidden_size + 4 * heads + 5 * c.intermediate_size + 3 * c.num_heads * attended
+    layers = c.num_layers * c.hidden_size + layer if e.gradient_checkpointing else c.num_layers * layer
+    logits = 4 * min(tokens, max(256, MAX_LOGITS // c.vocab_size)) * c.vocab_size
+    advice = "raise gradient_accumulation_steps" + (
+        "" if e.gradient_checkpointing else " or set gradient_checkpointing"
+    )
+    return Term("activations", 0, 4 * (tokens * layers + logits), "training", advice)
+
+
+def _of_sampling(plan: Plan) -> Term:
+    """The keys and values of all rows that are sampled at once, in a step or in an evaluation, and their logits."""
+    e, c, algorithm = plan.experiment, plan.model, algorithm_of(plan.experiment)
+    v, n = e.evaluation, plan.num_devices
+    of_step = -(-e.prompts_per_step * e.group_size // n) if algorithm.on_policy else 0
+    prompts = max(1, min(v.batch_size // v.num_samples // n, -(-max(_evaluated(plan)) // n)))
+    of_evaluation = prompts * v.num_samples if type(algorithm).evaluate is Algorithm.evaluate else 0
+    rows, place = max(of_step, of_evaluation), 2 * c.num_layers * c.num_kv_heads * c.head_dim * _item(plan)
+    certain = rows * max(e.sampling.max_tokens - 1, 1) * place if plan.samples else 0
+    likely = rows * (_longest(plan) * place + 16 * c.vocab_size) + e.prompts_per_step * plan.prompt_length * place
+    lower = "prompts_per_step, group_size or sampling.max_tokens"
+    advice = f"lower {lower if of_step >= of_evaluation else 'evaluation.batch_size or num_samples'}"
+    return Term("keys and values", certain, likely, "sampling", advice)
+
+
+def _of_host(plan: Plan) -> list[Term]:
+    """The program, and completions as Python objects: those of a step, and the records of evaluations."""
+    e = plan.experiment
+    of_step, records = e.prompts_per_step * e.group_size, sum(_evaluated(plan)) * e.evaluation.num_samples
+    most = of_step * (1 + e.dynamic_sampling_rounds)
+    of_steps = "prompts_per_step, group_size or dynamic_sampling_rounds"
+    if not e.dynamic_sampling_rounds:
+        of_steps = "prompts_per_step or group_size"
+    lower = of_steps if most >= records else "evaluation.num_samples"
+    certain, likely = (of_step + records) * COMPLETION, (most + 2 * records) * COMPLETION
+    return [
+        Term("completions", certain, likely, "host", f"lower {lower}"),
+        Term("the program", 0, PROGRAM, "host", "free some memory"),
+    ]
+
+
+def _item(plan: Plan) -> int:
+    """Bytes of a number that the policy computes with."""
+    return 2 if plan.experiment.policy.dtype == "bfloat16" else 4
+
+
+def _longest(plan: Plan) -> int:
+    """The most tokens that an episode samples."""
+    return int(plan.experiment.sampling.max_tokens * plan.experiment.task.max_turns)
+
+
+def _evaluated(plan: Plan) -> list[int]:
+    """How many prompts of each split are evaluated."""
+    v = plan.experiment.evaluation
+    return [min(v.num_prompts, len(getattr(plan.experiment.task, split))) for split in v.splits]
 
 
 @dataclass(frozen=True)

@@ -224,8 +224,7 @@ class Trainer:
         done = 0
         if resume and checkpoints.latest_step(directory) is not None:
             done = self.load_checkpoint(directory)
-            for row in self.log.require_rows(done):
-                self.guard.see(row["step"], row)
+            self.guard.replay(self.log.require_rows(done))
         elif rollback.rolls_back(config):
             self.save(0)
         if not self.is_over(done):

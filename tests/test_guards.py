@@ -95,6 +95,7 @@ def test_an_update_without_tokens_has_no_entropy() -> None:
 def test_a_rule_whose_metric_is_not_measured_is_refused_at_the_first_step() -> None:
     with pytest.raises(RunError, match=r"guards.min_entropy is set, but the steps .* do not measure 'entropy'"):
         guard(min_entropy=0.1).see(0, {"loss": 1.0})
+    guard(min_entropy=0.1).replay([{"step": 0, "loss": 1.0}])  # steps of an earlier version may lack it
 
 
 # What a config may say ------------------------------------------------------------------------------------------------
