@@ -32,6 +32,11 @@ def exit_status(command: Callable[[], object]) -> int:
     except OSError as error:  # a name that is too long, a folder that may not be read
         print(f"error: {printable(_refusal(error))}", file=sys.stderr)
         return 2
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        print(f"error: out of memory: {printable(one_line(error, 200))}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt as error:
         print("interrupted", file=sys.stderr)
         return 143 if isinstance(error, Terminated) else 130
@@ -42,6 +47,11 @@ def _refusal(error: OSError) -> str:
     """What the operating system refused, in one sentence."""
     where = "" if error.filename is None else f"{shown(str(error.filename))}: "
     return f"{where}{error.strerror or one_line(error)}."
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory has run out, on the host or (an error of XLA, which is a RuntimeError) on a device."""
+    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" in str(error))
 
 
 def warn(sentence: str) -> None:

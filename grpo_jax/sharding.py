@@ -120,6 +120,14 @@ def run_on(index: int, program: Callable[..., Any], *arguments: Any) -> Any:
         return jax.device_get(program(*arguments))
 
 
+def free_memory(count: int) -> int | None:
+    """The free bytes of the fullest of the first `count` local devices; None where they have no memory of their own."""
+    known = [device.memory_stats() or {} for device in jax.local_devices()[:count]]
+    if not all("bytes_limit" in stats for stats in known):
+        return None
+    return min(stats["bytes_limit"] - stats.get("bytes_in_use", 0) for stats in known)
+
+
 def describe() -> dict[str, Any]:
     """What the program runs on: the platform, the kind of device, and how many."""
     devices = jax.devices()

@@ -5,9 +5,9 @@ A step depends on the experiment, the step's number and the state alone: its pro
 """
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -22,18 +22,21 @@ from grpo_jax.algorithms.minibatches import lay_out, minibatch, shared_out
 from grpo_jax.errors import RunError
 from grpo_jax.evaluation import Evaluation
 from grpo_jax.experiment import Experiment, variant_of
+from grpo_jax.guards import Alarm, Guard
+from grpo_jax.memory import Plan, out_of_memory_explained, require_memory, require_memory_for_scratch
 from grpo_jax.policy import Policy
 from grpo_jax.rollout import Actor, Generator, Rollout, encode_prompts, make_actor
-from grpo_jax.runs import checkpoints, retention
-from grpo_jax.runs.files import read_rows
+from grpo_jax.runs import checkpoints, retention, rollback
+from grpo_jax.runs.files import is_evaluation, read_rows
 from grpo_jax.runs.log import RunLog, display_of
 from grpo_jax.runs.restore import OPTIONAL_LEAVES, checkpoint, source_policy
 from grpo_jax.runs.result import Result, summarize
 from grpo_jax.runs.signals import interruption, stop_between_steps, terminable
 from grpo_jax.sharding import Array
-from grpo_jax.update import State, UpdateOutput, UpdateWatch, make_optimizer, make_update, metrics_of
+from grpo_jax.update import State, UpdateOutput, UpdateWatch, make_optimizer, make_update, metrics_of, require_logprobs
 
 MakeGenerator = Callable[[Actor], Generator]
+OWN_SAMPLER: MakeGenerator = lambda actor: actor  # noqa: E731
 
 
 def train(
@@ -44,7 +47,7 @@ def train(
     overrides: Iterable[str] = (),
     resume: bool = False,
     quiet: bool = False,
-    make_generator: MakeGenerator = lambda actor: actor,
+    make_generator: MakeGenerator = OWN_SAMPLER,
 ) -> Result:
     """Runs an experiment: its warm start, the training itself, and its control, each with a run directory.
 
@@ -63,15 +66,16 @@ def train(
     return run(experiment, log, make_generator)
 
 
-def run(experiment: Experiment, log: RunLog, make_generator: MakeGenerator = lambda actor: actor) -> Result:
+def run(experiment: Experiment, log: RunLog, make_generator: MakeGenerator = OWN_SAMPLER) -> Result:
     """The same with a log of the caller's own, which says where it is written, who is told, and whether it goes on."""
     began = time.monotonic()
     run_dir, resume, quiet = log.run_dir, log.resume, log.display.quiet
-    with terminable(), log:
+    with terminable(), log, out_of_memory_explained() as plans:
         start = starting_policy(experiment, log, resume=resume)
         trainer = Trainer(experiment, start, log, make_generator)
         # The trainer has copied what it trains. Only a control needs the start again, and the host holds it until then.
         start = replace(start, params={} if experiment.control is None else jax.device_get(start.params))
+        plans.append(trainer.plan)
         before, group_before = trainer.evaluate(0), trainer.sample_group()
         done = trainer.fit(resume=resume)
         # A callback that stops the run at an evaluation has it evaluated already.
@@ -98,12 +102,15 @@ def starting_policy(experiment: Experiment, log: RunLog, *, resume: bool = False
     if experiment.warm_start is None:
         if experiment.policy.source != "scratch":
             log.note(f"loading {experiment.policy.source}")
+        require_memory_for_scratch(experiment)
         return source_policy(experiment)
     variant, warm_dir = variant_of(experiment, experiment.warm_start), log.run_dir / "warm_start"
     display = display_of(variant, title="warm start", quiet=log.display.quiet)
     with RunLog(warm_dir, variant, resume=resume, display=display) as warm_log:
         trainer = Trainer(variant, starting_policy(variant, warm_log, resume=resume), warm_log)
         trainer.fit(resume=resume)
+    if warm_log.stop is not None:
+        raise RunError(f"the warm start was stopped after {warm_log.stop.steps} steps: {warm_log.stop.reason}")
     return trainer.policy()
 
 
@@ -115,6 +122,8 @@ class Trainer:
       reference: the trained parameters of the reference policy; None where the method needs none.
       tokens_seen, tokens_sampled: how many tokens the run has read and written, and how many of them it sampled.
       watch: what has been seen of updates that were not made.
+      plan: what its memory follows from.
+      guard: what has been seen of spikes and of collapses.
       last_step: after how many steps training ends at the latest.
       last_evaluation: after how many steps the policy was evaluated last, and what it scored on each split.
     """
@@ -124,7 +133,7 @@ class Trainer:
         experiment: Experiment,
         start: Policy,
         log: RunLog,
-        make_generator: MakeGenerator = lambda actor: actor,
+        make_generator: MakeGenerator = OWN_SAMPLER,
     ) -> None:
         self.experiment, self.log, self.make_generator = experiment, log, make_generator
         self.start = replace(start, params={})  # its parameters are on the devices from here on
@@ -132,6 +141,10 @@ class Trainer:
         self.algorithm = algorithm_of(config)
         self.replicas = shared_out(config)
         self.prompts = encode_prompts(config.task, tokenizer, start.config.max_positions, config.sampling.max_tokens)
+        longest, samples = max(map(len, self.prompts.ids["train"])), make_generator is OWN_SAMPLER
+        self.plan = Plan(config, start.config, self.replicas.count, longest, samples)
+        for warning in require_memory(self.plan):
+            log.note(warning)
         actor = make_actor(start, self.replicas)
         self._actor, trainable = actor._replace(trainable={}), actor.trainable
         if self.algorithm.has_head:
@@ -148,6 +161,7 @@ class Trainer:
         self.reference = jax.tree.map(jnp.copy, trainable) if needs_reference else None
         self.tokens_seen = self.tokens_sampled = 0
         self.watch = UpdateWatch(config.optimizer.max_skipped_updates)
+        self.guard = Guard(config)
         self.last_step = config.num_steps
         self.last_evaluation: tuple[int, dict[str, Evaluation]] = (-1, {})
         self._saver = checkpoints.Saver(log.run_dir / "checkpoints")
@@ -209,11 +223,16 @@ class Trainer:
         done = 0
         if resume and checkpoints.latest_step(directory) is not None:
             done = self.load_checkpoint(directory)
+            self.guard.replay(row for row in self._logged() if not is_evaluation(row))
+        elif rollback.rolls_back(config):
+            self.save(0)
         self._scores()  # which finds a wrong `checkpoints.metric` before anything is trained
         if not self.is_over(done):
-            rows = f"{config.prompts_per_step} prompts × {config.group_size}"
+            rows, rounds = f"{config.prompts_per_step} prompts × {config.group_size}", config.dynamic_sampling_rounds
             end = f"to {config.num_steps}" if config.token_budget is None else f"until {config.token_budget:,} tokens"
-            self.log.note(f"training: steps {done + 1} {end}, {rows} completions each; the first compiles")
+            most = (rounds + 1) * config.prompts_per_step * config.group_size
+            up_to = f" (up to {most:,} completions with dynamic sampling)" if rounds else ""
+            self.log.note(f"training: steps {done + 1} {end}, {rows} completions each{up_to}; the first compiles")
         if self.log.lacks_evaluation and not self.is_over(done):
             self.evaluate(done)
         with self._saver, stop_between_steps() as stop:
@@ -247,6 +266,8 @@ class Trainer:
         layout = lay_out(config, train_batch.batch, step, replicas)
         batch, found = layout.split(train_batch.batch), {}
         frozen, reference = self._actor.frozen, self.reference
+        spike_limit = self.guard.spike_limit
+        limit = () if spike_limit is None else (replicas.broadcast(np.float32(spike_limit)),)
         if self.before_updates is not None:
             batch, found = self.before_updates(self.state.trainable, frozen, reference, batch)
             if batch.advantages is not None and train_batch.batch.advantages is None:
@@ -254,7 +275,7 @@ class Trainer:
         outputs: list[UpdateOutput] = []
         for piece in self.minibatches(batch) * config.num_iterations:
             first = replicas.broadcast(np.bool_(not outputs))
-            self.state, output = self.update(self.state, frozen, reference, piece, first)
+            self.state, output = self.update(self.state, frozen, reference, piece, first, *limit)
             if not outputs and output.logprob_gaps is not None:
                 gaps = layout.gather_first(output.logprob_gaps)
                 self.check_logprobs(gaps, train_batch.rollout, step)
@@ -263,10 +284,14 @@ class Trainer:
         metrics = metrics_of(of_updates, config.num_minibatches)
         # These come after an update's own gap, which is 0 where log-probabilities were recomputed.
         metrics |= {name: float(value) for name, value in replicas.fetch(found).items()}
+        if metrics.get("spiked_updates"):
+            metrics["spike_limit"] = float(np.float32(spike_limit))
+            if rollback.rolls_back(config):
+                metrics["rolled_back"] = step + 1 - self.roll_back(step)
         self.sync_reference(step + 1)
         self.record(step, train_batch, metrics, seconds=time.monotonic() - began)
         for note in self.watch.see(step, of_updates):
-            self.log.note(note)
+            self.log.warn(Alarm(step, "update", note))
 
     def record(self, step: int, train_batch: TrainBatch, metrics: dict[str, float], *, seconds: float) -> None:
         """Logs a step: its batch, with the advantages that the update found, and its update's metrics."""
@@ -282,6 +307,8 @@ class Trainer:
             "tokens_per_second": train_batch.new_tokens / seconds,
         }
         self.log.step(step, metrics, train_batch.rows, train_batch.histograms)
+        for alarm in self.guard.see(step, metrics):
+            self.log.warn(alarm)
 
     def context(self) -> StepContext:
         """What batches are made from now."""
@@ -304,10 +331,14 @@ class Trainer:
 
     def start_saving(self, step: int) -> None:
         """Saves the same as it is now, while training may go on."""
-        config, scores = self.experiment.checkpoints, self._scores()
+        config, scores, needed = self.experiment.checkpoints, self._scores(), rollback.needed(self.experiment, step)
         state = self._checkpoint(self.replicas.fetch)
-        keep = partial(retention.remaining, config, scores=scores)
-        self._saver.save(step, state, keep=keep, files=self.log.seal())
+        self._saver.save(
+            step,
+            state,
+            keep=lambda steps: retention.remaining(config, steps, scores) | needed,
+            files=self.log.seal(),
+        )
 
     def _is_kept(self, done: int) -> bool:
         """Whether the policy after `done` steps is one that `experiment.checkpoints` keeps for long."""
@@ -315,7 +346,19 @@ class Trainer:
 
     def _scores(self) -> dict[int, float]:
         config = self.experiment.checkpoints
-        return retention.scores(config, read_rows(self.log.run_dir / "metrics.jsonl")) if config.best else {}
+        return retention.scores(config, self._logged()) if config.best else {}
+
+    def _logged(self) -> Iterator[dict[str, Any]]:
+        return read_rows(self.log.run_dir / "metrics.jsonl")
+
+    def roll_back(self, step: int) -> int:
+        """Takes policy, optimizer and reference from the checkpoint before a spike in `step`; returns its step."""
+        self._saver.wait()
+        like, directory = self._checkpoint(self.replicas.shapes), self.log.run_dir / "checkpoints"
+        done, saved = rollback.restore(directory, like, self.experiment, step, self.replicas.place)
+        self.state = self.state._replace(trainable=saved["trainable"], optimizer=saved["optimizer"])
+        self.reference = self.reference if saved["reference"] is None else saved["reference"]
+        return done
 
     def load_checkpoint(self, directory: Path) -> int:
         """Continues from the newest checkpoint, and returns its step."""
@@ -365,21 +408,7 @@ class Trainer:
         return replace(self.start, params=params)
 
     def check_logprobs(self, gaps: Array, rollout: Rollout | None, step: int) -> None:
-        """Raises `RunError` naming the first token whose log-probability the update did not find again.
-
-        Args:
-          gaps: [P, G, T], in nats.
-          rollout: the episodes that the tokens are from.
-        """
+        """Raises `RunError` naming the first token whose log-probability the update did not find again."""
         assert rollout is not None, "a batch that the policy sampled has its rollout"
         bound = self.experiment.sampling.logprob_bound(self._actor.model.dtype)
-        broken = np.argwhere(~(gaps <= bound))
-        if len(broken):
-            p, g, t = broken[0]
-            token = self._actor.tokenizer.decode([int(rollout.tokens[p, g, t])])
-            raise RunError(
-                f"step {step}: token {t} ({token!r}) of sample {g} of prompt {rollout.prompt_ids[p]} was sampled with "
-                f"log-probability {rollout.logprobs[p, g, t]:.4f}, which the update missed by {gaps[p, g, t]:.4f}, "
-                f"more than sampling.max_logprob_difference = {bound:g}: the sampler and the trainer disagree about "
-                "the policy, and the update was not made."
-            )
+        require_logprobs(gaps, rollout, self._actor.tokenizer, bound, step)

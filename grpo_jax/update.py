@@ -2,9 +2,9 @@
 
 Each device computes the loss and gradient of its share of a (mini-)batch (`grpo_jax.algorithms`); gradients and metrics
 are summed over all of them. Denominators are those of the whole (mini-)batch, over devices and micro-batches, so
-neither changes anything but rounding. An update is skipped (and counted) when its gradient is not finite or the
-log-probability contract does not hold. Where no token is left to train on, there is no update either: the optimizer's
-momentum would move the parameters all the same.
+neither changes anything but rounding. An update is skipped (and counted) when its gradient is not finite, the
+log-probability contract does not hold, or it is a spike (`grpo_jax.guards`). Where no token is left to train on, there
+is no update either: the optimizer's momentum would move the parameters all the same.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -19,7 +19,9 @@ from grpo_jax.algorithms import Batch, Setup, algorithm_of
 from grpo_jax.algorithms.batch import micro_batches
 from grpo_jax.errors import RunError
 from grpo_jax.experiment import OptimizerConfig
+from grpo_jax.policy.tokenizer import Tokenizer
 from grpo_jax.policy.transformer import Params
+from grpo_jax.rollout import Rollout
 from grpo_jax.sharding import Array
 
 
@@ -44,7 +46,7 @@ class UpdateOutput(NamedTuple):
     logprob_gaps: Array | None = None
 
 
-Update = Callable[[State, Params, Params | None, Batch, Array], tuple[State, UpdateOutput]]
+Update = Callable[..., tuple[State, UpdateOutput]]  # see `make_update`
 
 
 def make_optimizer(config: OptimizerConfig, steps: int) -> tuple[optax.GradientTransformation, optax.Schedule]:
@@ -75,19 +77,20 @@ def decays(params: Params) -> dict[str, bool]:
 
 
 def make_update(setup: Setup, optimizer: optax.GradientTransformation) -> Update:
-    """Builds `update(state, frozen, reference, batch, first) -> (state, output)` for one device's share of a batch.
+    """Builds `update(state, frozen, reference, batch, first, limit) -> (state, output)`, for one device's share.
 
     `reference` holds the trainable parameters of the reference policy (None where there is none). `first` says that
-    the policy is still the one that sampled, so that the log-probability contract must hold.
+    the policy is still the one that sampled, so that the log-probability contract must hold. Above `limit` the gradient
+    norm or the loss is a spike (see `GuardConfig`); without one there is no such rule, and no metric `spiked_updates`.
     """
     experiment, total = setup.experiment, setup.total
     algorithm = algorithm_of(experiment)
     objective = algorithm.make_objective(setup)
     bound = experiment.sampling.logprob_bound(setup.model.dtype)
-    micro = experiment.gradient_accumulation_steps
+    micro, guards = experiment.gradient_accumulation_steps, experiment.guards
 
     def update(
-        state: State, frozen: Params, reference: Params | None, batch: Batch, first: Array
+        state: State, frozen: Params, reference: Params | None, batch: Batch, first: Array, limit: Array | None = None
     ) -> tuple[State, UpdateOutput]:
         batch = batch._replace(mask=batch.mask & batch.sample_mask[..., None])
         batch, totals = objective.prepare(state.trainable, frozen, batch)
@@ -114,6 +117,13 @@ def make_update(setup: Setup, optimizer: optax.GradientTransformation) -> Update
         sound = jnp.isfinite(norm)
         if algorithm.on_policy:
             sound &= ~first | (worst <= bound)
+        counts = {}
+        if limit is not None:
+            value = norm if guards.spike_metric == "grad_norm" else metrics["loss"]
+            spiked = sound & (value > limit)
+            counts["spiked_updates"] = spiked.astype(jnp.int32)
+            if guards.on_spike != "warn":
+                sound &= ~spiked
         num_tokens = total(batch.mask.sum())
         empty = num_tokens == 0
         changes, new_optimizer = optimizer.update(grads, state.optimizer, state.trainable)
@@ -127,6 +137,7 @@ def make_update(setup: Setup, optimizer: optax.GradientTransformation) -> Update
             "num_tokens": num_tokens,
             "skipped_updates": state.skipped,
             "empty_updates": empty.astype(jnp.int32),
+            **counts,
         }
         if not algorithm.on_policy:
             return state, UpdateOutput(metrics)
@@ -135,6 +146,26 @@ def make_update(setup: Setup, optimizer: optax.GradientTransformation) -> Update
         return state, UpdateOutput(metrics, gaps)
 
     return update
+
+
+def require_logprobs(gaps: Array, rollout: Rollout, tokenizer: Tokenizer, bound: float, step: int) -> None:
+    """Raises `RunError` naming the first token whose log-probability the update missed by more than the bound.
+
+    Args:
+      gaps: [P, G, T], in nats.
+      rollout: the episodes that the tokens are from.
+      bound: in nats (`SamplingConfig.logprob_bound`).
+    """
+    broken = np.argwhere(~(gaps <= bound))
+    if len(broken):
+        p, g, t = broken[0]
+        token = tokenizer.decode([int(rollout.tokens[p, g, t])])
+        raise RunError(
+            f"step {step}: token {t} ({token!r}) of sample {g} of prompt {rollout.prompt_ids[p]} was sampled with "
+            f"log-probability {rollout.logprobs[p, g, t]:.4f}, which the update missed by {gaps[p, g, t]:.4f}, more "
+            f"than sampling.max_logprob_difference = {bound:g}: the sampler and the trainer disagree about the policy, "
+            "and the update was not made."
+        )
 
 
 class UpdateWatch:
@@ -164,8 +195,10 @@ class UpdateWatch:
             self.skipped += new
             self.in_a_row = self.in_a_row + new if new else 0
             norm = float(output["grad_norm"])
+            is_spike = bool(output.get("spiked_updates"))
             why = "its gradient is not finite" if not np.isfinite(norm) else "of its log-probabilities"
-            if new and "skipped" not in self._told:
+            why = "of a spike (guards.spike_factor)" if is_spike else why
+            if new and not is_spike and "skipped" not in self._told:  # of a spike, the guard tells more
                 self._told.add("skipped")
                 notes.append(f"step {step}: an update was skipped, because {why} (gradient norm {norm:g})")
             if self.in_a_row >= self._limit:
@@ -184,11 +217,12 @@ def metrics_of(outputs: Sequence[Mapping[str, Any]], num_minibatches: int) -> di
     """What a step says of its updates, in their order: means over the mini-batches of the last pass over its batch.
 
     The last pass says how far the policy has moved; the gap to the sampler is that of the first update, which is made
-    on the policy that sampled. Of what counts on (`skipped_updates`) it is the last value, and
-    `empty_updates` says how many of all updates had no token to train on, and were not made.
+    on the policy that sampled. Of what counts on (`skipped_updates`) it is the last value. Of all updates,
+    `empty_updates` had no token to train on, and were not made, and `spiked_updates` were spikes.
     """
     last_pass = outputs[-num_minibatches:]
     means = {name: float(np.mean([float(output[name]) for output in last_pass])) for name in last_pass[-1]}
     of_first = {name: float(value) for name, value in outputs[0].items() if name.startswith("sampling/")}
-    empty = float(sum(int(output["empty_updates"]) for output in outputs))
-    return {**means, **of_first, "skipped_updates": float(last_pass[-1]["skipped_updates"]), "empty_updates": empty}
+    counted = {"empty_updates", "spiked_updates"} & means.keys()
+    sums = {name: float(sum(int(output[name]) for output in outputs)) for name in sorted(counted)}
+    return {**means, **of_first, "skipped_updates": float(last_pass[-1]["skipped_updates"]), **sums}

@@ -136,6 +136,17 @@ def lacks(name: str) -> Callable[[Path, Path], bool]:
     return lambda one, other: (one / name).exists() and not (other / name).exists()
 
 
+def warnings(run_dir: Path) -> list[str]:
+    return [each["message"] for each in json.loads((run_dir / "run.json").read_text()).get("warnings", [])]
+
+
+def warns(text: str) -> Callable[[Path, Path], bool]:
+    """Whether the run with the change warns of something, and the one without it does not."""
+    return lambda one, other: (
+        any(text in said for said in warnings(other)) and not any(text in said for said in warnings(one))
+    )
+
+
 class Flaky:
     """A reward that fails the first time that it is called, and again every third time."""
 
@@ -161,6 +172,11 @@ REFERENCE = dict(loss__beta=0.5, num_iterations=2)
 OFF_POLICY = dict(num_iterations=2, optimizer__learning_rate=0.1)  # so that ratios leave 1 in the second update
 CORRECTED = dict(loss__importance_sampling_mode="token_truncate")
 ADAPTED = dict(policy__lora=LoRAConfig(rank=2, alpha=4.0))
+SAME = dict(
+    rewards={"same": lambda *, completions, **columns: [1.0 for _ in completions]},
+    reward=RewardConfig(),
+    guards__patience=1,
+)
 TWO_REWARDS = dict(advantages__scale="none")
 
 CASES = {
@@ -237,6 +253,11 @@ CASES = {
     "evaluation.temperature": case(0.0, {"before"}),
     "evaluation.every": case(1, check=num_rows),
     "evaluation.batch_size": case(2),
+    "guards.min_entropy": case(9.0, check=warns("entropy was below"), also={"guards.patience": 1}),
+    "guards.max_most_common_ratio": case(1e-6, check=warns("answers every prompt alike"), also={"guards.patience": 1}),
+    "guards.watch_signal": case(False, check=lambda one, other: warns("no group")(other, one), **SAME),
+    "guards.patience": case(2, check=lambda one, other: warnings(one) != warnings(other), **SAME),
+    "guards.on_collapse": case("stop", {"after"}, num_steps, **SAME),
     "warm_start": case({"method": "sft", "steps": 1}, FROM_START, check=has("warm_start/run.json")),
     "control": case({"method": "sft", "steps": 1}, check=has("control/run.json")),
 }  # fmt: skip
@@ -270,6 +291,7 @@ ELSEWHERE = {
     "checkpoints": ("runs/test_retention.py", ["metric"]),
     "dpo": ("losses/test_preference.py and algorithms/test_objectives.py", ["beta", "loss_type", "label_smoothing"]),
     "reward_model": ("algorithms/test_objectives.py", ["center_rewards_coefficient"]),
+    "guards": ("test_guards.py", ["spike_factor", "spike_metric", "spike_window", "on_spike"]),
     "optimizer": ("test_update.py", ["schedule", "warmup_steps", "weight_decay", "b1", "b2", "eps", "max_grad_norm",
         "max_skipped_updates",
     ]),

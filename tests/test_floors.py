@@ -14,12 +14,12 @@ HOUSE = Path(grpo_jax.__file__).parent
 FLOORS = [
     {"errors"},  # every room may raise errors
     {"experiment", "sharding", "confidence"},
-    {"policy", "advantages", "losses", "rewards"},
+    {"policy", "advantages", "losses", "rewards", "guards"},
     {"sampler", "logprobs", "tasks"},
     {"rollout"},
     {"evaluation"},
     {"algorithms"},
-    {"update"},
+    {"update", "memory"},
     {"runs"},
     {"training"},
     {"sweep", "statistics", "reward_model"},
@@ -29,7 +29,7 @@ FLOORS = [
     {"cli", "__init__"},
 ]
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
-WITHOUT_JAX = {"errors", "confidence", "experiment", "tasks", "rewards", "statistics"}
+WITHOUT_JAX = {"errors", "confidence", "experiment", "guards", "tasks", "rewards", "statistics"}
 MODULES = sorted(HOUSE.rglob("*.py"))
 
 

@@ -1,7 +1,6 @@
 """What methods have in common in making a step's batch: arrays, the schedule of prompts, metrics and rows."""
 
 from collections import Counter
-from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -41,18 +40,23 @@ def reward_arrays(scores: Scores, shape: tuple[int, ...]) -> tuple[np.ndarray, n
 
 
 def schedule(
-    seed: int, step: int, num_prompts: int, num_examples: int, *, further: Sequence[int] = ()
+    seed: int, step: int, num_prompts: int, num_examples: int, *, occurred: Counter[int] | None = None
 ) -> tuple[list[int], list[int]]:
-    """Which examples a step trains on, and the ids that name their noise; those of `further` steps are appended.
+    """Which examples a step trains on, and the ids that name their noise.
 
     Examples come in shuffled epochs, each a permutation named by (seed, epoch). An example that occurs again within
     the step gets another id, so that its completions differ.
+
+    Args:
+      occurred: how often each example has occurred in earlier rounds of the step. These examples are added to it.
     """
-    indices = []
-    for position in (s * num_prompts + i for s in (step, *further) for i in range(num_prompts)):
+    occurred, indices, ids = Counter() if occurred is None else occurred, [], []
+    for position in range(step * num_prompts, (step + 1) * num_prompts):
         epoch, place = divmod(position, num_examples)
-        indices.append(int(_epoch(seed, epoch, num_examples)[place]))
-    ids = [index + num_examples * indices[:i].count(index) for i, index in enumerate(indices)]
+        index = int(_epoch(seed, epoch, num_examples)[place])
+        indices.append(index)
+        ids.append(index + num_examples * occurred[index])
+        occurred[index] += 1
     return indices, ids
 
 
@@ -101,10 +105,15 @@ def reward_metrics(scores: Scores, rewards: np.ndarray, sample_mask: np.ndarray)
 
 
 def completion_metrics(rollout: Rollout) -> dict[str, float]:
-    """Lengths of completions, and how alike those of a group are: a policy that collapses repeats one of them."""
+    """Lengths of completions, and how alike they are: a policy that collapses repeats one of them.
+
+    `top_share` is the share of a group that its commonest text has, the mean over groups; `most_common_ratio` is the
+    share of all completions that the commonest text of all has.
+    """
     lengths = rollout.mask.sum(-1)
     texts = [["\n".join(e.turns) for e in group] for group in rollout.episodes]
     size = lengths.shape[1]
+    of_all = Counter(text for group in texts for text in group)
     return {
         "completions/mean_length": float(lengths.mean()),
         "completions/min_length": float(lengths.min()),
@@ -112,6 +121,7 @@ def completion_metrics(rollout: Rollout) -> dict[str, float]:
         "completions/clipped_ratio": float(np.mean(~rollout.ended)),
         "completions/unique_fraction": float(np.mean([len(set(group)) / size for group in texts])),
         "completions/top_share": float(np.mean([max(Counter(group).values()) / size for group in texts])),
+        "completions/most_common_ratio": max(of_all.values()) / of_all.total(),
     }
 
 

@@ -5,6 +5,7 @@ further rounds of prompts, and put their groups that do have a signal in the pla
 these are, and their noise, follow from (seed, step) and the round, so a resumed run does the same.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -76,12 +77,12 @@ def sample_rounds(context: StepContext, step: int) -> list[Round]:
     of every step has the same prompts with and without dynamic sampling.
     """
     config = context.experiment
-    size = config.prompts_per_step
-    further = [step + r * config.num_steps for r in range(1, config.dynamic_sampling_rounds + 1)]
-    indices, prompt_ids = schedule(config.seed, step, size, len(config.task.train), further=further)
+    size, num_examples = config.prompts_per_step, len(config.task.train)
+    occurred: Counter[int] = Counter()
     rounds: list[Round] = []
-    for start in range(0, len(indices), size):
-        rollout = context.sample(step, indices[start : start + size], prompt_ids[start : start + size])
+    for number in range(config.dynamic_sampling_rounds + 1):
+        place = step + number * config.num_steps
+        rollout = context.sample(step, *schedule(config.seed, place, size, num_examples, occurred=occurred))
         scores = context.score(rollout, step)
         rounds.append(Round(rollout, scores, *reward_arrays(scores, rollout.mask.shape[:2])))
         if sum(int(r.has_signal().sum()) for r in rounds) >= size:

@@ -9,6 +9,7 @@ from grpo_jax.experiment.ablation import Ablation, Budget, PlannedRun
 from grpo_jax.experiment.configs import (
     CheckpointConfig,
     EvaluationConfig,
+    GuardConfig,
     LoRAConfig,
     OptimizerConfig,
     PolicyConfig,
@@ -54,6 +55,7 @@ __all__ = [
     "DPOConfig",
     "EvaluationConfig",
     "Experiment",
+    "GuardConfig",
     "LoRAConfig",
     "LossConfig",
     "Method",

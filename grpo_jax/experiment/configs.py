@@ -1,6 +1,6 @@
 """What every method reads: the policy, sampling, the optimizer, rewards, evaluation."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -230,3 +230,50 @@ class CheckpointConfig(Checked):
             ),
             every=(self.every >= 0, "0 (none) or above"),
         )
+
+
+@dataclass(frozen=True)
+class GuardConfig(Checked):
+    """What a run does when its training goes wrong: `grpo_jax.guards` has the rules.
+
+    A *spike* is an update whose `spike_metric` is above `spike_factor` times the median of the last `spike_window`
+    steps (None: no such rule). The gradient norm is the one before clipping. `on_spike` says what follows: `skip` the
+    update; `rollback` to the last checkpoint's policy and optimizer, and go on with the next step's prompts; `warn`; or
+    `stop` before the update.
+
+    A policy has *collapsed* when, for `patience` steps in a row, its `entropy` is below `min_entropy` nats per token,
+    one text is more than the share `max_most_common_ratio` of a step's completions, or (`watch_signal`) no group has
+    rewards that differ, though the policy is not always right. `on_collapse` says whether to `warn` or to `stop`.
+    """
+
+    spike_factor: float | None = None
+    spike_metric: Literal["grad_norm", "loss"] = "grad_norm"
+    spike_window: int = 20
+    on_spike: Literal["skip", "rollback", "warn", "stop"] = "skip"
+    min_entropy: float | None = None
+    max_most_common_ratio: float | None = None
+    watch_signal: bool = True
+    patience: int = 20
+    on_collapse: Literal["warn", "stop"] = "warn"
+
+    def _ranges(self) -> Ranges:
+        ratio = self.max_most_common_ratio
+        return dict(
+            spike_factor=(self.spike_factor is None or self.spike_factor > 1, "above 1, or None for no rule"),
+            spike_window=(0 < self.spike_window <= 10**4, "between 1 and 10000 steps"),
+            min_entropy=(self.min_entropy is None or self.min_entropy > 0, "positive, or None for no rule"),
+            max_most_common_ratio=(ratio is None or 0 < ratio < 1, "above 0 and below 1, or None for no rule"),
+            patience=(self.patience > 0, "positive"),
+        )
+
+    def inert(self) -> Iterator[tuple[str, str]]:
+        """The fields that were set though no rule reads them, and why not."""
+        default = GuardConfig()
+        if self.spike_factor is None:
+            for name in ("spike_metric", "spike_window", "on_spike"):
+                if getattr(self, name) != getattr(default, name):
+                    yield f"guards.{name}", "it is read with guards.spike_factor alone"
+        if not self.watch_signal and self.min_entropy is None and self.max_most_common_ratio is None:
+            for name in ("patience", "on_collapse"):
+                if getattr(self, name) != getattr(default, name):
+                    yield f"guards.{name}", "no rule about a collapse is on"

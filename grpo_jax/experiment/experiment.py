@@ -12,6 +12,7 @@ from grpo_jax.experiment.configs import (
     NOT_IN_NAMES,
     CheckpointConfig,
     EvaluationConfig,
+    GuardConfig,
     OptimizerConfig,
     PolicyConfig,
     RewardConfig,
@@ -100,6 +101,7 @@ class Experiment(Checked):
     optimizer: OptimizerConfig = OptimizerConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     checkpoints: CheckpointConfig = field(default=CheckpointConfig(), metadata=NOT_IN_NAMES)
+    guards: GuardConfig = field(default=GuardConfig(), metadata=ADDED_LATER)
     warm_start: Mapping[str, Any] | None = None
     control: Mapping[str, Any] | None = None
 
@@ -124,7 +126,7 @@ class Experiment(Checked):
             group_size=method_of(self.method).group_size_range(self),
             num_iterations=_number_of_updates(self.num_iterations, self.loss_config),
             num_minibatches=_number_of_updates(self.num_minibatches, self.loss_config),
-            dynamic_sampling_rounds=(self.dynamic_sampling_rounds >= 0, "0 (off) or above"),
+            dynamic_sampling_rounds=(0 <= self.dynamic_sampling_rounds <= 1000, "between 0 (off) and 1000"),
             gradient_accumulation_steps=(
                 self.gradient_accumulation_steps > 0 and self._can_be_divided(),
                 f"a number that, with num_minibatches = {self.num_minibatches}, divides the {self.prompts_per_step} "
@@ -191,6 +193,13 @@ class Experiment(Checked):
             yield "checkpoints.best", "with evaluation.every = 0 the policy is not evaluated while it is trained"
         if self.checkpoints.metric != CheckpointConfig().metric and not self.checkpoints.best:
             yield "checkpoints.metric", "it is read with checkpoints.best alone"
+        yield from self.guards.inert()
+        method = method_of(self.method)
+        if self.guards.spike_metric == "loss" and "loss" in method.reads:
+            yield "guards.spike_metric", "the loss of a policy gradient is about 0, and a multiple of it says nothing"
+        for name in method.unwatched:
+            if getattr(self.guards, name) is not None:
+                yield f"guards.{name}", f"the steps of method {method.name!r} do not measure it"
 
     def __post_init__(self) -> None:
         if isinstance(self.method, str) and self.method not in METHODS:

@@ -32,6 +32,8 @@ def override(config: "Experiment", overrides: Mapping[str, Any]) -> "Experiment"
     ):
         given = {keys[0] for keys, *_ in changes}
         left = [([f.name], f.default, f.name) for f in unread_fields(type(config), method) if f.name not in given]
+        if "guards" not in overrides:
+            left += [(["guards", name], None, f"guards.{name}") for name in method_of(method).unwatched]
         changes = [*left, *changes]
     return _replace(config, changes)
 

@@ -32,6 +32,7 @@ RUN: dict[str, Any] = {
     "processor?": (None, {"name": str, "instructions": list[str], "cores": int | None}),
     "versions?": dict[str, str | None],
     "stop?": (None, {"steps": int, "by": str, "reason": str}),
+    "warnings?": [{"kind": str, "message": str}],
     **dict.fromkeys(("started?", "finished?", "command?", "error?", "key?", "config_key?"), str | None),
 }
 CONFIG: dict[str, Any] = {

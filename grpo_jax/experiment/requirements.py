@@ -21,14 +21,20 @@ class Method:
       reads: the fields of an experiment that it reads and that not all methods read.
       is_offline: whether it trains on the task's own data alone, so that neither rewards nor how completions are
         sampled change its result.
+      unwatched: the fields of `GuardConfig` whose metric its steps do not have.
     """
 
     name: str = ""
     reads: tuple[str, ...] = ()
     is_offline: bool = False
+    unwatched: tuple[str, ...] = ()
 
     def needs_rewards(self, experiment: Any) -> bool:
         """Whether training itself calls reward functions. (Evaluation shows them where there are any.)"""
+        return False
+
+    def needs_differences(self, experiment: Any) -> bool:
+        """Whether a group whose rewards are all equal teaches nothing."""
         return False
 
     def group_size_range(self, experiment: Any) -> Range:
@@ -53,6 +59,10 @@ class GRPO(Method):
 
     def needs_rewards(self, experiment: Any) -> bool:
         return True
+
+    def needs_differences(self, experiment: Any) -> bool:
+        how = experiment.advantages
+        return experiment.group_size > 1 and not callable(how) and how.baseline != "none"
 
     def group_size_range(self, experiment: Any) -> Range:
         how = experiment.advantages
@@ -103,6 +113,7 @@ class SFT(Method):
     name = "sft"
     reads = ("sft",)
     is_offline = True
+    unwatched = ("min_entropy", "max_most_common_ratio")
 
     def smallest_part(self, experiment: Any) -> int:
         return 1
@@ -114,9 +125,13 @@ class SFT(Method):
 class RFT(Method):
     name = "rft"
     reads = ("rft",)
+    unwatched = ("min_entropy",)
 
     def needs_rewards(self, experiment: Any) -> bool:
         return True
+
+    def needs_differences(self, experiment: Any) -> bool:
+        return bool(experiment.rft.select == "best")
 
     def group_size_range(self, experiment: Any) -> Range:
         if experiment.rft.select == "best":
@@ -131,9 +146,13 @@ class _Preferences(Method):
     """What DPO and the reward model have in common: they compare completions two and two."""
 
     splits: tuple[str, ...] = ("train",)  # those of which pairs are made
+    unwatched = ("min_entropy", "max_most_common_ratio")
 
     def needs_rewards(self, experiment: Any) -> bool:
         return experiment.preferences.completions != "columns"
+
+    def needs_differences(self, experiment: Any) -> bool:
+        return self.needs_rewards(experiment)
 
     def group_size_range(self, experiment: Any) -> Range:
         size = experiment.group_size

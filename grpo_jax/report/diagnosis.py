@@ -1,7 +1,8 @@
 """Signs that a run has learned nothing, or not what was meant, from the files of the run.
 
-Each sign is one sentence: what was seen, with its number, and where to look. The end of `grpo-jax train` and the report
-show them. They are thresholds, not tests: a sign says where to look, and no sign does not mean that all is well.
+Each sign is one sentence: what was seen, with its number, and where to look. What `grpo_jax.guards` said while the run
+went on comes first. The end of `grpo-jax train` and the report show them. They are thresholds, not tests: a sign says
+where to look, and no sign does not mean that all is well.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -10,9 +11,10 @@ from typing import Any
 
 import numpy as np
 
-from grpo_jax.runs.files import read_rows
+from grpo_jax.guards import ALWAYS_RIGHT, NO_SIGNAL
+from grpo_jax.runs.files import read_json, read_rows
 
-NO_SIGNAL = 0.95  # the share of groups with equal rewards from which a run is said to have had no signal
+EQUAL = 0.95  # the share of groups with equal rewards from which a run is said to have had no signal
 CUT_OFF = 0.9  # the share of completions that the token limit cut off
 EMPTY = 1.5  # tokens of a mean completion: the end alone is one
 RANDOM = 1.5  # how many times its start the entropy may be at the end, and how many nats it must then be
@@ -30,7 +32,11 @@ def diagnose(run_dir: Path, *, has_chat_template: bool | None = None) -> list[st
     steps = [row for row in rows if "step_time" in row]
     if not steps:
         return []
-    found = [*_of_signal(steps), *_of_completions(steps), *_of_entropy(steps), *_of_success(steps, rows)]
+    of_signal = list(_of_signal(steps))
+    warnings = read_json(run_dir / "run.json").get("warnings", ())
+    # What was said while the run went on. Of its signal, the whole run says more.
+    said = [each["message"] for each in warnings if not (of_signal and each["kind"] == "watch_signal")]
+    found = [*said, *of_signal, *_of_completions(steps), *_of_entropy(steps), *_of_success(steps, rows)]
     if has_chat_template:
         first = next(read_rows(run_dir / "completions.jsonl"), None)
         if first is not None and isinstance(first["prompt"], str):
@@ -49,11 +55,8 @@ def _of_signal(steps: Metrics) -> Iterator[str]:
         return
     if (equal == 1).all():
         same = f"every completion earned {rewards[0]:.3g}" if np.ptp(rewards) == 0 else "never within a group"
-        yield (
-            f"No group had rewards that differ ({same}), so nothing was learned: `grpo-jax rewards` shows which reward "
-            "gives a signal."
-        )
-    elif (late := _late(equal)) >= NO_SIGNAL and _late(_series(steps, "success")) < NO_SIGNAL:
+        yield f"No group had rewards that differ ({same}), so nothing was learned: {NO_SIGNAL}"
+    elif (late := _late(equal)) >= EQUAL and _late(_series(steps, "success")) < ALWAYS_RIGHT:
         yield (
             f"In {late:.0%} of the last groups all rewards were equal, and the policy is not always right: it has "
             "collapsed, or the reward cannot tell its completions apart."

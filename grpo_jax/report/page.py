@@ -358,7 +358,8 @@ def _unfinished(info: Mapping[str, Any]) -> list[str]:
     status, stop = info.get("status", "unknown"), info.get("stop")
     if status == "stopped" and stop:
         reason = f": {stop['reason']}" if stop["reason"] else ""
-        return [f"The callback {stop['by']} stopped the run after {stop['steps']} steps{reason}."]
+        who = stop["by"] if "." in stop["by"] else f"The callback {stop['by']}"  # or a field, such as guards.on_spike
+        return [f"{who} stopped the run after {stop['steps']} steps{reason}."]
     return [] if status == "finished" else [" ".join(filter(None, [f"The run is {status}.", info.get("error")]))]
 
 

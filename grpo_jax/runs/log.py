@@ -14,6 +14,7 @@ from rich.console import Console
 
 from grpo_jax.errors import RunError, UserError
 from grpo_jax.experiment import Experiment, to_dict
+from grpo_jax.guards import Alarm
 from grpo_jax.runs import record
 from grpo_jax.runs.callbacks import Callbacks, EndEvent, EvaluationEvent, StartEvent, Status, StepEvent
 from grpo_jax.runs.display import Display
@@ -184,7 +185,7 @@ class RunLog:
 
     @property
     def stop(self) -> Stop | None:
-        """Which callback has ended training early; None if none has."""
+        """Which callback or guard has ended training early; None if none has."""
         return self._callbacks.stop
 
     def step(
@@ -233,6 +234,20 @@ class RunLog:
     def lacks_evaluation(self) -> bool:
         """Whether the evaluation at the step from which a run goes on is to be made again."""
         return self._kept is not None and not self._kept.is_evaluated
+
+    def warn(self, alarm: Alarm) -> None:
+        """Shows what is wrong with the training, and writes it to run.json under `warnings`, where reports find it.
+
+        An alarm that stops the run does so after the step under way, as a callback's `StopTraining` does.
+        """
+        if alarm.stopped_by:
+            self._callbacks.stop = self._callbacks.stop or Stop(alarm.step + 1, alarm.stopped_by, alarm.message)
+        warnings = list(self._info.get("warnings", ()))
+        warning = {"kind": alarm.kind, "message": alarm.message}
+        if warning not in warnings:  # a run that is resumed may come to the same step again
+            self._info = record.with_checksum({**self._info, "warnings": [*warnings, warning]})
+            write_json(self.run_dir / "run.json", self._info)
+        self.note(alarm.message)
 
     def seal(self) -> dict[str, str]:
         """Makes the log as durable as a checkpoint; returns the file by which the checkpoint knows the log's rows."""

@@ -11,7 +11,7 @@ from grpo_jax.policy import Policy
 
 @dataclass(frozen=True)
 class Stop:
-    """That a callback ended training early: after how many steps, the callback's name, and the reason that it gave."""
+    """What ended training early: after how many steps, by which callback or field of `GuardConfig`, and why."""
 
     steps: int
     by: str
@@ -23,7 +23,7 @@ class Result:
     """What a run came to: evaluations by split, of the policy it began with, its own, and its control's.
 
     `group_before` and `group_after` are the completions of one held-out prompt with their rewards and advantages.
-    `stop` says which callback ended training early; None for a run that made all of its steps.
+    `stop` says what ended training early; None for a run that made all of its steps.
     """
 
     run_dir: Path

@@ -1,8 +1,14 @@
 """Which metrics of a run are bounded, so that an interval of their mean is bounded too."""
 
-SHARES = ("frac_reward_zero_std", "completions/unique_fraction", "completions/top_share", "completions/clipped_ratio")
+SHARES = (
+    "frac_reward_zero_std",
+    "completions/unique_fraction",
+    "completions/top_share",
+    "completions/most_common_ratio",
+    "completions/clipped_ratio",
+)
 RATES = (*SHARES, "success", "evaluation/success", "evaluation/train/success")
-_LAST = ("success", "win_rate", "accuracy", "accuracies", "unique_fraction", "top_share", "clipped_ratio")
+_LAST = ("success", "win_rate", "accuracy", "accuracies", *(share.split("/")[-1] for share in SHARES[1:]))
 _ANY = ("pass_at_k", "clip_ratio")  # evaluation/pass_at_k/4, clip_ratio/low_mean
 
 

@@ -34,6 +34,7 @@ from grpo_jax.algorithms.dynamic_sampling import Round
 from grpo_jax.algorithms.on_policy import rewarded_batch
 from grpo_jax.errors import RunError, UserError
 from grpo_jax.experiment import Experiment, variant_of
+from grpo_jax.guards import Alarm
 from grpo_jax.policy import Policy
 from grpo_jax.policy.tokenizer import CharacterTokenizer
 from grpo_jax.rollout import settings_of, single_turn
@@ -80,6 +81,8 @@ def require_vectorizable(config: Experiment) -> None:
         "num_minibatches is not 1": config.num_minibatches > 1,
         "advantages.kl_coef is not 0": grpo.kl_coef(config) > 0,
         "dynamic_sampling_rounds is not 0": config.dynamic_sampling_rounds > 0,
+        "guards.spike_factor is set": config.guards.spike_factor is not None,
+        "guards.on_collapse is 'stop'": config.guards.on_collapse == "stop",
         "loss.sync_ref_model is on": config.loss_config.sync_ref_model,
         "loss.mask_truncated_completions is on": config.loss_config.mask_truncated_completions,
         "loss.importance_sampling_mode is not None": config.loss_config.importance_sampling_mode is not None,
@@ -291,7 +294,7 @@ def _record(trainer: Trainer, step: int, train_batch: TrainBatch, output: Update
         trainer.check_logprobs(output.logprob_gaps, train_batch.rollout, step)
     trainer.record(step, train_batch, {k: float(v) for k, v in output.metrics.items()}, seconds=seconds)
     for note in trainer.watch.see(step, [output.metrics]):
-        trainer.log.note(note)
+        trainer.log.warn(Alarm(step, "update", note))
 
 
 def _sampled_batch(

@@ -87,6 +87,7 @@ def test_lengths_count_sampled_tokens_and_copies_are_the_same_turns_within_a_gro
             # "a", "a", "bcd" and "a bb", "dd", "a bb" are two texts each, of which one is there twice.
             "completions/unique_fraction": 2 / 3,
             "completions/top_share": 2 / 3,
+            "completions/most_common_ratio": 2 / 6,
         }
     )
     talks = [episode("a", "b", replies=("c",)), episode("d", "b", replies=("c",)), episode("c")]  # three texts

@@ -506,7 +506,7 @@ def test_a_config_becomes_json_with_all_its_parts():
         ({"prompts_per_step": 0}, "Experiment.prompts_per_step = 0 is out of range: it must be positive."),
         ({"num_iterations": 0}, "Experiment.num_iterations = 0 is out of range: it must be positive, and 1 for"),
         ({"num_iterations": 2, "loss": LossConfig("reinforce")}, "Experiment.num_iterations = 2 is out of range"),
-        ({"dynamic_sampling_rounds": -1}, "dynamic_sampling_rounds = -1 is out of range: it must be 0 (off) or above."),
+        ({"dynamic_sampling_rounds": -1}, "dynamic_sampling_rounds = -1 is out of range: it must be between 0"),
         ({"gradient_accumulation_steps": 0}, "divides the 8 groups of 8 completions of a step into equal parts."),
         ({"seed": -1}, "Experiment.seed = -1 is out of range: it must be between 0 and 2**31 - 1."),
         ({"seed": 2**31}, "is out of range: it must be between 0 and 2**31 - 1."),

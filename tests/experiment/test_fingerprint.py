@@ -206,6 +206,7 @@ def test_the_names_are_those_of_the_first_versions(value, name):
         ("OptimizerConfig", "564d54a43bca"),
         ("LossConfig", "2fd0e420a180"),
         ("EvaluationConfig", "9f0688ec76a3"),
+        ("GuardConfig", "be21122724d4"),
         ("RewardConfig", "3b7fd17a5fab"),
         ("AdvantageConfig", "1b8e95f3318f"),
         ("PPOConfig", "3b911dac8749"),

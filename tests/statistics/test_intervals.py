@@ -174,6 +174,7 @@ def test_one_run_has_no_bootstrap_interval():
         "evaluation/accuracy",
         "pass_at_k/2",
         "completions/top_share",
+        "completions/most_common_ratio",
         "completions/clipped_ratio",
         "completions/unique_fraction",
     ],
