@@ -6,15 +6,13 @@ lengths tell what is padding. The import of transformers takes a second, so only
 
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 from grpo_jax.errors import UserError, failure_of, one_line, shown
 from grpo_jax.experiment.checked import admits
-
-Messages = Sequence[Mapping[str, str]]
-"""Chat messages with the keys "role" and "content"."""
+from grpo_jax.policy.chat_template import ChatTemplate, Messages
 
 # The assistant's text when a template is rendered only to find out what follows an assistant's turn.
 _MARK = "GRPOJAXMARK"
@@ -66,18 +64,22 @@ class HuggingFaceTokenizer:
       stop_ids: further stop tokens, such as those of a generation config. The tokenizer's end-of-sequence token and the
         token with which its chat template ends an assistant's turn are always stop tokens.
       rows: the number of rows of the policy's embedding; None for as many as the tokenizer has ids.
+      where: where the tokenizer is from, for messages.
     """
 
-    def __init__(self, tokenizer: Any, stop_ids: Sequence[int] = (), rows: int | None = None) -> None:
+    def __init__(
+        self, tokenizer: Any, stop_ids: Sequence[int] = (), rows: int | None = None, where: object = "the policy"
+    ) -> None:
         self._tokenizer = tokenizer
         self._rows = len(tokenizer) if rows is None else rows
         self.bos_id: int | None = tokenizer.bos_token_id
         self.vocab_size: int = min(len(tokenizer), self._rows)
-        self.has_chat_template = bool(tokenizer.chat_template)
+        self._template = _chat_template(tokenizer, where)
+        self.has_chat_template = self._template is not None
         ends = [tokenizer.eos_token_id, *stop_ids, self._end_of_turn()]
         self.stop_ids: tuple[int, ...] = tuple(dict.fromkeys(i for i in ends if i is not None))
         if not self.stop_ids:
-            raise UserError("the tokenizer has no end-of-sequence token, so a policy could never stop.")
+            raise UserError(f"the tokenizer of {where} has no end-of-sequence token, so a policy could never stop.")
         pad = tokenizer.pad_token_id
         self.pad_id: int = self.stop_ids[0] if pad is None else pad
 
@@ -126,25 +128,11 @@ class HuggingFaceTokenizer:
         self._tokenizer.save_pretrained(directory)
 
     def _chat(self, messages: Messages, *, open_turn: bool = True, continues: bool = False) -> str:
-        """Renders the chat. `open_turn` begins an assistant turn at the end; `continues` keeps the last turn open."""
-        if not self.has_chat_template:
+        if self._template is None:
             raise UserError(
                 "this policy's tokenizer has no chat template, so its prompts must be plain texts, not chat messages."
             )
-        from jinja2 import TemplateError
-
-        try:
-            return self._tokenizer.apply_chat_template(
-                [dict(message) for message in messages],
-                tokenize=False,
-                add_generation_prompt=open_turn and not continues,
-                continue_final_message=continues,
-            )
-        except (ArithmeticError, LookupError, MemoryError, RecursionError, TypeError, ValueError) as error:
-            raise UserError(f"the chat template fails: {failure_of(error)}.") from None
-        except TemplateError as error:  # an unknown role, or an order of roles that is not allowed
-            roles = ", ".join(message["role"] for message in messages)
-            raise UserError(f"the chat template does not accept messages of the roles {roles}: {error}.") from None
+        return self._template.render(messages, open_turn=open_turn, continues=continues)
 
     def _end_of_turn(self) -> int | None:
         """Returns the special token with which the chat template ends an assistant's turn; None if there is none."""
@@ -154,6 +142,16 @@ class HuggingFaceTokenizer:
         ids = self.encode(self._chat(turns, open_turn=False).rpartition(_MARK)[2].lstrip())
         token = self._tokenizer.added_tokens_decoder.get(ids[0]) if ids else None
         return ids[0] if token is not None and token.special else None
+
+
+def _chat_template(tokenizer: Any, where: object) -> ChatTemplate | None:
+    """The chat template of a tokenizer of transformers; None if it has none."""
+    if not tokenizer.chat_template:
+        return None
+    source = tokenizer.get_chat_template()  # of several, the default one
+    if not isinstance(source, str):
+        raise UserError(f"{where} has the chat template {shown(source)}, which must be a text.")
+    return ChatTemplate(source, tokenizer.special_tokens_map, str(where))
 
 
 class CharacterTokenizer:
@@ -268,12 +266,10 @@ def fitted(tokenizer: Any, stops: Sequence[int], rows: int | None, where: Path) 
     Special tokens beyond the embedding are allowed, as Gemma 3's for pictures: a text with one of them is refused.
     """
     try:
-        made = HuggingFaceTokenizer(tokenizer, stops, rows)
+        made = HuggingFaceTokenizer(tokenizer, stops, rows, where)
         vocabulary = tokenizer.get_vocab()
         special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-    except UserError as error:
-        raise UserError(f"the tokenizer of {where} cannot be used: {one_line(error)}") from None
-    except KeyboardInterrupt:
+    except (UserError, KeyboardInterrupt):
         raise
     except BaseException as error:
         raise UserError(f"the tokenizer of {where} cannot be used: {failure_of(error)}") from None
