@@ -95,7 +95,7 @@ def starting_policy(experiment: Experiment, log: RunLog, *, resume: bool = False
     if experiment.warm_start is None:
         if experiment.policy.source != "scratch":
             log.note(f"loading {experiment.policy.source}")
-        return source_policy(experiment)
+        return source_policy(experiment, log.policy_commit)
     variant, warm_dir = variant_of(experiment, experiment.warm_start), log.run_dir / "warm_start"
     resume = resume and _has_begun(warm_dir)
     display = display_of(variant, title="warm start", quiet=log.display.quiet)
@@ -130,6 +130,7 @@ class Trainer:
         make_generator: MakeGenerator = lambda actor: actor,
     ) -> None:
         self.experiment, self.start, self.log, self.make_generator = experiment, start, log, make_generator
+        log.starts_from(start.commit)
         config, tokenizer = experiment, start.require_tokenizer()
         self.algorithm = algorithm_of(config)
         self.replicas = shared_out(config)

@@ -220,6 +220,17 @@ class RunLog:
         """Shows one line about what happens now."""
         self.display.note(message)
 
+    @property
+    def policy_commit(self) -> str | None:
+        """The commit of the hub that the run's policy was loaded from when it began; None if that is not known."""
+        return self._info.get("policy_commit")
+
+    def starts_from(self, commit: str | None) -> None:
+        """Records the commit of the hub that the policy was loaded from, so that it is loaded from there again."""
+        if commit is not None and commit != self.policy_commit:
+            self._write_status("running", policy_commit=commit)
+            self.note(f"the policy is from the hub, at commit {commit}")
+
     def require_rows(self, done: int) -> None:
         """Raises `UserError` if metrics.jsonl lacks one of the first `done` steps: it would never be whole again."""
         path = self.run_dir / "metrics.jsonl"
