@@ -46,6 +46,11 @@ def chat(*messages) -> dict:
             {"prompt": "p", "answr": "4"},
             "all examples of a split must have the same columns, but this one lacks 'answer' and has also 'answr'",
         ),
+        ({"prompt": "p"}, "all examples of a split must have the same columns, but this one lacks 'answer' (see"),
+        (GOOD | {"more": 1}, "all examples of a split must have the same columns, but this one has also 'more' (see"),
+        (GOOD | {"prompt": "\ud800"}, "its prompt '\\ud800' has half of a surrogate pair, which no tokenizer reads"),
+        (chat({"role": "user", "content": "a\udfff"}), "message 0 of its prompt has half of a surrogate pair"),
+        (GOOD | {"answer": {("a", 1): 2}}, "it cannot be written as JSON: TypeError: keys must be str"),
         (GOOD | {3: "x"}, "the column 3 must have a string as its name"),
     ],
 )
