@@ -58,7 +58,7 @@ class Recipe:
 
     def __post_init__(self) -> None:
         columns, limit = self.columns, self.limit
-        by_name = isinstance(columns, Mapping) and all(map(_is_source, (*columns.keys(), *columns.values())))
+        by_name = isinstance(columns, Mapping) and all(isinstance(k, str) and _is_source(v) for k, v in columns.items())
         for name, holds, wanted in (
             ("prompt", _is_source(self.prompt), "a column's name, a format string or a function of a row"),
             (
