@@ -70,7 +70,7 @@ class HuggingFaceTokenizer:
     def __init__(
         self, tokenizer: Any, stop_ids: Sequence[int] = (), rows: int | None = None, where: object = "the policy"
     ) -> None:
-        self._tokenizer = tokenizer
+        self._tokenizer, self._where = tokenizer, where
         self._rows = len(tokenizer) if rows is None else rows
         self.bos_id: int | None = tokenizer.bos_token_id
         self.vocab_size: int = min(len(tokenizer), self._rows)
@@ -85,11 +85,22 @@ class HuggingFaceTokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Returns the ids of a text, without special tokens before or after it."""
-        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False)
+        ids = self._encode(text, add_special_tokens=False)
         if ids and max(ids) >= self._rows:
             token = self._tokenizer.convert_ids_to_tokens(max(ids))
             raise UserError(f"the text has the token {shown(token)}, for which the policy's embedding has no row.")
         return ids
+
+    def _encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        try:
+            return self._tokenizer.encode(text, add_special_tokens=add_special_tokens)
+        except KeyboardInterrupt:
+            raise
+        except (
+            BaseException
+        ) as error:  # the tokenizer has no token for a character, say; a panic of Rust is no Exception
+            reason = failure_of(error)
+            raise UserError(f"the tokenizer of {self._where} cannot encode {shown(text, 80)}: {reason}.") from None
 
     def decode(self, ids: Sequence[int]) -> str:
         """Returns the text of token ids, without special tokens and with its white space unchanged."""
@@ -107,7 +118,7 @@ class HuggingFaceTokenizer:
           UserError: if there are messages and no chat template, or if the template rejects the messages.
         """
         if isinstance(prompt, str):
-            before = [i for i in self._tokenizer.encode("") if i == self.bos_id]  # without an end-of-sequence token
+            before = [i for i in self._encode("") if i == self.bos_id]  # without an end-of-sequence token
             ids = before + self.encode(prompt)
         else:
             ids = self.encode(self._chat(prompt, continues=bool(prompt) and prompt[-1]["role"] == "assistant"))

@@ -151,15 +151,16 @@ def from_dataset(dataset: Any, where: Mapping[str, Any], recipe: Recipe, held_ou
         raise UserError(
             "revision and config are for a dataset's name on the hub, not for rows that are loaded already."
         )
-    rows = recipe.examples(_numbered(_split_of(dataset, split_name), split_name), f"the split {shown(split_name)}")
-    origin |= {"split": split_name, "rows": len(rows), **_identity(_split_of(dataset, split_name))}
+    chosen = _split_of(dataset, split_name)
+    rows = recipe.examples(_numbered(chosen, one_line(split_name, 60)), f"the split {shown(split_name)}")
+    origin |= {"split": split_name, "rows": len(rows), **_identity(chosen)}
     if isinstance(held_out, (int, float)):
         train, kept = split(rows, held_out, seed)
         return Loaded(name, train, kept, origin | {"held_out": held_out, "seed": seed})
     given = isinstance(held_out, str)
     other = _split_of(dataset, held_out, needed=True) if given else held_out
     label = held_out if given else "held_out"
-    others = recipe.examples(_numbered(other, label), f"the split {shown(label)}")
+    others = recipe.examples(_numbered(other, one_line(label, 60)), f"the split {shown(label)}")
     origin |= {"held_out": label, "held_out_rows": len(others)}
     return Loaded(name, [e for e, _ in rows], [e for e, _ in others], origin)
 
