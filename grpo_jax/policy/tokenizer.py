@@ -6,7 +6,8 @@ lengths tell what is padding. The import of transformers takes a second, so only
 
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -92,19 +93,13 @@ class HuggingFaceTokenizer:
         return ids
 
     def _encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        try:
+        with _one_sentence(f"the tokenizer of {self._where} cannot encode {text[:80]!r}"):
             return self._tokenizer.encode(text, add_special_tokens=add_special_tokens)
-        except KeyboardInterrupt:
-            raise
-        except (
-            BaseException
-        ) as error:  # the tokenizer has no token for a character, say; a panic of Rust is no Exception
-            reason = failure_of(error)
-            raise UserError(f"the tokenizer of {self._where} cannot encode {shown(text, 80)}: {reason}.") from None
 
     def decode(self, ids: Sequence[int]) -> str:
         """Returns the text of token ids, without special tokens and with its white space unchanged."""
-        return self._tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        with _one_sentence(f"the tokenizer of {self._where} cannot decode {len(ids)} ids"):
+            return self._tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
     def render(self, prompt: str | Messages) -> list[int]:
         """Returns the ids of a prompt.
@@ -153,6 +148,17 @@ class HuggingFaceTokenizer:
         ids = self.encode(self._chat(turns, open_turn=False).rpartition(_MARK)[2].lstrip())
         token = self._tokenizer.added_tokens_decoder.get(ids[0]) if ids else None
         return ids[0] if token is not None and token.special else None
+
+
+@contextmanager
+def _one_sentence(what: str) -> Iterator[None]:
+    """Raises `UserError` for an error of a tokenizer. They are of many kinds, and a panic of Rust is no `Exception`."""
+    try:
+        yield
+    except (UserError, KeyboardInterrupt):
+        raise
+    except BaseException as error:
+        raise UserError(f"{what}: {failure_of(error)}.") from None
 
 
 def _chat_template(tokenizer: Any, where: object) -> ChatTemplate | None:
@@ -246,13 +252,9 @@ def from_directory(directory: Path, rows: int | None = None) -> Callable[[], Tok
         quiet()
         from transformers import AutoTokenizer
 
-        try:
+        with _one_sentence(f"transformers cannot load the tokenizer of {directory}"):
             # Without trust_remote_code=False, transformers asks at the terminal about a tokenizer with code of its own.
             tokenizer = AutoTokenizer.from_pretrained(str(directory), local_files_only=True, trust_remote_code=False)
-        except KeyboardInterrupt:
-            raise
-        except BaseException as error:  # they differ from tokenizer to tokenizer, and a panic of Rust is no Exception
-            raise UserError(f"transformers cannot load the tokenizer of {directory}: {failure_of(error)}") from None
         stops = generation.get("eos_token_id") or []
         stops = stops if isinstance(stops, list) else [stops]
         if not admits(list[int], stops):
@@ -276,14 +278,10 @@ def fitted(tokenizer: Any, stops: Sequence[int], rows: int | None, where: Path) 
 
     Special tokens beyond the embedding are allowed, as Gemma 3's for pictures: a text with one of them is refused.
     """
-    try:
+    with _one_sentence(f"the tokenizer of {where} cannot be used"):
         made = HuggingFaceTokenizer(tokenizer, stops, rows, where)
         vocabulary = tokenizer.get_vocab()
         special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-    except (UserError, KeyboardInterrupt):
-        raise
-    except BaseException as error:
-        raise UserError(f"the tokenizer of {where} cannot be used: {failure_of(error)}") from None
     beyond = [i for i in vocabulary.values() if rows is not None and i >= rows and i not in special]
     needed = [i for i in (*made.stop_ids, made.pad_id, made.bos_id) if i is not None]
     if beyond or not all(0 <= i < (len(vocabulary) if rows is None else rows) for i in needed):

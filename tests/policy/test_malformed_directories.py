@@ -63,6 +63,8 @@ def load(directory: Path) -> policy.Policy:
         if found.tokenizer is not None:
             rows = found.config.vocab_size
             asked = [found.tokenizer.render("abab"), answer(lambda: found.tokenizer.render(CHAT))]
+            asked.append(answer(lambda: found.tokenizer.reply("ba")))
+            assert isinstance(answer(lambda: found.tokenizer.decode(range(rows))), str)
             assert all(isinstance(ids, str) or all(0 <= i < rows for i in ids) for ids in asked)
         return found
 
@@ -205,6 +207,17 @@ def test_code_in_a_directory_is_neither_run_nor_asked_about(directory, monkeypat
     (directory / "own.py").write_text(f"open({str(directory / 'ran')!r}, 'w')\nclass Own: pass\n")
     answer(lambda: load(directory))
     assert not (directory / "ran").exists()
+
+
+def test_a_pattern_that_never_ends_is_one_sentence(directory):
+    """Oniguruma gives up, and Rust panics."""
+    tokenizer = json.loads((directory / "tokenizer.json").read_text())
+    split = {"type": "Split", "pattern": {"Regex": "(a+)+$"}, "behavior": "Isolated", "invert": False}
+    both = {"type": "Sequence", "pretokenizers": [split, tokenizer["pre_tokenizer"]]}
+    (directory / "tokenizer.json").write_text(json.dumps(tokenizer | {"pre_tokenizer": both}))
+    encoder = load(directory).require_tokenizer()
+    found = answer(lambda: encoder.encode("a" * 40 + "b"))
+    assert found.startswith(f"the tokenizer of {directory} cannot encode 'aaaa") and found.endswith("-match over.")
 
 
 def test_a_tokenizer_of_another_model_is_refused(directory):
