@@ -92,12 +92,11 @@ class PolicyConfig(Checked):
     revision: str | None = field(default=None, metadata=ADDED_LATER)
 
     def _ranges(self) -> Ranges:
-        names_one = self.revision is None or bool(re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)*", self.revision))
-        on_hub = HUB_NAME.fullmatch(self.source) is not None
+        on_hub = HUB_NAME.fullmatch(self.source) and re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)*", self.revision or "")
         return dict(
             source=(bool(self.source), "a non-empty string"),
             revision=(
-                self.revision is None or (names_one and on_hub),
+                self.revision is None or on_hub is not None,
                 "a branch, tag or commit of a model on the hub, with source a name such as 'Qwen/Qwen3-0.6B'",
             ),
             perturbation=(0 <= self.perturbation < 1, "in [0, 1)"),

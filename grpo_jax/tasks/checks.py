@@ -15,17 +15,21 @@ ROLES = ("system", "developer", "user", "assistant", "tool")
 SPLITS = ("train", "held_out")
 
 
+def require_types(task: Any) -> None:
+    """Raises `UserError` for a task with a field of another type."""
+    name = f"task {shown(task.name)}"
+    for field, wanted, words in (("name", str, "a text"), ("references", Mapping[str, float], "numbers by name")):
+        if not admits(wanted, getattr(task, field)):
+            raise UserError(f"{name} has {field} = {shown(getattr(task, field))}: it must be {words}.")
+    for split in SPLITS:
+        examples = getattr(task, split)
+        if not (hasattr(examples, "__len__") and hasattr(examples, "__getitem__")):
+            raise UserError(f"{name} has {split} = {shown(examples)}: it must be a sequence of examples.")
+
+
 def check(task: Any) -> None:
     """Raises `UserError` for a task without examples, or with an example that cannot be used."""
     name = f"task {shown(task.name)}"
-    for field, wanted, words in (
-        ("name", str, "a text"),
-        ("references", Mapping[str, float], "numbers by name"),
-        ("train", Sequence, "a sequence of examples"),
-        ("held_out", Sequence, "a sequence of examples"),
-    ):
-        if not admits(wanted, getattr(task, field)):
-            raise UserError(f"{name} has {field} = {shown(getattr(task, field))}: it must be {words}.")
     for split in SPLITS:
         examples = getattr(task, split)
         if not len(examples):

@@ -59,13 +59,10 @@ class Recipe:
     def __post_init__(self) -> None:
         columns, limit = self.columns, self.limit
         by_name = isinstance(columns, Mapping) and all(isinstance(k, str) and _is_source(v) for k, v in columns.items())
+        listed = admits(list[str] | tuple[str, ...] | None, columns)
         for name, holds, wanted in (
             ("prompt", _is_source(self.prompt), "a column's name, a format string or a function of a row"),
-            (
-                "columns",
-                by_name or admits(list[str] | tuple[str, ...] | None, columns),
-                "columns by name, or their names",
-            ),
+            ("columns", by_name or listed, "a list of names, or columns or functions of a row by name"),
             ("system", admits(str | None, self.system), "a text"),
             ("limit", limit is None or (admits(int, limit) and limit >= 1), "1 or above, or None for all rows"),
         ):
@@ -298,9 +295,13 @@ def _split_of(dataset: Any, name: str, *, needed: bool = False) -> Any:
 
 def _numbered(rows: Any, what: str) -> Iterator[tuple[str, Row]]:
     """Rows with their numbers, counted from 0. Raises `UserError` for a row that is none."""
-    if not isinstance(rows, Iterable):
-        raise UserError(f"{what} = {shown(rows)} has no rows: it must be a dataset, or rows such as a list of dicts.")
-    for number, row in enumerate(rows):
+    try:
+        numbered = enumerate(rows)
+    except TypeError:
+        raise UserError(
+            f"{what} = {shown(rows)} has no rows: it must be a dataset, or rows such as a list of dicts."
+        ) from None
+    for number, row in numbered:
         if not isinstance(row, Mapping):
             raise UserError(f"{what} row {number} is of type {type(row).__name__}: a row must be a dict of columns.")
         yield f"{what} row {number}", row

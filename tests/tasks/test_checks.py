@@ -106,3 +106,17 @@ def test_a_file_with_such_a_task_loads_and_says_so(tmp_path, capsys):
     (tmp_path / "toy.py").write_text("\n".join(line.strip() for line in text.splitlines()))
     assert load(tmp_path / "toy.py").task.name == "toy"
     assert capsys.readouterr().err.startswith("warning: 1 of the 1 held_out examples of task 'toy' are train examples")
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        ({"name": 3}, "task 3 has name = 3: it must be a text."),
+        ({"references": {"x": "1"}}, "task 'toy' has references = {'x': '1'}: it must be numbers by name."),
+        ({"train": 5}, "task 'toy' has train = 5: it must be a sequence of examples."),
+    ],
+)
+def test_a_field_of_another_type_is_named(change, problem):
+    with pytest.raises(UserError) as caught:
+        replace(make(), **change).check()
+    assert str(caught.value) == problem
