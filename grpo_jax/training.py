@@ -103,7 +103,7 @@ def starting_policy(experiment: Experiment, log: RunLog, *, resume: bool = False
         if experiment.policy.source != "scratch":
             log.note(f"loading {experiment.policy.source}")
         require_memory_for_scratch(experiment)
-        return source_policy(experiment)
+        return source_policy(experiment, log.policy_commit)
     variant, warm_dir = variant_of(experiment, experiment.warm_start), log.run_dir / "warm_start"
     display = display_of(variant, title="warm start", quiet=log.display.quiet)
     with RunLog(warm_dir, variant, resume=resume, display=display) as warm_log:
@@ -137,6 +137,7 @@ class Trainer:
     ) -> None:
         self.experiment, self.log, self.make_generator = experiment, log, make_generator
         self.start = replace(start, params={})  # its parameters are on the devices from here on
+        log.starts_from(start.commit)
         config, tokenizer = experiment, start.require_tokenizer()
         self.algorithm = algorithm_of(config)
         self.replicas = shared_out(config)

@@ -3,14 +3,13 @@
 Both are set in the environment, so that tests which start a process of their own have them too.
 """
 
-import getpass
 import os
 import sys
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from private import private_folder
 
 # Devices that wait for one another hold a thread each, and XLA makes no more threads than devices unless NPROC says so.
 # It aborts the process when one has waited 40 s for the others, as has happened in CI.
@@ -18,9 +17,10 @@ FLAGS = "--xla_force_host_platform_device_count=8 --xla_cpu_collective_call_term
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FLAGS}".strip()
 os.environ.setdefault("NPROC", "16")
 
-_cache = Path(tempfile.gettempdir()) / f"grpo_jax-tests-{getpass.getuser()}"
-_cache.mkdir(mode=0o700, exist_ok=True)
-os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_cache))
+# What JAX finds there it runs, so nobody else may write there.
+_cache = private_folder(Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "grpo_jax" / "tests")
+if _cache is not None:
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_cache))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 
 

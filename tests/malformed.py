@@ -38,7 +38,10 @@ def fuzz(examples: int) -> Any:
 def answer(call: Callable[[], Any]) -> Any:
     """What a call returns, or the sentence of the `UserError` that it raises. All else, as a hang, is a failure."""
 
+    rung = []
+
     def ring(*_: object) -> None:
+        rung.append(True)
         raise AssertionError(f"no answer within {SECONDS} s")
 
     with open("/proc/self/statm") as file:
@@ -51,6 +54,7 @@ def answer(call: Callable[[], Any]) -> Any:
         return call()
     except UserError as error:
         sentence = str(error)
+        assert not rung, f"no answer within {SECONDS} s, and then: {sentence}"
         assert sentence and "\n" not in sentence and "Traceback" not in sentence, sentence
         assert len(sentence) < 2500, sentence
         return sentence

@@ -275,7 +275,7 @@ def fields_of(config: Any, prefix: str = "") -> list[str]:
 
 
 ELSEWHERE = {
-    "policy": ("algorithms/test_training_by_method.py", ["source"]),
+    "policy": ("algorithms/test_training_by_method.py and runs/test_hub.py", ["source", "revision"]),
     "loss": ("losses and test_update.py", [
         "loss_type", "epsilon", "epsilon_high", "delta", "importance_sampling_level", "kl_estimator",
         "use_bias_correction_kl", "entropy_coef", "top_entropy_quantile", "dr_grpo_length",

@@ -1,5 +1,6 @@
 """What every method reads: the policy, sampling, the optimizer, rewards, evaluation."""
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
@@ -10,6 +11,8 @@ from grpo_jax.experiment.checked import Checked, Ranges
 ADDED_LATER = {"added_later": True}
 # A field that a run's record has and its name does not count, because nothing follows from it.
 NOT_IN_NAMES = {"not_in_names": True}
+# The name of a model on the hub, such as Qwen/Qwen3-0.6B. A directory may look the same.
+HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 OnFailure = Literal["raise", "retry", "drop"]
 
 
@@ -73,6 +76,9 @@ class PolicyConfig(Checked):
     `source` is a Hugging Face directory or hub name, a `.gguf` file, `package:NAME` for a Python package that holds
     one, the directory of an earlier run, or `scratch`. Without `lora` all parameters are trained.
 
+    `revision` is the branch, tag or commit of a model on the hub; None for its main branch. A run records the commit
+    that it has loaded, and loads that one again when it is resumed or evaluated.
+
     `perturbation` multiplies every trained weight at the start by 1 + perturbation · z, with z from a standard normal
     that the seed names. 1e-6 changes little more than rounding does: a result that it turns over hangs on the last
     digit.
@@ -83,10 +89,16 @@ class PolicyConfig(Checked):
     lora: LoRAConfig | None = None
     scratch: ScratchConfig = ScratchConfig()
     perturbation: float = field(default=0.0, metadata=ADDED_LATER)
+    revision: str | None = field(default=None, metadata=ADDED_LATER)
 
     def _ranges(self) -> Ranges:
+        on_hub = HUB_NAME.fullmatch(self.source) and re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)*", self.revision or "")
         return dict(
             source=(bool(self.source), "a non-empty string"),
+            revision=(
+                self.revision is None or on_hub is not None,
+                "a branch, tag or commit of a model on the hub, with source a name such as 'Qwen/Qwen3-0.6B'",
+            ),
             perturbation=(0 <= self.perturbation < 1, "in [0, 1)"),
         )
 

@@ -31,6 +31,7 @@ RUN: dict[str, Any] = {
     "device?": {"kind": str, "count?": int},
     "processor?": (None, {"name": str, "instructions": list[str], "cores": int | None}),
     "versions?": dict[str, str | None],
+    "policy_commit?": str | None,
     "stop?": (None, {"steps": int, "by": str, "reason": str}),
     "warnings?": [{"kind": str, "message": str}],
     **dict.fromkeys(("started?", "finished?", "command?", "error?", "key?", "config_key?"), str | None),

@@ -31,12 +31,14 @@ class Policy:
       params: its parameters, those of the adapters included.
       lora: the configuration of the adapters; None without adapters.
       make_tokenizer: makes the tokenizer; None if the source of the weights had none.
+      commit: the commit of the hub that the weights are from; None if they are from elsewhere.
     """
 
     config: ModelConfig
     params: Params = field(repr=False)
     lora: LoRAConfig | None = None
     make_tokenizer: Callable[[], Tokenizer] | None = field(default=None, repr=False)
+    commit: str | None = None
 
     @cached_property
     def tokenizer(self) -> Tokenizer | None:
@@ -103,6 +105,7 @@ def load(
     seed: int = 0,
     lora: LoRAConfig | None = None,
     scratch: ScratchConfig | None = None,
+    revision: str | None = None,
 ) -> Policy:
     """Loads a policy, or makes a new one.
 
@@ -113,6 +116,7 @@ def load(
       seed: the seed for random parameters: those of a policy from scratch, and the adapters.
       lora: adds adapters. They are the identity at first.
       scratch: the size and the alphabet of a policy from scratch; None for the defaults.
+      revision: the branch, tag or commit of a model on the hub; None for its main branch.
 
     Raises:
       UserError: if the policy cannot be loaded. The message is one sentence.
@@ -124,12 +128,12 @@ def load(
         config = from_scratch(scratch)
         params = transformer.initialise(config, seed, dtype=dtype, lora=lora)
         return Policy(config, params, lora, partial(CharacterTokenizer, scratch.alphabet))
-    config, arrays, make_tokenizer = weights.read(source, dtype)
+    config, arrays, make_tokenizer, commit = weights.read(source, dtype, revision)
     params = {path: jnp.asarray(arrays.pop(path)) for path in list(arrays)}  # pop, so that two whole copies never exist
     if lora is not None:
         params |= fresh_adapters(config, lora, seed)
     # Cached, so that copies of the policy made by `dataclasses.replace` share one tokenizer.
-    return Policy(config, params, lora, make_tokenizer and cache(make_tokenizer))
+    return Policy(config, params, lora, make_tokenizer and cache(make_tokenizer), commit)
 
 
 def perturb(policy: Policy, scale: float, seed: int) -> Policy:

@@ -6,15 +6,14 @@ lengths tell what is padding. The import of transformers takes a second, so only
 
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
 from grpo_jax.errors import UserError, failure_of, one_line, shown
 from grpo_jax.experiment.checked import admits
-
-Messages = Sequence[Mapping[str, str]]
-"""Chat messages with the keys "role" and "content"."""
+from grpo_jax.policy.chat_template import ChatTemplate, Messages
 
 # The assistant's text when a template is rendered only to find out what follows an assistant's turn.
 _MARK = "GRPOJAXMARK"
@@ -66,32 +65,41 @@ class HuggingFaceTokenizer:
       stop_ids: further stop tokens, such as those of a generation config. The tokenizer's end-of-sequence token and the
         token with which its chat template ends an assistant's turn are always stop tokens.
       rows: the number of rows of the policy's embedding; None for as many as the tokenizer has ids.
+      where: where the tokenizer is from, for messages.
     """
 
-    def __init__(self, tokenizer: Any, stop_ids: Sequence[int] = (), rows: int | None = None) -> None:
-        self._tokenizer = tokenizer
+    def __init__(
+        self, tokenizer: Any, stop_ids: Sequence[int] = (), rows: int | None = None, where: object = "the policy"
+    ) -> None:
+        self._tokenizer, self._where = tokenizer, where
         self._rows = len(tokenizer) if rows is None else rows
         self.bos_id: int | None = tokenizer.bos_token_id
         self.vocab_size: int = min(len(tokenizer), self._rows)
-        self.has_chat_template = bool(tokenizer.chat_template)
+        self._template = _chat_template(tokenizer, where)
+        self.has_chat_template = self._template is not None
         ends = [tokenizer.eos_token_id, *stop_ids, self._end_of_turn()]
         self.stop_ids: tuple[int, ...] = tuple(dict.fromkeys(i for i in ends if i is not None))
         if not self.stop_ids:
-            raise UserError("the tokenizer has no end-of-sequence token, so a policy could never stop.")
+            raise UserError(f"the tokenizer of {where} has no end-of-sequence token, so a policy could never stop.")
         pad = tokenizer.pad_token_id
         self.pad_id: int = self.stop_ids[0] if pad is None else pad
 
     def encode(self, text: str) -> list[int]:
         """Returns the ids of a text, without special tokens before or after it."""
-        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False)
+        ids = self._encode(text, add_special_tokens=False)
         if ids and max(ids) >= self._rows:
             token = self._tokenizer.convert_ids_to_tokens(max(ids))
             raise UserError(f"the text has the token {shown(token)}, for which the policy's embedding has no row.")
         return ids
 
+    def _encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        with _one_sentence(f"the tokenizer of {self._where} cannot encode {text[:80]!r}"):
+            return self._tokenizer.encode(text, add_special_tokens=add_special_tokens)
+
     def decode(self, ids: Sequence[int]) -> str:
         """Returns the text of token ids, without special tokens and with its white space unchanged."""
-        return self._tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        with _one_sentence(f"the tokenizer of {self._where} cannot decode {len(ids)} ids"):
+            return self._tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
     def render(self, prompt: str | Messages) -> list[int]:
         """Returns the ids of a prompt.
@@ -105,7 +113,7 @@ class HuggingFaceTokenizer:
           UserError: if there are messages and no chat template, or if the template rejects the messages.
         """
         if isinstance(prompt, str):
-            before = [i for i in self._tokenizer.encode("") if i == self.bos_id]  # without an end-of-sequence token
+            before = [i for i in self._encode("") if i == self.bos_id]  # without an end-of-sequence token
             ids = before + self.encode(prompt)
         else:
             ids = self.encode(self._chat(prompt, continues=bool(prompt) and prompt[-1]["role"] == "assistant"))
@@ -126,25 +134,11 @@ class HuggingFaceTokenizer:
         self._tokenizer.save_pretrained(directory)
 
     def _chat(self, messages: Messages, *, open_turn: bool = True, continues: bool = False) -> str:
-        """Renders the chat. `open_turn` begins an assistant turn at the end; `continues` keeps the last turn open."""
-        if not self.has_chat_template:
+        if self._template is None:
             raise UserError(
                 "this policy's tokenizer has no chat template, so its prompts must be plain texts, not chat messages."
             )
-        from jinja2 import TemplateError
-
-        try:
-            return self._tokenizer.apply_chat_template(
-                [dict(message) for message in messages],
-                tokenize=False,
-                add_generation_prompt=open_turn and not continues,
-                continue_final_message=continues,
-            )
-        except (ArithmeticError, LookupError, MemoryError, RecursionError, TypeError, ValueError) as error:
-            raise UserError(f"the chat template fails: {failure_of(error)}.") from None
-        except TemplateError as error:  # an unknown role, or an order of roles that is not allowed
-            roles = ", ".join(message["role"] for message in messages)
-            raise UserError(f"the chat template does not accept messages of the roles {roles}: {error}.") from None
+        return self._template.render(messages, open_turn=open_turn, continues=continues)
 
     def _end_of_turn(self) -> int | None:
         """Returns the special token with which the chat template ends an assistant's turn; None if there is none."""
@@ -154,6 +148,27 @@ class HuggingFaceTokenizer:
         ids = self.encode(self._chat(turns, open_turn=False).rpartition(_MARK)[2].lstrip())
         token = self._tokenizer.added_tokens_decoder.get(ids[0]) if ids else None
         return ids[0] if token is not None and token.special else None
+
+
+@contextmanager
+def _one_sentence(what: str) -> Iterator[None]:
+    """Raises `UserError` for an error of a tokenizer. They are of many kinds, and a panic of Rust is no `Exception`."""
+    try:
+        yield
+    except (UserError, KeyboardInterrupt):
+        raise
+    except BaseException as error:
+        raise UserError(f"{what}: {failure_of(error)}.") from None
+
+
+def _chat_template(tokenizer: Any, where: object) -> ChatTemplate | None:
+    """The chat template of a tokenizer of transformers; None if it has none."""
+    if not tokenizer.chat_template:
+        return None
+    source = tokenizer.get_chat_template()  # of several, the default one
+    if not isinstance(source, str):
+        raise UserError(f"{where} has the chat template {shown(source)}, which must be a text.")
+    return ChatTemplate(source, tokenizer.special_tokens_map, str(where))
 
 
 class CharacterTokenizer:
@@ -237,13 +252,9 @@ def from_directory(directory: Path, rows: int | None = None) -> Callable[[], Tok
         quiet()
         from transformers import AutoTokenizer
 
-        try:
+        with _one_sentence(f"transformers cannot load the tokenizer of {directory}"):
             # Without trust_remote_code=False, transformers asks at the terminal about a tokenizer with code of its own.
             tokenizer = AutoTokenizer.from_pretrained(str(directory), local_files_only=True, trust_remote_code=False)
-        except KeyboardInterrupt:
-            raise
-        except BaseException as error:  # they differ from tokenizer to tokenizer, and a panic of Rust is no Exception
-            raise UserError(f"transformers cannot load the tokenizer of {directory}: {failure_of(error)}") from None
         stops = generation.get("eos_token_id") or []
         stops = stops if isinstance(stops, list) else [stops]
         if not admits(list[int], stops):
@@ -267,16 +278,10 @@ def fitted(tokenizer: Any, stops: Sequence[int], rows: int | None, where: Path) 
 
     Special tokens beyond the embedding are allowed, as Gemma 3's for pictures: a text with one of them is refused.
     """
-    try:
-        made = HuggingFaceTokenizer(tokenizer, stops, rows)
+    with _one_sentence(f"the tokenizer of {where} cannot be used"):
+        made = HuggingFaceTokenizer(tokenizer, stops, rows, where)
         vocabulary = tokenizer.get_vocab()
         special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-    except UserError as error:
-        raise UserError(f"the tokenizer of {where} cannot be used: {one_line(error)}") from None
-    except KeyboardInterrupt:
-        raise
-    except BaseException as error:
-        raise UserError(f"the tokenizer of {where} cannot be used: {failure_of(error)}") from None
     beyond = [i for i in vocabulary.values() if rows is not None and i >= rows and i not in special]
     needed = [i for i in (*made.stop_ids, made.pad_id, made.bos_id) if i is not None]
     if beyond or not all(0 <= i < (len(vocabulary) if rows is None else rows) for i in needed):

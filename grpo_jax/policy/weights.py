@@ -21,6 +21,7 @@ from safetensors.numpy import save_file
 
 from grpo_jax.errors import UserError, one_line, shown
 from grpo_jax.experiment.checked import admits
+from grpo_jax.experiment.configs import HUB_NAME
 from grpo_jax.policy import gguf
 from grpo_jax.policy.config import ModelConfig, from_hf, to_hf
 from grpo_jax.policy.gguf_tokenizer import from_gguf
@@ -53,27 +54,36 @@ class Checkpoint(NamedTuple):
     params: NumPy arrays by dotted path (see `grpo_jax.policy.transformer`).
     tokenizer: makes the tokenizer; None if the source has none. It is called when text is first needed: the import of
         transformers takes a second, and a policy that only gets arrays does not need it.
+    commit: the commit of the hub that it was loaded from; None if it was not loaded from the hub.
     """
 
     config: ModelConfig
     params: dict[str, np.ndarray]
     tokenizer: Callable[[], Tokenizer] | None
+    commit: str | None = None
 
 
-def read(source: str | Path, dtype: str = "float32") -> Checkpoint:
+def read(source: str | Path, dtype: str = "float32", revision: str | None = None) -> Checkpoint:
     """Reads a policy from a directory, a hub name (`owner/name`), a `.gguf` file or `package:NAME`.
+
+    `revision` is a branch, tag or commit of the model on the hub; None for its main branch.
 
     Raises `UserError`, with a message of one sentence, if something is missing, unreadable or not as its config says.
     """
-    path = locate(source)
+    path = locate(source, revision)
     if path.suffix == ".gguf":
         return _read_gguf(path, DTYPES[dtype])
-    return _read_directory(path, DTYPES[dtype])
+    found = _read_directory(path, DTYPES[dtype])
+    # The hub's cache has a directory for each commit.
+    from_hub = not Path(source).exists() and re.fullmatch("[0-9a-f]{40}", path.name)
+    return found._replace(commit=path.name) if from_hub else found
 
 
-def locate(source: str | Path) -> Path:
-    """Returns the directory or `.gguf` file that `source` stands for. A hub name is downloaded."""
+def locate(source: str | Path, revision: str | None = None) -> Path:
+    """Returns the directory or `.gguf` file that `source` stands for. A hub name is downloaded, at its `revision`."""
     name = str(source)
+    if revision is not None and (Path(name).exists() or not HUB_NAME.fullmatch(name)):
+        raise UserError(f"revision = {revision!r} is for a model on the hub, but {name!r} is none, or is a path here.")
     if name.startswith("package:"):
         return _in_package(name.removeprefix("package:"))
     path = Path(name).expanduser()
@@ -90,8 +100,8 @@ def locate(source: str | Path) -> Path:
         raise UserError(f"the directory {name!r} holds no {what}, so no policy can be loaded from it.")
     if path.exists():
         raise UserError(f"{name!r} is a file, but a policy is a directory with a config.json, or a .gguf file.")
-    if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name):
-        return _download(name)
+    if HUB_NAME.fullmatch(name):
+        return _download(name, revision)
     raise UserError(
         f"there is no policy {name!r}: it must be a directory, a hub name such as 'Qwen/Qwen3-0.6B', a .gguf file or "
         "'package:NAME'."
@@ -111,12 +121,30 @@ def _in_package(name: str) -> Path:
     return files[0]
 
 
-def _download(name: str) -> Path:
+def _download(name: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import RepositoryNotFoundError
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
 
     try:
-        path = Path(snapshot_download(name, allow_patterns=list(_HUB_FILES)))
+        path = Path(snapshot_download(name, revision=revision, allow_patterns=list(_HUB_FILES)))
+    except RevisionNotFoundError:
+        raise UserError(f"the hub's model {name!r} has no revision {revision!r}.") from None
+    except GatedRepoError:
+        raise UserError(
+            f"the hub's model {name!r} is for those who have accepted its terms: accept them on its page, and log in "
+            "with 'hf auth login'."
+        ) from None
+    except LocalEntryNotFoundError:  # what is in the cache is used without a connection
+        at = "" if revision is None else f" at revision {revision!r}"
+        raise UserError(
+            f"there is no directory {name!r}, and the hub cannot be reached: load the model{at} once with a "
+            "connection, which keeps it on this machine, or give the path of a copy."
+        ) from None
     except RepositoryNotFoundError:
         raise UserError(
             f"there is no directory {name!r}, and the hub has no such model (or it needs a login)."

@@ -235,6 +235,17 @@ class RunLog:
         """Whether the evaluation at the step from which a run goes on is to be made again."""
         return self._kept is not None and not self._kept.is_evaluated
 
+    @property
+    def policy_commit(self) -> str | None:
+        """The commit of the hub that the run's policy was loaded from when it began; None if that is not known."""
+        return self._info.get("policy_commit")
+
+    def starts_from(self, commit: str | None) -> None:
+        """Records the commit of the hub that the policy was loaded from, so that it is loaded from there again."""
+        if commit is not None and commit != self.policy_commit:
+            self._write_status("running", policy_commit=commit)
+            self.note(f"the policy is from the hub, at commit {commit}")
+
     def warn(self, alarm: Alarm) -> None:
         """Shows what is wrong with the training, and writes it to run.json under `warnings`, where reports find it.
 

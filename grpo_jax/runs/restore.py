@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from grpo_jax.algorithms.forward import HEAD, new_head
 from grpo_jax.errors import UserError
 from grpo_jax.experiment import Experiment, PolicyConfig, SamplingConfig, read_config, read_run
+from grpo_jax.experiment.configs import HUB_NAME
 from grpo_jax.experiment.recorded import config_from
 from grpo_jax.experiment.records import needed
 from grpo_jax.policy import Policy, fresh_adapters, load, merge, perturb
@@ -73,9 +74,12 @@ def method_of_run(run_dir: str | Path) -> str:
     return method if isinstance(method, str) else method["name"]
 
 
-def source_policy(experiment: Experiment) -> Policy:
-    """The policy that `experiment.policy` names: that of another run, or what `grpo_jax.policy.load` knows."""
-    return _load(experiment.policy, experiment.seed)
+def source_policy(experiment: Experiment, commit: str | None = None) -> Policy:
+    """The policy that `experiment.policy` names: that of another run, or what `grpo_jax.policy.load` knows.
+
+    Of a model on the hub, `commit` is the one that the run has begun with, if it has begun.
+    """
+    return _load(_at_commit(experiment.policy, commit), experiment.seed)
 
 
 def _load(config: PolicyConfig, seed: int) -> Policy:
@@ -86,13 +90,23 @@ def _load(config: PolicyConfig, seed: int) -> Policy:
             params |= fresh_adapters(other.config, config.lora, seed)
         policy = replace(other, params=params, lora=config.lora)
     else:
-        policy = load(config.source, dtype=config.dtype, seed=seed, lora=config.lora, scratch=config.scratch)
+        revision = config.revision
+        policy = load(
+            config.source, dtype=config.dtype, seed=seed, lora=config.lora, scratch=config.scratch, revision=revision
+        )
     return perturb(policy, config.perturbation, seed) if config.perturbation else policy
 
 
 def _policy_of(run_dir: Path) -> tuple[PolicyConfig, int]:
     """Where a run's policy came from, and its seed, from config.json: the experiment's file is not needed for that."""
-    return config_from(PolicyConfig, _recorded(run_dir, "policy")), _recorded(run_dir, "seed")
+    config = config_from(PolicyConfig, _recorded(run_dir, "policy"))
+    return _at_commit(config, read_run(run_dir).get("policy_commit")), _recorded(run_dir, "seed")
+
+
+def _at_commit(config: PolicyConfig, commit: str | None) -> PolicyConfig:
+    """The same policy of the hub at a commit, whatever its branch is now."""
+    on_hub = HUB_NAME.fullmatch(config.source) and not (Path(config.source) / "run.json").is_file()
+    return replace(config, revision=commit) if commit is not None and on_hub else config
 
 
 def _recorded(run_dir: str | Path, name: str) -> Any:

@@ -7,16 +7,29 @@ from typing import Any
 
 import numpy as np
 
-from grpo_jax.errors import UserError
+from grpo_jax.errors import UserError, failure_of, shown
+from grpo_jax.experiment.checked import admits
 from grpo_jax.rewards.protocol import ARGUMENTS
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 SPLITS = ("train", "held_out")
 
 
+def require_types(task: Any) -> None:
+    """Raises `UserError` for a task with a field of another type."""
+    name = f"task {shown(task.name)}"
+    for field, wanted, words in (("name", str, "a text"), ("references", Mapping[str, float], "numbers by name")):
+        if not admits(wanted, getattr(task, field)):
+            raise UserError(f"{name} has {field} = {shown(getattr(task, field))}: it must be {words}.")
+    for split in SPLITS:
+        examples = getattr(task, split)
+        if not (hasattr(examples, "__len__") and hasattr(examples, "__getitem__")):
+            raise UserError(f"{name} has {split} = {shown(examples)}: it must be a sequence of examples.")
+
+
 def check(task: Any) -> None:
     """Raises `UserError` for a task without examples, or with an example that cannot be used."""
-    name = f"task {task.name!r}"
+    name = f"task {shown(task.name)}"
     for split in SPLITS:
         examples = getattr(task, split)
         if not len(examples):
@@ -25,7 +38,7 @@ def check(task: Any) -> None:
             for problem in _problems(example, examples[0]):
                 raise UserError(f"{name}, {split} example {index}: {problem}.")
     if isinstance(task.max_turns, bool) or not isinstance(task.max_turns, int) or task.max_turns < 1:
-        raise UserError(f"{name} has max_turns = {task.max_turns!r}: it must be a number, 1 or above.")
+        raise UserError(f"{name} has max_turns = {shown(task.max_turns)}: it must be a number, 1 or above.")
 
 
 def warnings(task: Any) -> list[str]:
@@ -44,7 +57,7 @@ def warnings(task: Any) -> list[str]:
     if not found:
         return []
     held_out, trained = found[0]
-    many = f"{len(found)} of the {len(task.held_out)} held_out examples of task {task.name!r}"
+    many = f"{len(found)} of the {len(task.held_out)} held_out examples of task {shown(task.name)}"
     return [
         f"{many} are train examples too (held_out {held_out} is train {trained}), so that success on them may be "
         "memory: leave them out of one of the splits."
@@ -69,21 +82,29 @@ def _problems(example: Any, first: Any) -> Iterator[str]:
         yield f"it has no 'prompt', but the keys {_listed(example)}"
         return
     yield from _problems_of_prompt(example["prompt"])
-    for key, value in example.items():
+    for key in example:
         if not isinstance(key, str):
-            yield f"the column {key!r} must have a string as its name"
+            yield f"the column {shown(key)} must have a string as its name"
         elif key in ARGUMENTS:
             yield f"a column cannot have the name {key!r}, which is an argument of every reward function"
-        elif _has_nan(value):
-            yield f"the column {key!r} holds NaN: use None for a value that is not known, or leave the example out"
+    try:
+        content(example)
+    except Exception as error:  # of JSON, or of the repr of a value
+        yield f"it cannot be written as JSON: {failure_of(error)}"
+        return
+    for key, value in example.items():
+        if _has_nan(value):
+            yield f"the column {shown(key)} holds NaN: use None for a value that is not known, or leave the example out"
     if example.keys() != first.keys():
-        missing, more = first.keys() - example.keys(), example.keys() - first.keys()
-        parts = [f"lacks {_listed(missing)}"] * bool(missing) + [f"has also {_listed(more)}"] * bool(more)
+        differences = {"lacks": first.keys() - example.keys(), "has also": example.keys() - first.keys()}
+        parts = [f"{verb} {_listed(names)}" for verb, names in differences.items() if names]
         yield f"all examples of a split must have the same columns, but this one {' and '.join(parts)} (see example 0)"
 
 
 def _problems_of_prompt(prompt: Any) -> Iterator[str]:
     if isinstance(prompt, str):
+        if _has_surrogates(prompt):
+            yield f"its prompt {_short(prompt)} has half of a surrogate pair, which no tokenizer reads"
         return
     if not isinstance(prompt, Sequence):
         yield f"its prompt is {_short(prompt)}, and must be a string or a list of messages"
@@ -95,9 +116,19 @@ def _problems_of_prompt(prompt: Any) -> Iterator[str]:
             yield f"message {number} of its prompt is {_short(message)}, and must have a 'role' and a 'content'"
         elif message["role"] not in ROLES:
             known = _listed(ROLES, "or")
-            yield f"message {number} of its prompt has the role {message['role']!r}, and must have {known}"
+            yield f"message {number} of its prompt has the role {_short(message['role'])}, and must have {known}"
         elif not isinstance(message["content"], str):
             yield f"the content of message {number} of its prompt is {_short(message['content'])}, and must be a string"
+        elif _has_surrogates(message["content"]):
+            yield f"message {number} of its prompt has half of a surrogate pair, which no tokenizer reads"
+
+
+def _has_surrogates(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return True
+    return False
 
 
 def _has_nan(value: Any) -> bool:
@@ -111,10 +142,9 @@ def _has_nan(value: Any) -> bool:
 
 
 def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:59]}…"
+    return shown(value, 60)
 
 
 def _listed(names: Any, last: str = "and") -> str:
-    *others, final = [repr(name) for name in names]
+    *others, final = [shown(name, 60) for name in names]
     return f"{', '.join(others)} {last} {final}" if others else final

@@ -13,7 +13,8 @@ from os import PathLike, fspath
 from pathlib import Path
 from typing import Any
 
-from grpo_jax.errors import UserError, failure_of, warn
+from grpo_jax.errors import UserError, failure_of, one_line, shown, warn
+from grpo_jax.experiment.checked import admits
 from grpo_jax.experiment.overrides import nearest
 from grpo_jax.experiment.sources import calling_folder
 from grpo_jax.tasks.checks import content
@@ -55,11 +56,22 @@ class Recipe:
     system: str | None
     limit: int | None
 
+    def __post_init__(self) -> None:
+        columns, limit = self.columns, self.limit
+        by_name = isinstance(columns, Mapping) and all(isinstance(k, str) and _is_source(v) for k, v in columns.items())
+        listed = admits(list[str] | tuple[str, ...] | None, columns)
+        for name, holds, wanted in (
+            ("prompt", _is_source(self.prompt), "a column's name, a format string or a function of a row"),
+            ("columns", by_name or listed, "a list of names, or columns or functions of a row by name"),
+            ("system", admits(str | None, self.system), "a text"),
+            ("limit", limit is None or (admits(int, limit) and limit >= 1), "1 or above, or None for all rows"),
+        ):
+            if not holds:
+                raise UserError(f"{name} = {shown(getattr(self, name))} is out of range: it must be {wanted}.")
+
     def examples(self, rows: Located, what: str) -> list[tuple[dict[str, Any], str]]:
         """The examples of rows, each with the content of its row. Raises `UserError` if there are no rows."""
-        if self.limit is not None and self.limit < 1:
-            raise UserError(f"limit = {self.limit} is out of range: it must be 1 or above, or None for all rows.")
-        found = [(self.example(row, where), content(row)) for where, row in islice(rows, self.limit)]
+        found = [(self.example(row, where), _content(row, where)) for where, row in islice(rows, self.limit)]
         if not found:
             raise UserError(f"{what} has no rows.")
         return found
@@ -81,15 +93,17 @@ class Recipe:
         try:
             fields = [name for _, name, _, _ in string.Formatter().parse(self.prompt) if name is not None]
         except ValueError as error:
-            raise UserError(f"prompt = {self.prompt!r} is no format string: {error}.") from None
+            raise UserError(f"prompt = {shown(self.prompt)} is no format string: {error}.") from None
         if not fields:
             _value(row, self.prompt, where, "prompt")  # there is no such column, which this says
         for name in fields:
             _value(row, name.partition(".")[0].partition("[")[0], where, "prompt")
         try:
             return self.prompt.format_map(row), None
-        except (KeyError, IndexError, AttributeError, ValueError, TypeError) as error:
-            raise UserError(f"{where}: prompt = {self.prompt!r} cannot be filled in: {error}.") from None
+        except Exception as error:  # values have formats of their own
+            raise UserError(
+                f"{where}: prompt = {shown(self.prompt)} cannot be filled in: {failure_of(error)}."
+            ) from None
 
 
 def from_file(
@@ -114,6 +128,9 @@ def from_file(
 
 def from_dataset(dataset: Any, where: Mapping[str, Any], recipe: Recipe, held_out: Any, seed: int) -> Loaded:
     """The examples of a dataset. `where` may hold its `config`, `split` and `revision`; see `Task.from_dataset`."""
+    for key in where:
+        if not admits(str | None, where[key]):
+            raise UserError(f"{key} = {shown(where[key])} is no name: it must be a text.")
     split_name = where.get("split") or "train"
     origin: dict[str, Any] = {}
     name = "dataset"
@@ -131,15 +148,16 @@ def from_dataset(dataset: Any, where: Mapping[str, Any], recipe: Recipe, held_ou
         raise UserError(
             "revision and config are for a dataset's name on the hub, not for rows that are loaded already."
         )
-    rows = recipe.examples(_numbered(_split_of(dataset, split_name), split_name), f"the split {split_name!r}")
-    origin |= {"split": split_name, "rows": len(rows), **_identity(_split_of(dataset, split_name))}
+    chosen = _split_of(dataset, split_name)
+    rows = recipe.examples(_numbered(chosen, one_line(split_name, 60)), f"the split {shown(split_name)}")
+    origin |= {"split": split_name, "rows": len(rows), **_identity(chosen)}
     if isinstance(held_out, (int, float)):
         train, kept = split(rows, held_out, seed)
         return Loaded(name, train, kept, origin | {"held_out": held_out, "seed": seed})
     given = isinstance(held_out, str)
     other = _split_of(dataset, held_out, needed=True) if given else held_out
     label = held_out if given else "held_out"
-    others = recipe.examples(_numbered(other, label), f"the split {label!r}")
+    others = recipe.examples(_numbered(other, one_line(label, 60)), f"the split {shown(label)}")
     origin |= {"held_out": label, "held_out_rows": len(others)}
     return Loaded(name, [e for e, _ in rows], [e for e, _ in others], origin)
 
@@ -158,12 +176,14 @@ def split(
     Raises:
       UserError: if nothing is left for one of the two.
     """
+    if not admits(int, seed):
+        raise UserError(f"seed = {shown(seed)} is no seed: it must be a number.")
     is_fraction = isinstance(held_out, float)
     wanted = round(held_out * len(rows)) if is_fraction and 0 < held_out < 1 else held_out
     if isinstance(held_out, bool) or not isinstance(wanted, int) or not 0 < wanted < len(rows):
         raise UserError(
-            f"held_out = {held_out!r} of {len(rows)} rows leaves a split empty: it must be a fraction between 0 and 1 "
-            f"or a number from 1 to {len(rows) - 1}, or name the held-out examples themselves."
+            f"held_out = {shown(held_out)} of {len(rows)} rows leaves a split empty: it must be a fraction between 0 "
+            f"and 1 or a number from 1 to {len(rows) - 1}, or name the held-out examples themselves."
         )
     places: dict[str, str] = {}  # of each example, the first place that one of its rows has
     for example, row in rows:
@@ -201,12 +221,20 @@ def read_jsonl(path: Path) -> Iterator[tuple[str, Row]]:
                 continue
             try:
                 row = json.loads(line)
-            except (json.JSONDecodeError, UnicodeDecodeError) as error:
-                reason = error.msg if isinstance(error, json.JSONDecodeError) else "it is not UTF-8"
-                raise UserError(f"{path}:{number} is not a line of JSON: {reason}.") from None
+            except (ValueError, RecursionError) as error:
+                raise UserError(f"{path}:{number} is not a line of JSON: {_reason(error)}.") from None
             if not isinstance(row, dict):
                 raise UserError(f'{path}:{number} must be a JSON object, such as {{"question": …}}.')
             yield f"{path}:{number}", row
+
+
+def _reason(error: Exception) -> str:
+    """Why Python's parser of JSON has refused a line."""
+    if isinstance(error, json.JSONDecodeError):
+        return error.msg
+    if isinstance(error, UnicodeDecodeError):
+        return "it is not UTF-8"
+    return "it is nested too deep" if isinstance(error, RecursionError) else "it has a number of too many digits"
 
 
 def read_parquet(path: Path) -> Iterator[tuple[str, Row]]:
@@ -217,7 +245,7 @@ def read_parquet(path: Path) -> Iterator[tuple[str, Row]]:
         try:
             table = parquet.read_table(file)
         except Exception as error:  # pyarrow's own kinds
-            raise UserError(f"{path} cannot be read as Parquet: {str(error).splitlines()[0]}") from None
+            raise UserError(f"{path} cannot be read as Parquet: {failure_of(error)}.") from None
     rows = (row for batch in table.to_batches() for row in batch.to_pylist())
     yield from _numbered(rows, str(path))
 
@@ -231,7 +259,7 @@ def load_from_hub(name: str, splits: Sequence[str], where: Mapping[str, Any]) ->
             for each in splits
         }
     except Exception as error:  # the hub's, the network's and the loader's own kinds
-        raise UserError(f"the dataset {name!r} cannot be loaded: {type(error).__name__}: {error}") from None
+        raise UserError(f"the dataset {shown(name)} cannot be loaded: {failure_of(error)}.") from None
 
 
 def check_fields(fields: Mapping[str, Any], known: Iterable[str]) -> None:
@@ -256,16 +284,24 @@ def _split_of(dataset: Any, name: str, *, needed: bool = False) -> Any:
     """A split of several; the dataset itself if it is one, unless a split is needed."""
     if isinstance(dataset, Mapping):
         if name not in dataset:
-            raise UserError(f"the dataset has no split {name!r}{nearest(name, [str(each) for each in dataset])}")
+            raise UserError(
+                f"the dataset has no split {shown(name)}{nearest(name, [one_line(each, 60) for each in dataset])}"
+            )
         return dataset[name]
     if needed:
-        raise UserError(f"held_out = {name!r} names a split, but the dataset that was given is a single one.")
+        raise UserError(f"held_out = {shown(name)} names a split, but the dataset that was given is a single one.")
     return dataset
 
 
 def _numbered(rows: Any, what: str) -> Iterator[tuple[str, Row]]:
     """Rows with their numbers, counted from 0. Raises `UserError` for a row that is none."""
-    for number, row in enumerate(rows):
+    try:
+        numbered = enumerate(rows)
+    except TypeError:
+        raise UserError(
+            f"{what} = {shown(rows)} has no rows: it must be a dataset, or rows such as a list of dicts."
+        ) from None
+    for number, row in numbered:
         if not isinstance(row, Mapping):
             raise UserError(f"{what} row {number} is of type {type(row).__name__}: a row must be a dict of columns.")
         yield f"{what} row {number}", row
@@ -288,9 +324,9 @@ def _value(row: Row, source: str | Callable[[Row], Any], where: str, name: str) 
     """A column of a row, or what a function makes of the row."""
     if isinstance(source, str):
         if source not in row:
-            close = difflib.get_close_matches(source, list(map(str, row)), n=1, cutoff=0.5)
-            hint = f" (did you mean {close[0]!r}?)" if close else ""
-            raise UserError(f"{where} has no column {source!r} for {name!r}{hint}: it has {', '.join(map(repr, row))}.")
+            close = difflib.get_close_matches(source, [each for each in row if isinstance(each, str)], n=1, cutoff=0.5)
+            hint = f" (did you mean {shown(close[0])}?)" if close else ""
+            raise UserError(f"{where} has no column {shown(source)} for {shown(name)}{hint}: it has {_names(row)}.")
         return row[source]
     try:
         return source(row)
@@ -298,14 +334,30 @@ def _value(row: Row, source: str | Callable[[Row], Any], where: str, name: str) 
         raise
     except BaseException as error:  # the user's function, which may even exit
         raise UserError(
-            f"{where}: the function for {name!r} failed with {failure_of(error)}; the columns are "
-            f"{', '.join(map(repr, row))}."
+            f"{where}: the function for {shown(name)} failed with {failure_of(error)}; the columns are {_names(row)}."
         ) from error
+
+
+def _is_source(value: Any) -> bool:
+    return isinstance(value, str) or callable(value)
+
+
+def _names(row: Row) -> str:
+    """The names of a row's columns, as a sentence has them."""
+    return one_line(", ".join(shown(name) for name in row), 500) or "none"
+
+
+def _content(row: Row, where: str) -> str:
+    """The content of a row. Raises `UserError` for one that has none, as it holds itself, say."""
+    try:
+        return content(row)
+    except Exception as error:  # of JSON, or of the repr of a value
+        raise UserError(f"{where} cannot be written as JSON: {failure_of(error)}.") from None
 
 
 def _with_system(prompt: Any, system: str, where: str) -> list[Any]:
     """A prompt as a chat that begins with a system message."""
     messages = [{"role": "user", "content": prompt}] if not isinstance(prompt, (list, tuple)) else list(prompt)
     if messages and isinstance(messages[0], Mapping) and messages[0].get("role") == "system":
-        raise UserError(f"{where}: system = {system!r} was given, but the prompt has a system message already.")
+        raise UserError(f"{where}: system = {shown(system)} was given, but the prompt has a system message already.")
     return [{"role": "system", "content": system}, *messages]

@@ -71,6 +71,7 @@ class Task:
 
     def check(self) -> None:
         """Raises `UserError` for a task that cannot be trained on; an experiment calls this when it is made."""
+        checks.require_types(self)
         # An ablation makes many experiments of one task, and its examples are looked at once.
         seen = tuple(map(id, (self.train, self.held_out))), len(self.train), len(self.held_out)
         if getattr(self, "_checked", None) != seen:

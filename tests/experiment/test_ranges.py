@@ -19,6 +19,7 @@ RANGES = [
     ("LoRAConfig", "targets", (("q",), ("q", "k", "v", "o", "gate", "up", "down")), ((), ("q", "x")), {}),
     ("PolicyConfig", "source", ("x",), ("",), {}),
     ("PolicyConfig", "perturbation", (0.0, 0.99), (-0.1, 1.0), {}),
+    ("PolicyConfig", "revision", ("main", "refs/pr/1", "0123456789" * 4), ("", "../x", "a b", "/x"), {"source": "a/b"}),
     ("SamplingConfig", "temperature", (0.0, 9.0), (-0.1,), {}),
     ("SamplingConfig", "top_k", (0, 1), (-1,), {}),
     ("SamplingConfig", "top_p", (0.1, 1.0), (0.0, 1.1), {}),

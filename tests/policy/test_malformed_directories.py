@@ -63,6 +63,8 @@ def load(directory: Path) -> policy.Policy:
         if found.tokenizer is not None:
             rows = found.config.vocab_size
             asked = [found.tokenizer.render("abab"), answer(lambda: found.tokenizer.render(CHAT))]
+            asked.append(answer(lambda: found.tokenizer.reply("ba")))
+            assert isinstance(answer(lambda: found.tokenizer.decode(range(rows))), str)
             assert all(isinstance(ids, str) or all(0 <= i < rows for i in ids) for ids in asked)
         return found
 
@@ -120,11 +122,27 @@ def test_a_tokenizer_file_is_read_or_refused(made, directory):
     check()
 
 
+@st.composite
+def misplaced(draw, header: dict) -> dict:
+    """A header some of whose tensors are elsewhere, have another shape, or are of another kind of number."""
+    numbers = st.sampled_from([0, 1, 2, 4, 31, 32, 33, 64, 2**31, 2**53, 2**63, 2**64, -1])
+    changes = {
+        "data_offsets": st.lists(numbers, max_size=3) | st.sampled_from([t["data_offsets"] for t in header.values()]),
+        "shape": st.lists(numbers, max_size=4),
+        "dtype": st.sampled_from(["F64", "F32", "F16", "BF16", "F8_E4M3", "F4", "C64", "I64", "U8", "BOOL", "F", ""]),
+    }  # fmt: skip
+    header = {name: dict(tensor) for name, tensor in header.items()}
+    for _ in range(draw(st.integers(1, 3))):
+        name, key = draw(st.sampled_from(sorted(header))), draw(st.sampled_from(sorted(changes)))
+        header[draw(st.sampled_from([name, name, "model.norm.weight"]))] = header[name] | {key: draw(changes[key])}
+    return header
+
+
 def headers(valid: bytes) -> st.SearchStrategy[bytes]:
     """A safetensors file with another header: its length, its JSON, or the bytes after it."""
     (size,) = struct.unpack("<Q", valid[:8])
     header, data = json.loads(valid[8 : 8 + size]), valid[8 + size :]
-    texts = mutated(header).map(as_json)
+    texts = (mutated(header) | misplaced(header)).map(as_json)
     lengths = st.sampled_from([None, 0, 2**31, 2**63, 2**64 - 1])
     return st.tuples(texts, lengths).map(lambda x: struct.pack("<Q", len(x[0]) if x[1] is None else x[1]) + x[0] + data)
 
@@ -137,6 +155,23 @@ def test_a_file_of_weights_is_read_or_refused(made, directory):
     def check(content):
         (directory / "part-0.safetensors").write_bytes(content)
         answer(lambda: policy.weights.read(directory))
+
+    check()
+
+
+def test_a_file_of_a_template_is_read_or_refused(directory):
+    hostile = [
+        b"{{ 'x' * 10**10 }}",
+        b"{% macro a() %}{{ a() }}{% endmacro %}{{ a() }}",
+        b"{{ raise_exception(1) }}",
+        b"{% if %}",
+    ]
+
+    @given(damaged(TEMPLATE.encode()) | st.sampled_from(hostile))
+    @fuzz(30)
+    def check(content):
+        (directory / "chat_template.jinja").write_bytes(content)
+        answer(lambda: load(directory))
 
     check()
 
@@ -172,6 +207,17 @@ def test_code_in_a_directory_is_neither_run_nor_asked_about(directory, monkeypat
     (directory / "own.py").write_text(f"open({str(directory / 'ran')!r}, 'w')\nclass Own: pass\n")
     answer(lambda: load(directory))
     assert not (directory / "ran").exists()
+
+
+def test_a_pattern_that_never_ends_is_one_sentence(directory):
+    """Oniguruma gives up, and Rust panics."""
+    tokenizer = json.loads((directory / "tokenizer.json").read_text())
+    split = {"type": "Split", "pattern": {"Regex": "(a+)+$"}, "behavior": "Isolated", "invert": False}
+    both = {"type": "Sequence", "pretokenizers": [split, tokenizer["pre_tokenizer"]]}
+    (directory / "tokenizer.json").write_text(json.dumps(tokenizer | {"pre_tokenizer": both}))
+    encoder = load(directory).require_tokenizer()
+    found = answer(lambda: encoder.encode("a" * 40 + "b"))
+    assert found.startswith(f"the tokenizer of {directory} cannot encode 'aaaa") and found.endswith("-match over.")
 
 
 def test_a_tokenizer_of_another_model_is_refused(directory):

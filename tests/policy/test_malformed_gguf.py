@@ -23,7 +23,9 @@ METADATA = {
     "tokenizer.ggml.bos_token_id": 0,
     "tokenizer.ggml.padding_token_id": 0,
     "tokenizer.ggml.add_bos_token": True,
+    "tokenizer.chat_template": "{% for m in messages %}a{{ m['content'] }}<|end|>{% endfor %}",
 }
+CHAT = [{"role": "user", "content": "ab"}]
 
 
 def text(value: str) -> bytes:
@@ -121,8 +123,9 @@ def test_the_number_of_layers_is_bounded_by_what_a_model_has(made, tmp_path):
 def test_any_tokenizer_of_a_file_is_made_or_refused(metadata):
     if not isinstance(metadata, dict) or (make := from_gguf(Path("x.gguf"), metadata)) is None:
         return
-    answer(lambda: make().render("ab"))
+    answer(lambda: [make().render(prompt) for prompt in ("ab", CHAT)])
 
 
 def test_the_tokenizer_itself_is_made():
-    assert from_gguf(Path("x.gguf"), METADATA)().render("ab") == [0, 3]
+    tokenizer = from_gguf(Path("x.gguf"), METADATA)()
+    assert (tokenizer.render("ab"), tokenizer.render(CHAT)) == ([0, 3], [1, 3, 0])

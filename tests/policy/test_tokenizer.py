@@ -150,6 +150,11 @@ def test_a_template_without_an_end_of_turn_keeps_all_that_follows():
     assert tokenizer.reply("2") == tokenizer.encode("<|im_start|>user 2<|im_start|>assistant ")
 
 
+def test_a_text_that_the_tokenizer_cannot_encode_is_one_clear_sentence():
+    with pytest.raises(UserError, match=r"^the tokenizer of small\.gguf cannot encode 'a\\ud800': TypeError: "):
+        small().encode("a\ud800")
+
+
 def test_messages_without_a_chat_template_are_one_clear_sentence():
     with pytest.raises(UserError, match="no chat template"):
         small().render([{"role": "user", "content": "hi"}])

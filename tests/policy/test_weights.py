@@ -284,7 +284,7 @@ def test_weights_that_are_not_there_are_one_clear_sentence(directory, tmp_path):
 def test_a_hub_name_is_downloaded_and_a_failure_is_one_clear_sentence(monkeypatch, directory):
     asked = []
 
-    def download(name, allow_patterns):
+    def download(name, revision, allow_patterns):
         asked.append((name, allow_patterns))
         if name == "someone/llama":
             return str(directory)

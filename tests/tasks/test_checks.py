@@ -46,6 +46,11 @@ def chat(*messages) -> dict:
             {"prompt": "p", "answr": "4"},
             "all examples of a split must have the same columns, but this one lacks 'answer' and has also 'answr'",
         ),
+        ({"prompt": "p"}, "all examples of a split must have the same columns, but this one lacks 'answer' (see"),
+        (GOOD | {"more": 1}, "all examples of a split must have the same columns, but this one has also 'more' (see"),
+        (GOOD | {"prompt": "\ud800"}, "its prompt '\\ud800' has half of a surrogate pair, which no tokenizer reads"),
+        (chat({"role": "user", "content": "a\udfff"}), "message 0 of its prompt has half of a surrogate pair"),
+        (GOOD | {"answer": {("a", 1): 2}}, "it cannot be written as JSON: TypeError: keys must be str"),
         (GOOD | {3: "x"}, "the column 3 must have a string as its name"),
     ],
 )
@@ -101,3 +106,17 @@ def test_a_file_with_such_a_task_loads_and_says_so(tmp_path, capsys):
     (tmp_path / "toy.py").write_text("\n".join(line.strip() for line in text.splitlines()))
     assert load(tmp_path / "toy.py").task.name == "toy"
     assert capsys.readouterr().err.startswith("warning: 1 of the 1 held_out examples of task 'toy' are train examples")
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        ({"name": 3}, "task 3 has name = 3: it must be a text."),
+        ({"references": {"x": "1"}}, "task 'toy' has references = {'x': '1'}: it must be numbers by name."),
+        ({"train": 5}, "task 'toy' has train = 5: it must be a sequence of examples."),
+    ],
+)
+def test_a_field_of_another_type_is_named(change, problem):
+    with pytest.raises(UserError) as caught:
+        replace(make(), **change).check()
+    assert str(caught.value) == problem
