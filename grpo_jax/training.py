@@ -299,9 +299,9 @@ class Trainer:
         """Saves everything that step `step` depends on."""
         checkpoints.save(self.log.run_dir / "checkpoints", step, self._checkpoint())
 
-    def load_checkpoint(self, directory: Path) -> int:
-        """Continues from the newest checkpoint, and returns its step."""
-        done, saved = checkpoints.restore(directory, self._checkpoint(), optional_leaves=OPTIONAL_LEAVES)
+    def load_checkpoint(self, directory: Path, step: int | None = None) -> int:
+        """Continues from the checkpoint of `step`, by default the newest, and returns its step."""
+        done, saved = checkpoints.restore(directory, self._checkpoint(), step=step, optional_leaves=OPTIONAL_LEAVES)
         self.tokens_seen, self.tokens_sampled = saved.pop("tokens_seen"), saved.pop("tokens_sampled")
         saved = self.replicas.replicate(jax.tree.map(jnp.asarray, saved))
         reference = saved.pop("reference")

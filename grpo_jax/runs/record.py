@@ -82,13 +82,9 @@ def begin_run(
         "seed": experiment.seed,
         "key": fingerprint(experiment),
         "config_key": fingerprint(experiment, files=False),
-        "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
-        "platform": platform.platform(),
-        "device": sharding.describe(),
-        "processor": processor(),
         "git": None if source is None else _git(source.resolve().parent),
-        "package": {"digest": sources.package_digest(), "git": _git_of_package()},
         "code": code,
+        **conditions(),
     }
 
 
@@ -124,6 +120,17 @@ def continue_run(
     }
     by_program = info.get("by_program", False) or overrides is None
     return {**info, "by_program": by_program, "resumed": [*visits, visit]}
+
+
+def conditions() -> dict[str, Any]:
+    """What a run's numbers come from besides its experiment, as it is here and now: versions, devices, this package."""
+    return {
+        "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
+        "platform": platform.platform(),
+        "device": sharding.describe(),
+        "processor": processor(),
+        "package": {"digest": sources.package_digest(), "git": _git_of_package()},
+    }
 
 
 def processor() -> dict[str, Any]:

@@ -1,0 +1,108 @@
+"""In what the user's files of two runs differ: which files, and which functions in them. None of them is executed."""
+
+import ast
+import difflib
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from grpo_jax.experiment import code_of
+from grpo_jax.experiment.sources import tree_of
+
+NO_CODE = "comments, docstrings or layout alone"
+NO_PYTHON = "its content"
+
+
+class FileDifference(NamedTuple):
+    """A file of the user that differs.
+
+    Attributes:
+      name: its path as seen from the experiment's file.
+      where: what differs: the functions, methods and variables; or that only one run has the file.
+      diff: the lines of a unified diff; none for a file that is not Python, or that only one run has.
+    """
+
+    name: str
+    where: list[str]
+    diff: list[str]
+
+
+def code_differences(
+    one: Path, other: Path, infos: tuple[Mapping[str, Any], Mapping[str, Any]]
+) -> list[FileDifference]:
+    """The user's files in which two runs differ, as each run uses them now.
+
+    The experiments' own files are compared with each other, whatever their names are.
+
+    Args:
+      one, other: the runs' directories.
+      infos: the contents of their run.json. Both must keep copies of their files.
+    """
+    files, others = (_files(run_dir, info) for run_dir, info in zip((one, other), infos, strict=True))
+    found = []
+    for name in dict.fromkeys([*files, *others]):
+        if name not in files or name not in others:
+            found.append(FileDifference(name, ["only A has it" if name in files else "only B has it"], []))
+            continue
+        (path, digest), (other_path, other_digest) = files[name], others[name]
+        if digest != other_digest:
+            found.append(_difference(name, path, other_path))
+    return found
+
+
+def changed_names(source: bytes, other: bytes) -> list[str]:
+    """The functions, methods and variables at the top level of a Python file whose code is not the same in another."""
+    parts, others = _parts(source), _parts(other)
+    return [name for name in dict.fromkeys([*parts, *others]) if parts.get(name) != others.get(name)]
+
+
+def _files(run_dir: Path, info: Mapping[str, Any]) -> dict[str, tuple[Path, str]]:
+    """A run's files as seen from its experiment's file: the copy and the digest of each."""
+    code = code_of(info) or {}
+    entry = code.get("entry", "")
+    start = os.path.dirname(entry) or "."
+    names = {name: os.path.relpath(name, start) if name != entry else "" for name in code.get("files", {})}
+    return {names[name]: (run_dir / code["directory"] / name, digest) for name, digest in code.get("files", {}).items()}
+
+
+def _difference(name: str, path: Path, other: Path) -> FileDifference:
+    name = name or (path.name if path.name == other.name else f"{path.name} / {other.name}")
+    if path.suffix != ".py" or not (path.is_file() and other.is_file()):
+        return FileDifference(name, [NO_PYTHON], [])
+    sources = path.read_bytes(), other.read_bytes()
+    lines = (source.decode("utf-8", errors="replace").splitlines() for source in sources)
+    diff = difflib.unified_diff(*lines, f"A/{path.name}", f"B/{other.name}", lineterm="", n=2)
+    return FileDifference(name, changed_names(*sources) or [NO_CODE], list(diff))
+
+
+def _parts(source: bytes) -> dict[str, str]:
+    """The parts of a Python file by name, without comments and docstrings; of a class, each of its methods."""
+    tree = tree_of(source)
+    if tree is None:
+        return {"a syntax error": source.decode("utf-8", errors="replace")}
+    found: dict[str, str] = {}
+    for node in tree.body:
+        inner: list[ast.stmt] = []
+        if isinstance(node, ast.ClassDef):
+            inner = [part for part in node.body if isinstance(part, ast.FunctionDef | ast.AsyncFunctionDef)]
+            for part in inner:
+                found[f"{node.name}.{part.name}"] = ast.unparse(part)
+            node.body = [part for part in node.body if part not in inner] or [ast.Pass()]
+        name = _name(node)
+        found[name] = f"{found.get(name, '')}\n{ast.unparse(node)}"
+    return found
+
+
+def _name(node: ast.stmt) -> str:
+    """What a statement at the top level defines."""
+    match node:
+        case ast.FunctionDef() | ast.AsyncFunctionDef() | ast.ClassDef():
+            return node.name
+        case ast.Import() | ast.ImportFrom():
+            return "imports"
+        case ast.Assign():
+            return ", ".join(map(ast.unparse, node.targets))
+        case ast.AnnAssign() | ast.AugAssign():
+            return ast.unparse(node.target)
+    return "other statements"
