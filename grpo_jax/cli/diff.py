@@ -97,7 +97,7 @@ def _files(one: Run, other: Run) -> list[FileDifference] | None:
     """The files that differ; None where a run keeps no copies of them."""
     if code_of(one.info) is None or code_of(other.info) is None:
         return None
-    return code_differences(one.run_dir, other.run_dir, (one.info, other.info))
+    return code_differences(one, other)
 
 
 def _file_table(files: list[FileDifference]) -> "Table":
@@ -144,7 +144,9 @@ def _parting_table(title: str, partings: list[Parting]) -> "Table":
     for column in (*COLUMNS, "relative", "differ"):
         table.add_column(column, justify="right" if column == "relative" else "left", overflow="fold")
     for parting in partings:
-        table.add_row(str(parting.step), *common.pair_cells(parting.pair), parting.extent)
+        table.add_row(
+            str(parting.step), *common.pair_cells(parting.pair), f"{parting.num_differ}/{parting.num_compared}"
+        )
     return table
 
 

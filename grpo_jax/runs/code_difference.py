@@ -3,12 +3,12 @@
 import ast
 import difflib
 import os
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from grpo_jax.experiment import code_of
 from grpo_jax.experiment.sources import tree_of
+from grpo_jax.runs.run import Run
 
 NO_CODE = "comments, docstrings or layout alone"
 NO_PYTHON = "its content"
@@ -28,18 +28,12 @@ class FileDifference(NamedTuple):
     diff: list[str]
 
 
-def code_differences(
-    one: Path, other: Path, infos: tuple[Mapping[str, Any], Mapping[str, Any]]
-) -> list[FileDifference]:
-    """The user's files in which two runs differ, as each run uses them now.
+def code_differences(one: Run, other: Run) -> list[FileDifference]:
+    """The user's files in which two runs differ, as each run uses them now; both must keep copies of them.
 
     The experiments' own files are compared with each other, whatever their names are.
-
-    Args:
-      one, other: the runs' directories.
-      infos: the contents of their run.json. Both must keep copies of their files.
     """
-    files, others = (_files(run_dir, info) for run_dir, info in zip((one, other), infos, strict=True))
+    files, others = _files(one), _files(other)
     found = []
     for name in dict.fromkeys([*files, *others]):
         if name not in files or name not in others:
@@ -57,23 +51,24 @@ def changed_names(source: bytes, other: bytes) -> list[str]:
     return [name for name in dict.fromkeys([*parts, *others]) if parts.get(name) != others.get(name)]
 
 
-def _files(run_dir: Path, info: Mapping[str, Any]) -> dict[str, tuple[Path, str]]:
-    """A run's files as seen from its experiment's file: the copy and the digest of each."""
-    code = code_of(info) or {}
+def _files(run: Run) -> dict[str, tuple[Path, str]]:
+    """A run's files as seen from its experiment's file, which has no name here: the copy and the digest of each."""
+    code = code_of(run.info) or {}
     entry = code.get("entry", "")
     start = os.path.dirname(entry) or "."
-    names = {name: os.path.relpath(name, start) if name != entry else "" for name in code.get("files", {})}
-    return {names[name]: (run_dir / code["directory"] / name, digest) for name, digest in code.get("files", {}).items()}
+    return {
+        "" if name == entry else os.path.relpath(name, start): (run.run_dir / code["directory"] / name, digest)
+        for name, digest in code.get("files", {}).items()
+    }
 
 
 def _difference(name: str, path: Path, other: Path) -> FileDifference:
     name = name or (path.name if path.name == other.name else f"{path.name} / {other.name}")
     if path.suffix != ".py" or not (path.is_file() and other.is_file()):
         return FileDifference(name, [NO_PYTHON], [])
-    sources = path.read_bytes(), other.read_bytes()
-    lines = (source.decode("utf-8", errors="replace").splitlines() for source in sources)
-    diff = difflib.unified_diff(*lines, f"A/{path.name}", f"B/{other.name}", lineterm="", n=2)
-    return FileDifference(name, changed_names(*sources) or [NO_CODE], list(diff))
+    lines, others = (each.read_text("utf-8", errors="replace").splitlines() for each in (path, other))
+    diff = difflib.unified_diff(lines, others, f"A/{path.name}", f"B/{other.name}", lineterm="", n=2)
+    return FileDifference(name, changed_names(path.read_bytes(), other.read_bytes()) or [NO_CODE], list(diff))
 
 
 def _parts(source: bytes) -> dict[str, str]:
@@ -97,8 +92,8 @@ def _parts(source: bytes) -> dict[str, str]:
 def _name(node: ast.stmt) -> str:
     """What a statement at the top level defines."""
     match node:
-        case ast.FunctionDef() | ast.AsyncFunctionDef() | ast.ClassDef():
-            return node.name
+        case ast.FunctionDef(name=name) | ast.AsyncFunctionDef(name=name) | ast.ClassDef(name=name):
+            return name
         case ast.Import() | ast.ImportFrom():
             return "imports"
         case ast.Assign():

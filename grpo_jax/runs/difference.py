@@ -85,12 +85,13 @@ class Parting(NamedTuple):
     Attributes:
       pair: its name, and its values at the first step at which they differ.
       step: that step.
-      extent: how much of what was compared differs, in words.
+      num_differ, num_compared: in how many of the steps, of the evaluations, or of that step's completions it differs.
     """
 
     pair: Pair
     step: int
-    extent: str
+    num_differ: int
+    num_compared: int
 
 
 def differences(one: Any, other: Any, name: str = "", separator: str = "/") -> list[Pair]:
@@ -133,11 +134,11 @@ def condition_differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> l
         for name in ("versions", "device", "processor")
         for pair in differences(one.get(name) or {}, other.get(name) or {}, name, ".")
     ]
-    packages = [info.get("package") or {} for info in (one, other)]
-    digests = differences(*(package.get("digest", ABSENT) for package in packages), "training code")
+    package, other_package = one.get("package") or {}, other.get("package") or {}
+    digests = differences(package.get("digest", ABSENT), other_package.get("digest", ABSENT), "training code")
     if digests:  # a commit that leaves the digest as it is changes no number
-        commits = [(package.get("git") or {}).get("commit", ABSENT) for package in packages]
-        digests += differences(*commits, "commit of grpo_jax")
+        commit, other_commit = ((each.get("git") or {}).get("commit", ABSENT) for each in (package, other_package))
+        digests += differences(commit, other_commit, "commit of grpo_jax")
     return digests + found
 
 
@@ -169,8 +170,7 @@ def metric_partings(one: Sequence[Mapping[str, Any]], other: Sequence[Mapping[st
             differing[name] = differing.get(name, 0) + 1
     found = []
     for name, (pair, step) in first.items():
-        what = "evaluations" if name.startswith("evaluation/") else "steps"
-        found.append(Parting(pair, step, f"{differing[name]}/{compared[name]} {what}"))
+        found.append(Parting(pair, step, differing[name], compared[name]))
     return in_order(found)
 
 
@@ -187,12 +187,12 @@ def completion_partings(one: Path, other: Path) -> list[Parting]:
     for step, rows, others in _paired_steps(one, other):
         for aspect in list(waiting):
             parts = [[{key: row[key] for key in aspect if key in row} for row in each] for each in (rows, others)]
-            pairs = [differences(*both) for both in zip_longest(*parts, fillvalue={})]
+            pairs = [differences(row, there) for row, there in zip_longest(*parts, fillvalue={})]
             if any(pairs):
                 place = next(place for place, each in enumerate(pairs) if each)
                 first = pairs[place][0]
                 named = first._replace(name=f"completion {place}: {first.name}")
-                found.append(Parting(named, step, f"{sum(map(bool, pairs))}/{len(pairs)} completions"))
+                found.append(Parting(named, step, sum(map(bool, pairs)), len(pairs)))
                 waiting.remove(aspect)
         if not waiting:
             break
