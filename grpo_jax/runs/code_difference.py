@@ -78,12 +78,10 @@ def _parts(source: bytes) -> dict[str, str]:
         return {"a syntax error": source.decode("utf-8", errors="replace")}
     found: dict[str, str] = {}
     for node in tree.body:
-        inner: list[ast.stmt] = []
         if isinstance(node, ast.ClassDef):
-            inner = [part for part in node.body if isinstance(part, ast.FunctionDef | ast.AsyncFunctionDef)]
-            for part in inner:
-                found[f"{node.name}.{part.name}"] = ast.unparse(part)
-            node.body = [part for part in node.body if part not in inner] or [ast.Pass()]
+            methods = [part for part in node.body if isinstance(part, (ast.FunctionDef, ast.AsyncFunctionDef))]
+            found |= {f"{node.name}.{method.name}": ast.unparse(method) for method in methods}
+            node.body = [part for part in node.body if part not in methods] or [ast.Pass()]
         name = _name(node)
         found[name] = f"{found.get(name, '')}\n{ast.unparse(node)}"
     return found
