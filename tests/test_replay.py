@@ -59,20 +59,19 @@ def said(found: Replay) -> tuple[Any, ...]:
     ],
     ids=lambda assignments: assignments[0],
 )
-def test_a_step_of_any_method_is_the_same_to_the_last_digit(assignments, tmp_path):
+def test_a_step_of_any_method_is_the_same_to_the_last_digit_from_a_checkpoint(assignments, tmp_path):
     run_dir = begin(tmp_path, *assignments)
-    before = files(run_dir)
     with only_writer(run_dir):  # as of a run that is under way
-        assert said(replay(run_dir, 2)) == (2, [], {}, [])
-        found = replay(run_dir, 1)
-    assert said(found) == (0, [], {}, []) and found.is_same and found.num_metrics > 3
+        before = files(run_dir)
+        found = replay(run_dir, 2)
+        assert files(run_dir) == before
+    assert said(found) == (2, [], {}, []) and found.is_same and found.num_metrics > 3
     logged = [json.loads(line) for line in (run_dir / "completions.jsonl").read_text().splitlines()]
-    assert found.completions == [row for row in logged if row["step"] == 1]
-    assert files(run_dir) == before
+    assert found.completions == [row for row in logged if row["step"] == 2]
 
 
 def test_a_game_of_several_turns_is_played_again(tmp_path):
-    found = replay(begin(tmp_path, "sampling.max_tokens=2", more=TURNS), 1)
+    found = replay(begin(tmp_path, "sampling.max_tokens=2", more=TURNS), 1)  # before any checkpoint
     assert said(found) == (0, [], {}, []) and {len(row["turns"]) for row in found.completions} == {3}
 
 
@@ -95,8 +94,18 @@ def test_a_step_is_made_with_the_config_and_the_files_that_it_had_before_the_run
     assert {row["reward"] for row in found.completions} <= {0, 0.5, 1, 1.5}
 
 
-def test_a_reward_that_was_edited_differs_and_the_edited_copy_is_named(tmp_path):
-    run_dir = begin(tmp_path)
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Path:
+    return begin(tmp_path_factory.mktemp("trained"), "optimizer.learning_rate=1e-7")
+
+
+@pytest.fixture
+def run_dir(trained, tmp_path) -> Path:
+    """A copy of a run of three steps, which may be edited."""
+    return Path(shutil.copytree(trained, tmp_path / "run"))
+
+
+def test_a_reward_that_was_edited_differs_and_the_edited_copy_is_named(run_dir):
     copy = run_dir / "code" / "letters.py"
     copy.write_text(copy.read_text().replace('count("a") / 3', 'count("b") / 3'))
     found = replay(run_dir, 1)
@@ -105,8 +114,7 @@ def test_a_reward_that_was_edited_differs_and_the_edited_copy_is_named(tmp_path)
     assert found.conditions == [Pair("code/letters.py", "as copied", "edited")]
 
 
-def test_another_learning_rate_differs_though_it_is_small(tmp_path):
-    run_dir = begin(tmp_path, "optimizer.learning_rate=1e-7")
+def test_another_learning_rate_differs_though_it_is_small(run_dir):
     info = json.loads((run_dir / "run.json").read_text())
     info["overrides"][-1] = "optimizer.learning_rate=2e-7"
     info["versions"]["numpy"] = "1.0"
@@ -116,10 +124,9 @@ def test_another_learning_rate_differs_though_it_is_small(tmp_path):
     assert [pair.name for pair in found.conditions] == ["versions.numpy"]
 
 
-def test_a_step_that_was_not_logged_is_refused_with_those_that_were(tmp_path):
-    run_dir = begin(tmp_path, "steps=2")
-    with pytest.raises(UserError, match="has no step 2: it has logged steps 0 to 1"):
-        replay(run_dir, 2)
+def test_a_step_that_was_not_logged_is_refused_with_those_that_were(run_dir):
+    with pytest.raises(UserError, match="has no step 3: it has logged steps 0 to 2"):
+        replay(run_dir, 3)
     (run_dir / "metrics.jsonl").unlink()
     with pytest.raises(UserError, match="has logged no step yet"):
         replay(run_dir, 0)

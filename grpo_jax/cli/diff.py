@@ -41,12 +41,14 @@ def diff(
     """
     from rich.console import Console
 
+    from grpo_jax.runs.display import visible
+
     runs = (Run(one), Run(other))
     files = _files(*runs)
     found = dict(_subjects(runs, files))
     console = Console(highlight=False)
     for name, run in zip(COLUMNS, runs, strict=True):
-        console.print(f"{name}  {_described(run)}", soft_wrap=True, markup=False)
+        console.print(visible(f"{name}  {_described(run)}"), soft_wrap=True)
     for table in filter(None, found.values()):
         console.print(table)
     for file in files or () if code else ():
@@ -154,7 +156,7 @@ def _evaluation_table(one: Mapping[str, Any], other: Mapping[str, Any]) -> "Tabl
     """The last evaluations of both runs on each split, and their difference."""
     from rich.table import Table
 
-    table = Table(title="last evaluations", title_justify="left")
+    table = Table(title="last evaluations", title_justify="left", box=None, header_style="dim")
     for column in ("", "after step", "success", "95 % interval", "reward"):
         table.add_column(column, justify="right" if column else "left")
     for split in dict.fromkeys([*one, *other]):

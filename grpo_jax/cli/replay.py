@@ -32,6 +32,7 @@ def replay(
     from rich.console import Console
 
     from grpo_jax import replay as replays
+    from grpo_jax.runs.display import visible
 
     found = replays.replay(run, step, quiet=False)
     console = Console(highlight=False)
@@ -40,7 +41,7 @@ def replay(
         console.print(common.pair_table("not as when the run began", found.conditions, ("run", "now")))
     if found.pairs:
         console.print(_difference_table(found))
-    console.print(f"{run}: {verdict(found)}", soft_wrap=True, markup=False)
+    console.print(visible(f"{run}: {verdict(found)}"), soft_wrap=True)
     if not found.is_same:
         raise SystemExit(1)
 

@@ -63,9 +63,9 @@ class Pair(NamedTuple):
 
     @property
     def is_near_zero(self) -> bool:
-        """Whether the two differ by so little that their relative difference says nothing."""
+        """Whether the two are so small that even a large relative difference may be rounding, as of a mean of 0."""
         is_rate = self.name == "learning_rate"  # it is small, and no sum that cancels
-        return not is_rate and _is_number(self.one) and _is_number(self.other) and self._gap <= ABSOLUTE
+        return not is_rate and (self.relative or 0.0) > RELATIVE and abs(self.one - self.other) <= ABSOLUTE
 
     @property
     def is_rounding(self) -> bool:
@@ -73,10 +73,6 @@ class Pair(NamedTuple):
         if self.relative is None or (float(self.one).is_integer() and float(self.other).is_integer()):
             return False
         return self.relative <= RELATIVE or self.is_near_zero
-
-    @property
-    def _gap(self) -> float:
-        return float(abs(self.one - self.other))
 
 
 class Parting(NamedTuple):
