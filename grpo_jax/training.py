@@ -103,15 +103,18 @@ def starting_policy(experiment: Experiment, log: RunLog, *, resume: bool = False
         if experiment.policy.source != "scratch":
             log.note(f"loading {experiment.policy.source}")
         require_memory_for_scratch(experiment)
-        return source_policy(experiment, log.policy_commit)
-    variant, warm_dir = variant_of(experiment, experiment.warm_start), log.run_dir / "warm_start"
-    display = display_of(variant, title="warm start", quiet=log.display.quiet)
-    with RunLog(warm_dir, variant, resume=resume, display=display) as warm_log:
-        trainer = Trainer(variant, starting_policy(variant, warm_log, resume=resume), warm_log)
-        trainer.fit(resume=resume)
-    if warm_log.stop is not None:
-        raise RunError(f"the warm start was stopped after {warm_log.stop.steps} steps: {warm_log.stop.reason}")
-    return trainer.policy()
+        policy = source_policy(experiment, log.policy_commit)
+    else:
+        variant, warm_dir = variant_of(experiment, experiment.warm_start), log.run_dir / "warm_start"
+        display = display_of(variant, title="warm start", quiet=log.display.quiet)
+        with RunLog(warm_dir, variant, resume=resume, display=display) as warm_log:
+            trainer = Trainer(variant, starting_policy(variant, warm_log, resume=resume), warm_log)
+            trainer.fit(resume=resume)
+        if warm_log.stop is not None:
+            raise RunError(f"the warm start was stopped after {warm_log.stop.steps} steps: {warm_log.stop.reason}")
+        policy = trainer.policy()
+    log.starts_from(policy.commit)
+    return policy
 
 
 class Trainer:
@@ -137,7 +140,6 @@ class Trainer:
     ) -> None:
         self.experiment, self.log, self.make_generator = experiment, log, make_generator
         self.start = replace(start, params={})  # its parameters are on the devices from here on
-        log.starts_from(start.commit)
         config, tokenizer = experiment, start.require_tokenizer()
         self.algorithm = algorithm_of(config)
         self.replicas = shared_out(config)
@@ -361,12 +363,12 @@ class Trainer:
         self.reference = self.reference if saved["reference"] is None else saved["reference"]
         return done
 
-    def load_checkpoint(self, directory: Path) -> int:
-        """Continues from the newest checkpoint, and returns its step."""
+    def load_checkpoint(self, directory: Path, step: int | None = None) -> int:
+        """Continues from the checkpoint of `step`, by default the newest, and returns its step."""
         like = self._checkpoint(self.replicas.shapes)
         del self.state  # before it is replaced, lest there be two
         place = self.replicas.place
-        done, saved = checkpoints.restore(directory, like, optional_leaves=OPTIONAL_LEAVES, place=place)
+        done, saved = checkpoints.restore(directory, like, step=step, optional_leaves=OPTIONAL_LEAVES, place=place)
         self.tokens_seen, self.tokens_sampled = saved.pop("tokens_seen"), saved.pop("tokens_sampled")
         self.watch.in_a_row = saved.pop("skipped_in_a_row")
         reference = saved.pop("reference")

@@ -22,7 +22,7 @@ FLOORS = [
     {"update", "memory"},
     {"runs"},
     {"training"},
-    {"sweep", "statistics", "reward_model"},
+    {"sweep", "statistics", "reward_model", "replay"},
     {"report"},
     {"reward_lab", "research"},
     {"api"},

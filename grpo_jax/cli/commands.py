@@ -10,11 +10,13 @@ from importlib.metadata import version
 
 import tyro
 
+from grpo_jax.cli.diff import diff
 from grpo_jax.cli.evaluate import evaluate
 from grpo_jax.cli.export import export
 from grpo_jax.cli.fields import fields
 from grpo_jax.cli.init import init
 from grpo_jax.cli.list_runs import list_runs
+from grpo_jax.cli.replay import replay
 from grpo_jax.cli.report import report
 from grpo_jax.cli.rewards import rewards
 from grpo_jax.cli.sample import Options as SampleOptions
@@ -38,6 +40,8 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "table": table,
     "report": report,
     "list": list_runs,
+    "diff": diff,
+    "replay": replay,
     "fields": fields,
     "advise": advise,
 }

@@ -11,6 +11,7 @@ from tyro.conf import Positional, UseAppendAction, arg
 
 from grpo_jax.errors import UserError
 from grpo_jax.experiment import Budget, Experiment, load, load_run
+from grpo_jax.runs.difference import Absent, Pair
 
 Assignments = Annotated[
     UseAppendAction[tuple[tuple[str, ...], ...]],
@@ -42,6 +43,7 @@ Trackers = Annotated[
     UseAppendAction[tuple[Literal["trackio", "wandb"], ...]], arg(metavar="trackio|wandb", help_behavior_hint="")
 ]
 Flag = Annotated[bool, arg(help_behavior_hint="")]
+LONGEST_CELL = 80  # characters of a value in a table of differences
 Inline = arg(name="")  # the fields of a dataclass become options of the command itself
 
 
@@ -85,6 +87,51 @@ def callbacks(track: Sequence[Literal["trackio", "wandb"]]) -> list[Any]:
     from grpo_jax.runs.trackers import trackers
 
     return list(trackers(track))
+
+
+def pair_table(
+    title: str, pairs: Sequence[Pair], columns: tuple[str, str], *, relative: bool = False, most: int | None = None
+) -> Any:
+    """A table of values that differ; of many, the first `most`.
+
+    Args:
+      columns: what the two values are of.
+      relative: whether to show the relative differences of numbers.
+    """
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left", box=None, header_style="dim", min_width=len(title))
+    table.add_column("", no_wrap=True)
+    for column in (*columns, *["relative"] * relative):
+        table.add_column(column, overflow="fold", justify="right" if column == "relative" else "left")
+    for pair in pairs[:most]:
+        table.add_row(*pair_cells(pair)[: 3 + relative])
+    if most is not None and len(pairs) > most:
+        table.add_row(f"and {len(pairs) - most} more")
+    return table
+
+
+def pair_cells(pair: Pair) -> tuple[Any, Any, Any, str]:
+    """The cells of a pair: its name, its values, and their relative difference; numbers with the digits that differ."""
+    values: tuple[Any, Any] = pair.one, pair.other
+    if pair.relative is not None:
+        texts = (tuple(f"{value:.{digits}g}" for value in values) for digits in (6, 9))
+        values = next(((one, other) for one, other in texts if one != other), (repr(pair.one), repr(pair.other)))
+    size = "" if pair.relative is None else f"{pair.relative:.2g}"
+    return value_text(pair.name), value_text(values[0]), value_text(values[1]), size
+
+
+def value_text(value: Any) -> Any:
+    """A value for a cell of a table, on one line and cut: a text as it is, anything else as JSON; what is not, as –."""
+    from rich.text import Text
+
+    from grpo_jax.runs.display import column_texts, visible
+
+    if isinstance(value, Absent):
+        return Text("–", style="dim")
+    shown = visible(column_texts({"": value})[""])
+    shown.truncate(LONGEST_CELL, overflow="ellipsis")
+    return shown
 
 
 def prepare_jax() -> None:

@@ -108,16 +108,17 @@ def load_ablation(
     return dataclasses.replace(ablation, base=base, budget=budget or ablation.budget)
 
 
-def load_run(run_dir: str | Path, assignments: Iterable[str] = ()) -> Experiment:
+def load_run(run_dir: str | Path, assignments: Iterable[str] = (), *, step: int | None = None) -> Experiment:
     """The experiment of a run, with the overrides that the run had and then those of `assignments`.
 
     It is loaded from the run's own copies of the user's files. Of a run that a program made (see `grpo_jax.train`), the
     copies give the task and the functions, and the recorded config all else. The warm start and the control of a run
     are runs too, whose experiment is a variant of their parent's.
+    A run that was resumed may have changed: with `step`, it is the experiment with which that step was made.
     Raises `UserError` if the directory holds no run, or one whose task and functions are in no file.
     """
     run_dir = Path(run_dir)
-    info = read_run(run_dir)
+    info = info_at(read_run(run_dir), step)
     name = run_dir.resolve().name
     if name in ("warm_start", "control") and info.get("source") is None:
         parent = load_run(run_dir.resolve().parent)
@@ -136,7 +137,7 @@ def load_run(run_dir: str | Path, assignments: Iterable[str] = ()) -> Experiment
         if info.get("by_program"):
             # The original's place, since data that a script opened before it trained are not among the copies.
             home = Path(info["source"]) if info.get("source") else None
-            return load_by_config(directory / code["entry"], run_dir, assignments, home=home, paths=paths)
+            return load_by_config(directory / code["entry"], run_dir, assignments, home=home, paths=paths, step=step)
         module = run_file(directory / code["entry"], paths=paths)
         return _experiment_of(module, directory / code["entry"], overrides)
     home = Path(info["source"]) if info.get("source") else None  # a run of the first versions
@@ -150,14 +151,15 @@ def load_by_config(
     *,
     home: Path | None = None,
     paths: Iterable[Path] = (),
+    step: int | None = None,
 ) -> Experiment:
     """The experiment of a run that a program made, from a file that declares its task and its functions.
 
     These may belong to any experiment or ablation that the file has at its top level, or to the first that it trains.
-    All other fields are those that the run has.
+    All other fields are those that the run has, or had when it made `step`.
     Raises `UserError` if no experiment of the file is about the same task with the same functions.
     """
-    info = read_run(run_dir)
+    info = info_at(read_run(run_dir), step)
     recorded = current_config(read_config(run_dir), info)
     module = run_file(path, home, paths)
     declared = [*getattr(module, _TRAINED, ()), *vars(module).values()]
@@ -189,6 +191,12 @@ def read_config(run_dir: Path) -> dict[str, Any]:
         return records.read(run_dir / "config.json")
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"{str(run_dir)!r} is not the directory of a run: there is no config.json in it.") from None
+
+
+def info_at(info: Mapping[str, Any], step: int | None) -> dict[str, Any]:
+    """What run.json said when the run made a step: without what it was resumed with after that; None for today."""
+    visits = [v for v in info.get("resumed", ()) if step is None or v.get("step", 0) <= step]
+    return {**info, "resumed": visits}
 
 
 def code_folder(run_dir: Path) -> Path:

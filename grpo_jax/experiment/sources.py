@@ -34,6 +34,7 @@ WITHOUT_NUMBERS = (
     *("experiment/files.py", "experiment/recorded.py"),
     *("runs/log.py", "runs/record.py", "runs/display.py", "runs/files.py", "runs/run.py", "runs/tensorboard.py"),
     *("runs/trackers.py", "runs/retention.py", "runs/rows.py"),
+    *("runs/difference.py", "runs/code_difference.py", "replay.py"),
     *("sweep/processes.py", "sweep/progress.py", "sweep/worker.py"),
 )
 LIBRARIES = tuple(
@@ -270,14 +271,20 @@ def _normalized(path: Path) -> str:
 
 def _code_of(source: bytes, without: Collection[str] = ()) -> str:
     """A digest of Python source without its layout, comments and docstrings, and without the variables `without`."""
-    if (tree := _parse(source)) is None:
+    if (tree := tree_of(source)) is None:
         return hashlib.sha256(source).hexdigest()
     tree.body = [node for node in tree.body if not _assigned(node) & set(without)]
-    for node in ast.walk(tree):
+    return hashlib.sha256(ast.unparse(tree).encode()).hexdigest()
+
+
+def tree_of(source: bytes) -> ast.Module | None:
+    """The tree of Python source without its docstrings; None for source with a syntax error."""
+    tree = _parse(source)
+    for node in () if tree is None else ast.walk(tree):
         body = getattr(node, "body", None)
         if isinstance(body, list) and body and _is_text(body[0]):
             node.body = body[1:] or [ast.Pass()]  # type: ignore[attr-defined]
-    return hashlib.sha256(ast.unparse(tree).encode()).hexdigest()
+    return tree
 
 
 def _assigned(node: ast.stmt) -> set[str]:

@@ -86,13 +86,9 @@ def begin_run(
         "key": fingerprint(experiment),
         "config_key": fingerprint(experiment, files=False),
         "config_sha256": _sha256((run_dir / "config.json").read_bytes()),
-        "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
-        "platform": platform.platform(),
-        "device": sharding.describe(),
-        "processor": processor(),
         "git": None if source is None else _git(source.resolve().parent),
-        "package": {"digest": sources.package_digest(), "git": _git_of_package()},
         "code": code,
+        **conditions(),
     }
 
 
@@ -157,6 +153,17 @@ def require_whole(run_dir: Path) -> None:
         if not path.is_file() or _sha256(path.read_bytes()) != digest:
             what = "is damaged, or was edited" if path.exists() else "is missing"
             raise UserError(f"{path} {what}: put it back as it was, or begin a new run elsewhere.")
+
+
+def conditions() -> dict[str, Any]:
+    """What a run's numbers come from besides its experiment, as it is here and now: versions, devices, this package."""
+    return {
+        "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
+        "platform": platform.platform(),
+        "device": sharding.describe(),
+        "processor": processor(),
+        "package": {"digest": sources.package_digest(), "git": _git_of_package()},
+    }
 
 
 def processor() -> dict[str, Any]:

@@ -38,5 +38,10 @@ def restore(
     return checkpoints.restore(directory, like, step=chosen, optional_leaves=OPTIONAL_LEAVES, place=place)
 
 
+def is_regular(experiment: Experiment, step: int) -> bool:
+    """Whether the checkpoint of a step is one of those every `checkpoint_every` steps."""
+    return _regular(experiment, step) == step
+
+
 def _regular(experiment: Experiment, step: int) -> int:
     return step // experiment.checkpoint_every * experiment.checkpoint_every

@@ -79,6 +79,7 @@ def require_vectorizable(config: Experiment) -> None:
         "reward.combine is not 'sum'": config.reward.combine != "sum",
         "token_budget is set": config.token_budget is not None,
         "num_minibatches is not 1": config.num_minibatches > 1,
+        "its micro-batches are parts of groups (gradient_accumulation_steps)": config.group_parts(1) != 1,
         "advantages.kl_coef is not 0": grpo.kl_coef(config) > 0,
         "dynamic_sampling_rounds is not 0": config.dynamic_sampling_rounds > 0,
         "guards.spike_factor is set": config.guards.spike_factor is not None,
