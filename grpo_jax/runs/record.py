@@ -30,6 +30,7 @@ from grpo_jax.runs.lock import NAME as LOCK
 PACKAGES = ("grpo_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "numpy")
 # What a run that was killed before it had written run.json may have left; a sweep puts a warm start there before.
 BEGINNING = {"code", ".code.part", "config.json", ".config.json.part", ".run.json.part", "warm_start"}
+CERTIFICATE = "certificate.json"  # what `grpo-jax doctor` has found before the run
 OUTPUT = (".log", ".out", ".err", ".txt")  # where a scheduler may write what the run prints
 FIXED = ("policy", "seed", "method", "warm_start")  # what a run's checkpoints were made from
 
@@ -37,14 +38,14 @@ FIXED = ("policy", "seed", "method", "warm_start")  # what a run's checkpoints w
 def require_place(run_dir: Path, *, resume: bool) -> None:
     """Raises `UserError` for a directory that a run cannot be written to.
 
-    That is one with anything in it; with `resume`, one that holds neither a run nor the beginning of one. Files of
+    That is one with anything in it but a certificate; with `resume`, one that holds neither a run nor the beginning of one. Files of
     printed output are no obstacle then.
     """
     if not run_dir.exists():
         return
     if not run_dir.is_dir():
         raise UserError(f"{str(run_dir)!r} is a file, where a run needs a directory: choose another with --run-dir.")
-    found = {path.name for path in run_dir.iterdir()} - {LOCK}
+    found = {path.name for path in run_dir.iterdir()} - {LOCK, CERTIFICATE}
     if found and not resume:
         raise UserError(
             f"the run directory {str(run_dir)!r} is not empty: choose another with --run-dir, or add --resume to go on "
@@ -82,7 +83,7 @@ def begin_run(
         "seed": experiment.seed,
         "key": fingerprint(experiment),
         "config_key": fingerprint(experiment, files=False),
-        "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
+        "versions": versions(),
         "platform": platform.platform(),
         "device": sharding.describe(),
         "processor": processor(),
@@ -124,6 +125,11 @@ def continue_run(
     }
     by_program = info.get("by_program", False) or overrides is None
     return {**info, "by_program": by_program, "resumed": [*visits, visit]}
+
+
+def versions() -> dict[str, str | None]:
+    """The versions of Python and of the packages that numbers come from."""
+    return {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}}
 
 
 def processor() -> dict[str, Any]:
