@@ -1,12 +1,15 @@
 """Checks of the task: its splits and prompts, and how seeds and groups choose among them."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
 
-from grpo_jax.doctor.check import Check, count
+from grpo_jax.doctor.check import Check, Verdict, count
 from grpo_jax.doctor.subject import Subject
 from grpo_jax.rewards.protocol import ARGUMENTS
+from grpo_jax.sharding import Array
+from grpo_jax.tasks import Example
 from grpo_jax.tasks.checks import content
 
 
@@ -83,7 +86,9 @@ def a_group_is_one_example(subject: Subject) -> Check:
     rows = [content([arguments[name][i] for name in names]) for i in range(len(arguments["prompts"]))]
     mixed = sum(len(set(rows[start : start + size])) > 1 for start in range(0, len(rows), size))
     strangers, groups = 0, len(rows) // size
-    batches = [(rollout.prompts, rollout.lengths, rollout.examples) for rollout in rollouts]
+    batches: list[tuple[Array, Array, Sequence[Example]]] = [
+        (rollout.prompts, rollout.lengths, rollout.examples) for rollout in rollouts
+    ]
     trained = subject.train_batch
     if trained.rollout is not None:
         batches.append((trained.batch.prompts, trained.batch.lengths, trained.rollout.examples))
@@ -98,6 +103,5 @@ def a_group_is_one_example(subject: Subject) -> Check:
         f"{mixed} of {count(groups, 'group')} hold completions of several examples and {count(strangers, 'prompt')} "
         "of a batch are not those of their examples, so that completions of different questions are compared."
     )
-    return Check(
-        "proved" if holds else "refuted", f"{mixed + strangers} mixed", "0", "" if holds else sentence, figures
-    )
+    verdict: Verdict = "proved" if holds else "refuted"
+    return Check(verdict, f"{mixed + strangers} mixed", "0", "" if holds else sentence, figures)

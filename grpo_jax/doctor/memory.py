@@ -62,7 +62,8 @@ def memory_is_enough(subject: Subject) -> Check:
 
 def available_bytes() -> tuple[int | None, str]:
     """How much memory a device has, or this process can have on a CPU, and whose it is; None if nobody says."""
-    stats = jnp.zeros(()).device.memory_stats() or {}
+    [device] = jnp.zeros(()).devices()
+    stats = device.memory_stats() or {}
     if "bytes_limit" in stats:
         return int(stats["bytes_limit"]), "the device"
     try:

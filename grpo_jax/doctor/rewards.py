@@ -147,9 +147,9 @@ def signals_of(experiment: Experiment, rewards: np.ndarray, sample_mask: np.ndar
             sample_mask,
             token_mask=sample_mask[..., None],
         )
-        return np.asarray(found).reshape(len(rewards), -1).any(axis=1)
+        return np.array(np.asarray(found).reshape(len(rewards), -1).any(axis=1))
     if experiment.method_name == "rft":
-        return select(rewards, sample_mask, experiment.rft).any(axis=1)
+        return np.array(select(rewards, sample_mask, experiment.rft).any(axis=1))
     known = rewards[sample_mask]
     if experiment.method_name == "ppo":  # a critic compares with all that it has seen, not with the group
         return np.full(len(rewards), bool(known.size) and bool(np.ptp(known) > 0))

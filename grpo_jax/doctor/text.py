@@ -26,7 +26,7 @@ def one_begin_token(subject: Subject) -> Check:
     rendered = [tokenizer.render(prompt) for prompt in _prompts(subject)]
     twice = sum(ids[:2] == [tokenizer.bos_id] * 2 for ids in rendered)
     absent = sum(ids[0] != tokenizer.bos_id for ids in rendered)
-    expects = tokenizer.render("a")[0] == tokenizer.bos_id
+    expects = tokenizer.render(tokenizer.decode(rendered[0]))[0] == tokenizer.bos_id
     figures = {"prompts": len(rendered), "twice": twice, "absent": absent, "plain_texts_have_it": expects}
     measured = f"{twice} twice, {absent} without"
     if twice:

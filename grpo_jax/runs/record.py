@@ -38,8 +38,8 @@ FIXED = ("policy", "seed", "method", "warm_start")  # what a run's checkpoints w
 def require_place(run_dir: Path, *, resume: bool) -> None:
     """Raises `UserError` for a directory that a run cannot be written to.
 
-    That is one with anything in it but a certificate; with `resume`, one that holds neither a run nor the beginning of one. Files of
-    printed output are no obstacle then.
+    That is one with anything in it but a certificate; with `resume`, one that holds neither a run nor the beginning of
+    one. Files of printed output are no obstacle then.
     """
     if not run_dir.exists():
         return
