@@ -27,8 +27,9 @@ def stop_tokens_end_and_are_trained(subject: Subject) -> Check:
     measured, bound = f"{ended} of {len(episodes)} end, {untrained} untrained", "0 untrained"
     if beyond or mistaken:
         sentence = (
-            f"{count(beyond, 'turn')} go on after a stop token, and {count(mistaken, 'completion')} are wrongly taken "
-            "for ended or cut off: the generator does not obey Tokenizer.stop_ids."
+            f"the sampled completions have {count(beyond, 'turn')} that goes on after a stop token, and "
+            f"{count(mistaken, 'completion')} wrongly taken for ended or cut off: the generator does not obey "
+            "Tokenizer.stop_ids."
         )
         return Check("refuted", measured, bound, sentence, figures)
     if untrained:
