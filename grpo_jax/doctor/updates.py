@@ -62,9 +62,9 @@ def devices_change_nothing(subject: Subject) -> Check:
     if visible == 1:
         return not_applicable("not checked: one device is visible, or `devices` is 1.")
     batch, small = _batch(subject), replace(subject.small, gradient_accumulation_steps=1)
-    rows, size = batch.mask.shape[:2]
-    fitting = [n for n in range(2, min(visible, MAX_DEVICES) + 1) if rows % n == 0 or small.group_parts(n) is not None]
-    fitting = [n for n in fitting if size > 1 or rows % n == 0]
+    is_packed, rows = batch.segments is not None, len(batch.mask)
+    counts = range(2, min(visible, MAX_DEVICES) + 1)
+    fitting = [n for n in counts if (rows % n == 0 if is_packed else small.group_parts(n) is not None)]
     if not fitting:
         return not_applicable(f"not checked: the small batch cannot be shared by {visible} devices or fewer.")
     return _unchanged(subject, _outcome(subject, devices=fitting[-1]), f"{fitting[-1]} devices")
@@ -198,7 +198,8 @@ def _update(subject: Subject, batch: Batch, micro: int, devices: int) -> Outcome
         layout.split(batch),
         replicas.broadcast(np.bool_(False)),  # so that a gap of log-probabilities does not skip the update
     )
-    kept: Recorded = replicas.first(new.optimizer)
+    # A copy of one device, since arrays of other devices cannot be compared with those of one.
+    kept: Recorded = (replicas.first if devices == 1 else replicas.fetch)(new.optimizer)
     gaps = None if output.logprob_gaps is None else layout.gather(output.logprob_gaps)
     return Outcome(kept.gradient, float(replicas.fetch(output.metrics)["loss"]), gaps, int(kept.steps))
 

@@ -24,7 +24,7 @@ from grpo_jax.experiment import Experiment, code_of, read_config, read_run, sour
 from grpo_jax.experiment.fingerprint import fingerprint
 from grpo_jax.experiment.recorded import changed_fields, current_config
 from grpo_jax.runs import checkpoints
-from grpo_jax.runs.files import write_json, writing
+from grpo_jax.runs.files import read_json, write_json, writing
 from grpo_jax.runs.lock import NAME as LOCK
 
 PACKAGES = ("grpo_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "numpy")
@@ -130,6 +130,14 @@ def continue_run(
 def versions() -> dict[str, str | None]:
     """The versions of Python and of the packages that numbers come from."""
     return {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}}
+
+
+def certificate_note(run_dir: Path, experiment: Experiment) -> str | None:
+    """What to say of a certificate in a run's directory that is not this experiment's; None if there is none."""
+    path = run_dir / CERTIFICATE
+    if not path.is_file() or read_json(path).get("key") == fingerprint(experiment):
+        return None
+    return f"{path} is about another config or other files than this run's: it says nothing of this run"
 
 
 def processor() -> dict[str, Any]:

@@ -115,9 +115,7 @@ def test_a_seed_and_a_step_name_the_batch_of_every_method(method):
 
 def test_a_generator_with_noise_of_its_own_is_refuted():
     rng = random.Random(0)
-    refuted(
-        data.seeds_name_the_batch(subject_of(answer=lambda prompt, sample: rng.choice("abcd"))), "differ in tokens"
-    )
+    refuted(data.seeds_name_the_batch(subject_of(answer=lambda prompt, sample: rng.choice("abcd"))), "differ in tokens")
 
 
 def test_a_generator_that_ignores_the_seed_is_refuted():
@@ -133,7 +131,9 @@ def test_greedy_sampling_of_one_prompt_is_a_warning():
 # Masks ----------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("changes", [{}, {"method": "sft"}, {"method": "sft", "sft.packing": True, "sft.max_length": 16}])
+@pytest.mark.parametrize(
+    "changes", [{}, {"method": "sft"}, {"method": "sft", "sft.packing": True, "sft.max_length": 16}]
+)
 def test_stop_tokens_are_trained_on(changes):
     check = masks.stop_tokens_end_and_are_trained(subject_of(changes))
     assert check.verdict == "proved" and check.figures["stop_tokens_of_a_batch"] > 0
@@ -309,4 +309,3 @@ class Doubling(CharacterTokenizer):
 def test_two_begin_tokens_are_refuted():
     policy = replace(POLICY, make_tokenizer=lambda: Doubling("abcd"))
     refuted(text.one_begin_token(subject_of(policy=policy)), "6 of 6 prompts begin with two begin tokens")
-
