@@ -35,16 +35,15 @@ def not_applicable(why: str) -> Check:
     return Check("not applicable", sentence=why)
 
 
+def verified(holds: bool, measured: str, bound: str, sentence: str, figures: Mapping[str, Any]) -> Check:
+    """A claim that is proved if it holds and else refuted; `sentence` says then what is wrong and what to do."""
+    return Check("proved" if holds else "refuted", measured, bound, "" if holds else sentence, figures)
+
+
 def within(value: float, limit: float, unit: str, sentence: str, **figures: Any) -> Check:
     """Whether a number is at most its limit; NaN is not. `sentence` says what to do if it is not."""
-    holds = value <= limit
-    return Check(
-        "proved" if holds else "refuted",
-        f"{value:.1e}{unit}",
-        f"{limit:.0e}{unit}",
-        "" if holds else sentence,
-        {"value": value, "limit": limit, **figures},
-    )
+    figures = {"value": value, "limit": limit, **figures}
+    return verified(value <= limit, f"{value:.1e}{unit}", f"{limit:.0e}{unit}", sentence, figures)
 
 
 def count(number: int, thing: str) -> str:

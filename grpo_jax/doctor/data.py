@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from grpo_jax.doctor.check import Check, Verdict, count
+from grpo_jax.doctor.check import Check, count, verified
 from grpo_jax.doctor.subject import Subject
 from grpo_jax.rewards.protocol import ARGUMENTS
 from grpo_jax.sharding import Array
@@ -98,10 +98,8 @@ def a_group_is_one_example(subject: Subject) -> Check:
             for p, example in enumerate(examples)
         )
     figures = {"groups": groups, "mixed_groups": mixed, "prompts_of_another_example": strangers}
-    holds = mixed == strangers == 0
     sentence = (
         f"{mixed} of {count(groups, 'group')} hold completions of several examples and {count(strangers, 'prompt')} "
         "of a batch are not those of their examples, so that completions of different questions are compared."
     )
-    verdict: Verdict = "proved" if holds else "refuted"
-    return Check(verdict, f"{mixed + strangers} mixed", "0", "" if holds else sentence, figures)
+    return verified(not (mixed or strangers), f"{mixed + strangers} mixed", "0", sentence, figures)

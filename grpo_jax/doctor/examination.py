@@ -11,7 +11,7 @@ from rich.text import Text
 
 from grpo_jax import sharding
 from grpo_jax.doctor import data, exported, masks, memory, rewards, text, updates
-from grpo_jax.doctor.check import Check, Verdict
+from grpo_jax.doctor.check import Check, Verdict, not_applicable
 from grpo_jax.doctor.subject import Subject
 from grpo_jax.errors import UserError, failure_of
 from grpo_jax.experiment import Experiment, sources
@@ -88,8 +88,7 @@ def examine(subject: Subject, *, tell: Callable[[str], None] = lambda name: None
         start = time.monotonic()
         found = _attempt(function, subject)
         if found.verdict == "refuted" and found.sentence in reported:
-            why = f"not checked: see {reported[found.sentence]!r}."
-            found = Check("not applicable", sentence=why)
+            found = not_applicable(f"not checked: see {reported[found.sentence]!r}.")
         elif found.verdict == "refuted":
             reported[found.sentence] = name
         checks.append(replace(found, name=name, seconds=round(time.monotonic() - start, 2)))
@@ -101,7 +100,10 @@ def _attempt(function: Callable[[Subject], Check], subject: Subject) -> Check:
         return function(subject)
     except UserError as error:
         return Check("refuted", "failed", sentence=str(error))
-    except Exception as error:  # of a loss, a method or a template of the user's own
+    except Exception as error:  # of the device, or of a loss, a method or a template of the user's own
+        if "RESOURCE_EXHAUSTED" in str(error):
+            why = "not checked: the device's memory is not enough for the further copies of the policy that this needs."
+            return not_applicable(why)
         return Check("refuted", "failed", sentence=f"the check could not be made, because of {failure_of(error)}.")
 
 

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from grpo_jax.doctor.check import Check, count, not_applicable
+from grpo_jax.doctor.check import Check, count, not_applicable, verified
 from grpo_jax.doctor.subject import Subject
 from grpo_jax.rollout import Episode
 
@@ -16,7 +16,7 @@ def stop_tokens_end_and_are_trained(subject: Subject) -> Check:
     """
     stops = set(subject.tokenizer.stop_ids)
     episodes = [e for rollout in subject.rollouts for group in rollout.episodes for e in group]
-    beyond = sum(any(i in stops for i in turn[:-1]) for e in episodes for turn in _turns(e))
+    beyond = sum(any(i in stops for i in turn[:-1]) for e in episodes for turn in _turns(e) if _is_whole(e))
     mistaken = sum(e.ended != (_turns(e)[-1][-1] in stops) for e in episodes)
     ended = sum(e.ended for e in episodes)
     closing, untrained = _stops_of_batch(subject, stops)
@@ -48,20 +48,21 @@ def stop_tokens_end_and_are_trained(subject: Subject) -> Check:
 
 
 def only_the_policys_tokens_are_trained(subject: Subject) -> Check:
-    """The arrays of a batch hold the tokens of its episodes, and its mask those that the policy wrote."""
-    trained, rollout = subject.train_batch, subject.train_batch.rollout
+    """The arrays of a batch hold the tokens of its episodes, and its mask those that the policy wrote.
+
+    A method may leave out whole completions, such as those that were cut off.
+    """
+    batch, rollout = subject.train_batch.batch, subject.train_batch.rollout
     if rollout is None:
         return not_applicable("rows of this method hold whole examples, prompts included.")
-    batch, masked = trained.batch, subject.small.loss_config.mask_truncated_completions
     wrong = {"tokens": 0, "valid": 0, "mask": 0}
     for p, group in enumerate(rollout.episodes):
         for g, episode in enumerate(group):
             size = len(episode.ids)
-            expected = np.array(episode.trained, bool) & (episode.ended or not masked)
             wrong["tokens"] += batch.tokens[p, g, :size].tolist() != episode.ids
             wrong["valid"] += not _is_prefix(np.asarray(batch.valid[p, g]), size)
             mask = np.asarray(batch.mask[p, g])
-            wrong["mask"] += not np.array_equal(mask[:size], expected) or bool(mask[size:].any())
+            wrong["mask"] += bool(mask.any()) and np.flatnonzero(mask).tolist() != np.flatnonzero(episode.trained).tolist()
     rows = batch.mask.shape[0] * batch.mask.shape[1]
     bad = sum(wrong.values())
     figures = {"rows": rows, "wrong": wrong, "trained_tokens": int(batch.mask.sum())}
@@ -69,7 +70,7 @@ def only_the_policys_tokens_are_trained(subject: Subject) -> Check:
         f"of {count(rows, 'row')} of a batch, {wrong['mask']} train on tokens that the policy did not write or leave "
         f"out some that it did, and {wrong['tokens'] + wrong['valid']} hold other tokens than their episodes."
     )
-    return Check("refuted" if bad else "proved", f"{bad} rows differ", "0", sentence if bad else "", figures)
+    return verified(not bad, f"{bad} rows differ", "0", sentence, figures)
 
 
 def _turns(episode: Episode) -> list[list[int]]:
@@ -85,6 +86,11 @@ def _turns(episode: Episode) -> list[list[int]]:
     return turns
 
 
+def _is_whole(episode: Episode) -> bool:
+    """Whether the policy's turns can be told apart; an environment may answer with nothing."""
+    return len(_turns(episode)) == len(episode.turns)
+
+
 def _stops_of_batch(subject: Subject, stops: set[int]) -> tuple[int, int]:
     """How many turns and examples of a batch end in a stop token, and how many of these tokens are not trained on."""
     closing = [(token, is_trained) for token, is_trained in _ends(subject) if token in stops]
@@ -94,7 +100,7 @@ def _stops_of_batch(subject: Subject, stops: set[int]) -> tuple[int, int]:
 def _ends(subject: Subject) -> Iterator[tuple[int, bool]]:
     """The last token of each of the policy's turns in a batch, or of each packed example, and whether it is trained on.
 
-    Turns of completions that were cut off are left out where the loss does not read them.
+    Completions that the method leaves out as a whole, such as those that were cut off, have none.
     """
     batch, rollout = subject.train_batch.batch, subject.train_batch.rollout
     tokens, mask = np.asarray(batch.tokens), np.asarray(batch.mask)
@@ -108,7 +114,7 @@ def _ends(subject: Subject) -> Iterator[tuple[int, bool]]:
         return
     for p, group in enumerate(rollout.episodes):
         for g, episode in enumerate(group):
-            if not episode.ended and subject.small.loss_config.mask_truncated_completions:
+            if not mask[p, g].any():
                 continue
             follows = [*episode.trained[1:], False]
             for t, (is_own, goes_on) in enumerate(zip(episode.trained, follows, strict=True)):

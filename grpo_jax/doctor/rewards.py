@@ -4,15 +4,16 @@ import copy
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from grpo_jax.advantages import compute_advantages
+from grpo_jax.algorithms import GRPO, PPO, RFT, algorithm_of
 from grpo_jax.algorithms.batches import reward_arrays, schedule
 from grpo_jax.algorithms.rft import select
 from grpo_jax.confidence import bounded_limits
-from grpo_jax.doctor.check import Check, count, not_applicable
+from grpo_jax.doctor.check import Check, count, not_applicable, verified
 from grpo_jax.doctor.subject import ROUNDS, Subject, arguments_of
 from grpo_jax.experiment import Experiment
 from grpo_jax.rewards.scoring import LARGEST, Scores, score
@@ -21,40 +22,32 @@ from grpo_jax.sharding import Array
 from grpo_jax.tasks.calls import success_of
 from grpo_jax.tasks.checks import content
 
-NO_REWARDS = "the experiment has no reward functions."
+SUCCESS = "success"  # of the task, which evaluation counts
 
 
 def rewards_are_deterministic(subject: Subject) -> Check:
     """The same completions have the same rewards and success when they are scored again, and in the reversed order."""
     arguments = subject.arguments
-    first = _values(subject, arguments)
-    again = _values(subject, arguments)
     backwards = _values(subject, {name: values[::-1] for name, values in arguments.items()})
-    changed = {
-        name: sum(
-            not _same(a, b) or not _same(a, c)
-            for a, b, c in zip(values, again[name], backwards[name][::-1], strict=True)
-        )
-        for name, values in first.items()
-    }
-    figures = {"completions": len(arguments["completions"]), "changed": changed}
-    worst = max(changed, key=lambda name: changed[name])
-    measured = f"{changed[worst]} of {len(arguments['completions'])} change"
-    if changed[worst]:
-        sentence = (
-            f"{worst!r} gives {count(changed[worst], 'completion')} another value when they are scored again or in "
-            "another order: it must depend on the completion alone, so look for random numbers, sets, or state."
-        )
-        return Check("refuted", measured, "0", sentence, figures)
-    return Check("proved", measured, "0", figures=figures)
+    changed = {}
+    for name, values in _values(subject, arguments).items():
+        pairs = zip(values, _again(subject).values[name], backwards[name][::-1], strict=True)
+        changed[name] = sum(not (_same(value, again) and _same(value, back)) for value, again, back in pairs)
+    total, worst = len(arguments["completions"]), max(changed, key=lambda name: changed[name])
+    figures = {"completions": total, "changed": changed}
+    sentence = (
+        f"{worst!r} gives {count(changed[worst], 'completion')} another value when they are scored again or in "
+        "another order: it must depend on the completion alone, so look for random numbers, sets, or state."
+    )
+    return verified(not changed[worst], f"{changed[worst]} of {total} change", "0", sentence, figures)
 
 
 def rewards_are_finite(subject: Subject) -> Check:
     """Every reward returns a finite number or None for every completion."""
-    experiment, arguments = subject.experiment, subject.arguments
+    experiment = subject.experiment
     if not experiment.rewards:
-        return not_applicable(NO_REWARDS)
-    scores = score(experiment.rewards, arguments, experiment.reward, group_size=_size(subject))
+        return not_applicable("the experiment has no reward functions.")
+    scores = _scores(subject)
     total, known = len(scores.total), [value for value in scores.total if not math.isnan(value)]
     failed = {name: n for name, n in scores.failures.items() if n}
     ranges = {name: _range(values) for name, values in scores.by_name.items()}
@@ -66,39 +59,18 @@ def rewards_are_finite(subject: Subject) -> Check:
         sentence = f"{name!r} fails on {failed[name]} of {count(total, 'completion')}, which are dropped."
         above = failed[name] > experiment.reward.max_failure_rate * total
         return Check("refuted" if above else "warning", measured, bound, sentence, figures)
-    if not known:
-        return Check("refuted", measured, bound, "no reward applies to any of the completions.", figures)
-    return Check("proved", measured, bound, figures=figures)
+    return verified(bool(known), measured, bound, "no reward applies to any of the completions.", figures)
 
 
 def rewards_leave_arguments_alone(subject: Subject) -> Check:
     """No reward, nor the task's success, changes the lists and the examples that it is given."""
-    experiment = subject.experiment
-    changed = []
-    calls: dict[str, Any] = {name: {name: reward} for name, reward in experiment.rewards.items()}
-    for name, rewards in [*calls.items(), ("success", {})]:
-        arguments = copy.deepcopy(dict(subject.arguments))
-        before = content(arguments)
-        if rewards:
-            config = replace(experiment.reward, weights={})
-            score(rewards, arguments, config, group_size=_size(subject))
-        else:
-            success_of(experiment.task, arguments, experiment.reward.time_limit)
-        if content(arguments) != before:
-            changed.append(name)
-    figures = {"functions": len(calls) + 1, "changed": changed}
+    changed, functions = _again(subject).changed, len(_again(subject).values)
+    figures = {"functions": functions, "changed": changed}
     sentence = (
         f"{', '.join(map(repr, changed))} changes its arguments, so that the next function is given other completions: "
         "copy a list before it is sorted or extended."
     )
-    verdict_of = "refuted" if changed else "proved"
-    return Check(
-        "refuted" if verdict_of == "refuted" else "proved",
-        f"{len(changed)} of {len(calls) + 1} do",
-        "0",
-        sentence if changed else "",
-        figures,
-    )
+    return verified(not changed, f"{len(changed)} of {functions} do", "0", sentence, figures)
 
 
 def rewards_differ_within_groups(subject: Subject) -> Check:
@@ -129,17 +101,52 @@ def rewards_differ_within_groups(subject: Subject) -> Check:
     return Check("proved", measured, "at least 1", figures=figures)
 
 
+class Again(NamedTuple):
+    """What each function returned when it was called again, by itself, and which of them changed their arguments."""
+
+    values: dict[str, list[float]]
+    changed: list[str]
+
+
+def _again(subject: Subject) -> Again:
+    if "again" not in subject.found:
+        values: dict[str, list[float]] = {}
+        changed = []
+        for name in (*subject.experiment.rewards, SUCCESS):
+            arguments = copy.deepcopy(dict(subject.arguments))
+            before = content(arguments)
+            values[name] = _values_of(subject, arguments, [name])[name]
+            if content(arguments) != before:
+                changed.append(name)
+        subject.found["again"] = Again(values, changed)
+    found: Again = subject.found["again"]
+    return found
+
+
+def _scores(subject: Subject) -> Scores:
+    """The rewards of all completions, as training scores them."""
+    if "scores" not in subject.found:
+        arguments = copy.deepcopy(dict(subject.arguments))  # a reward that changes them must not spoil other checks
+        experiment = subject.experiment
+        subject.found["scores"] = score(experiment.rewards, arguments, experiment.reward, group_size=_size(subject))
+    found: Scores = subject.found["scores"]
+    return found
+
+
 def _signals(subject: Subject) -> np.ndarray:
     """[P] whether the method learns something from each group."""
     experiment = subject.experiment
-    arguments, size = _what_is_scored(subject)
-    scores = score(experiment.rewards, arguments, experiment.reward, group_size=size)
-    return signals_of(experiment, *_arrays(scores, size))
+    scores, size = _scores(subject), _size(subject)
+    if "preferences" in subject.algorithm.reads and experiment.preferences.completions == "demonstrations":
+        size = experiment.group_size
+        scores = score(experiment.rewards, _demonstrated(subject), experiment.reward, group_size=size)
+    return signals_of(experiment, *reward_arrays(scores, (len(scores.total) // size, size)))
 
 
 def signals_of(experiment: Experiment, rewards: np.ndarray, sample_mask: np.ndarray) -> np.ndarray:
     """[P] whether a method learns something from the rewards [P, G] of each group."""
-    if experiment.method_name == "grpo":
+    algorithm = algorithm_of(experiment)
+    if isinstance(algorithm, GRPO):
         how = experiment.advantages
         found: Array = compute_advantages(
             how if callable(how) else replace(how, kl_coef=0.0, kl_level="sequence"),
@@ -148,42 +155,42 @@ def signals_of(experiment: Experiment, rewards: np.ndarray, sample_mask: np.ndar
             token_mask=sample_mask[..., None],
         )
         return np.array(np.asarray(found).reshape(len(rewards), -1).any(axis=1))
-    if experiment.method_name == "rft":
+    if isinstance(algorithm, RFT):
         return np.array(select(rewards, sample_mask, experiment.rft).any(axis=1))
     known = rewards[sample_mask]
-    if experiment.method_name == "ppo":  # a critic compares with all that it has seen, not with the group
+    if isinstance(algorithm, PPO):  # a critic compares with all that it has seen, not with the group
         return np.full(len(rewards), bool(known.size) and bool(np.ptp(known) > 0))
     lowest = np.min(rewards, axis=1, where=sample_mask, initial=np.inf)
     highest = np.max(rewards, axis=1, where=sample_mask, initial=-np.inf)
     return np.asarray(highest > lowest)
 
 
-def _what_is_scored(subject: Subject) -> tuple[Mapping[str, Sequence[Any]], int]:
-    """The arguments of the rewards whose signal counts, and the size of their groups."""
-    experiment = subject.experiment
-    reads = "preferences" in subject.algorithm.reads
-    if not reads or experiment.preferences.completions != "demonstrations":
-        return subject.arguments, _size(subject)
-    shown = []
+def _demonstrated(subject: Subject) -> Mapping[str, Sequence[Any]]:
+    """The arguments of rewards for demonstrations, in groups of the experiment's own size."""
+    shown, small, task = [], subject.small, subject.experiment.task
     for step in range(ROUNDS):
-        small, task = subject.small, experiment.task
         indices, ids = schedule(small.seed, step, small.prompts_per_step, len(task.train))
-        noise = name_noise(small.seed, step, ids, range(experiment.group_size))
+        noise = name_noise(small.seed, step, ids, range(subject.experiment.group_size))
         prompts = subject.prompts.batch("train", indices)
-        shown.append(demonstrations(task, prompts, noise, subject.tokenizer, experiment.reward.time_limit))
-    return arguments_of(shown), experiment.group_size
+        shown.append(demonstrations(task, prompts, noise, subject.tokenizer, subject.experiment.reward.time_limit))
+    return arguments_of(shown)
 
 
 def _values(subject: Subject, arguments: Mapping[str, Sequence[Any]]) -> dict[str, list[float]]:
     """The values of each reward and of the task's success, by name."""
+    return _values_of(subject, copy.deepcopy(dict(arguments)), [*subject.experiment.rewards, SUCCESS])
+
+
+def _values_of(
+    subject: Subject, arguments: Mapping[str, Sequence[Any]], names: Sequence[str]
+) -> dict[str, list[float]]:
     experiment = subject.experiment
-    scores = score(experiment.rewards, arguments, experiment.reward, group_size=_size(subject))
-    success = success_of(experiment.task, arguments, experiment.reward.time_limit)
-    return {**scores.by_name, "success": [float(value) for value in success]}
-
-
-def _arrays(scores: Scores, size: int) -> tuple[np.ndarray, np.ndarray]:
-    return reward_arrays(scores, (len(scores.total) // size, size))
+    rewards = {name: reward for name, reward in experiment.rewards.items() if name in names}
+    found = score(rewards, arguments, replace(experiment.reward, weights={}), group_size=_size(subject)).by_name
+    if SUCCESS in names:
+        success = success_of(experiment.task, arguments, experiment.reward.time_limit)
+        found = {**found, SUCCESS: [float(value) for value in success]}
+    return found
 
 
 def _size(subject: Subject) -> int:

@@ -150,7 +150,7 @@ def learning_rate_follows_the_updates(subject: Subject) -> Check:
     if config.warmup_steps >= total > 0:
         sentence = (
             f"the warm-up of {count(config.warmup_steps, 'update')} is not shorter than the training of {total:,}, so "
-            "that the learning rate does not come down again: lower optimizer.warmup_steps."
+            "that nothing comes of the schedule after it: lower optimizer.warmup_steps."
         )
         return Check("warning", measured, bound, sentence, figures)
     return Check("proved", measured, bound, figures=figures)
@@ -220,7 +220,7 @@ def _program(subject: Subject, micro: int, devices: int) -> Callable[..., Any]:
                 batch, _ = before(state.trainable, frozen, reference, batch)
             return update(state, frozen, reference, batch, first)
 
-        subject.found[key] = replicas.compile(program)
+        subject.found[key] = replicas.compile(program, donate=(0,))
     found: Callable[..., Any] = subject.found[key]
     return found
 
