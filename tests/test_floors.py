@@ -25,6 +25,7 @@ FLOORS = [
     {"sweep", "statistics", "reward_model", "replay"},
     {"report"},
     {"reward_lab", "research"},
+    {"doctor"},
     {"api"},
     {"cli", "__init__"},
 ]

@@ -11,6 +11,7 @@ from importlib.metadata import version
 import tyro
 
 from grpo_jax.cli.diff import diff
+from grpo_jax.cli.doctor import doctor
 from grpo_jax.cli.evaluate import evaluate
 from grpo_jax.cli.export import export
 from grpo_jax.cli.fields import fields
@@ -31,6 +32,7 @@ from grpo_jax.runs.signals import terminable
 
 COMMANDS: dict[str, Callable[..., None]] = {
     "init": init,
+    "doctor": doctor,
     "train": train,
     "evaluate": evaluate,
     "sample": sample,

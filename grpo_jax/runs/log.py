@@ -120,6 +120,8 @@ class RunLog:
         self._write_status("running", finished=None, stop=None)
         if not self.display.title:
             self.note(f"writing to {self.run_dir}")
+        if (note := record.certificate_note(self.run_dir, self._experiment)) is not None:
+            self.note(note)
         for name, (before, now) in changes.items():
             self.note(f"changed since the run began: {name} was {before}, and is {now} from here on")
         event = self._start_event()

@@ -26,12 +26,13 @@ from grpo_jax.experiment import Experiment, code_of, read_config, read_run, sour
 from grpo_jax.experiment.fingerprint import fingerprint
 from grpo_jax.experiment.recorded import changed_fields, current_config, jsonable
 from grpo_jax.runs import checkpoints
-from grpo_jax.runs.files import write_json, writing
+from grpo_jax.runs.files import read_json, write_json, writing
 from grpo_jax.runs.lock import NAME as LOCK
 
 PACKAGES = ("grpo_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "numpy")
 # What a run that was killed before it had written run.json may have left; a sweep puts a warm start there before.
 BEGINNING = {"code", ".code.part", "config.json", ".config.json.part", ".run.json.part", "warm_start"}
+CERTIFICATE = "certificate.json"  # what `grpo-jax doctor` has found before the run
 OUTPUT = (".log", ".out", ".err", ".txt")  # where a scheduler may write what the run prints
 CHANGING = ("status", "finished", "stop", "error", "sha256")  # of run.json, what is no part of the record
 FIXED = ("policy", "seed", "method", "warm_start")  # what a run's checkpoints were made from
@@ -40,14 +41,14 @@ FIXED = ("policy", "seed", "method", "warm_start")  # what a run's checkpoints w
 def require_place(run_dir: Path, *, resume: bool) -> None:
     """Raises `UserError` for a directory that a run cannot be written to.
 
-    That is one with anything in it; with `resume`, one that holds neither a run nor the beginning of one. Files of
-    printed output are no obstacle then.
+    That is one with anything in it but a certificate; with `resume`, one that holds neither a run nor the beginning of
+    one. Files of printed output are no obstacle then.
     """
     if not run_dir.exists():
         return
     if not run_dir.is_dir():
         raise UserError(f"{str(run_dir)!r} is a file, where a run needs a directory: choose another with --run-dir.")
-    found = {path.name for path in run_dir.iterdir()} - {LOCK}
+    found = {path.name for path in run_dir.iterdir()} - {LOCK, CERTIFICATE}
     if found and not resume:
         raise UserError(
             f"the run directory {str(run_dir)!r} is not empty: choose another with --run-dir, or add --resume to go on "
@@ -158,12 +159,25 @@ def require_whole(run_dir: Path) -> None:
 def conditions() -> dict[str, Any]:
     """What a run's numbers come from besides its experiment, as it is here and now: versions, devices, this package."""
     return {
-        "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
+        "versions": versions(),
         "platform": platform.platform(),
         "device": sharding.describe(),
         "processor": processor(),
         "package": {"digest": sources.package_digest(), "git": _git_of_package()},
     }
+
+
+def versions() -> dict[str, str | None]:
+    """The versions of Python and of the packages that numbers come from."""
+    return {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}}
+
+
+def certificate_note(run_dir: Path, experiment: Experiment) -> str | None:
+    """What to say of a certificate in a run's directory that is not this experiment's; None if there is none."""
+    path = run_dir / CERTIFICATE
+    if not path.is_file() or read_json(path).get("key") == fingerprint(experiment):
+        return None
+    return f"{path} is about another config or other files than this run's: it says nothing of this run"
 
 
 def processor() -> dict[str, Any]:

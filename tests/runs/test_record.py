@@ -193,3 +193,30 @@ def test_a_method_of_the_users_own_that_has_other_fields_is_another():
     assert record.changed_fields(recorded, experiment(method=Mine(1))) == {}
     (name,) = record.changed_fields(recorded, experiment(method=Mine(2)))
     assert name == "method"
+
+
+# Certificates --------------------------------------------------------------------------------------------------------
+
+
+def certify(run_dir: Path, config: Experiment) -> None:
+    run_dir.mkdir(exist_ok=True)
+    (run_dir / record.CERTIFICATE).write_text(json.dumps({"key": fingerprint(config)}))
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_directory_that_holds_a_certificate_alone_can_be_written_to(tmp_path, resume):
+    certify(tmp_path, experiment())
+    record.require_place(tmp_path, resume=resume)
+    (tmp_path / "notes.md").touch()
+    with pytest.raises(UserError, match=r"not empty|notes\.md"):
+        record.require_place(tmp_path, resume=resume)
+
+
+def test_a_certificate_of_another_experiment_is_named_and_one_of_this_is_not(tmp_path):
+    assert record.certificate_note(tmp_path, experiment()) is None
+    certify(tmp_path, experiment())
+    assert record.certificate_note(tmp_path, experiment()) is None
+    note = record.certificate_note(tmp_path, experiment(seed=4))
+    assert note is not None and "certificate.json is about another config" in note
+    (tmp_path / record.CERTIFICATE).write_text("{")
+    assert record.certificate_note(tmp_path, experiment()) is not None
