@@ -21,7 +21,7 @@ from typing import Any
 from grpo_jax import sharding
 from grpo_jax.errors import UserError
 from grpo_jax.experiment import Experiment, code_of, read_config, read_run, sources, to_dict
-from grpo_jax.experiment.fingerprint import fingerprint
+from grpo_jax.experiment.fingerprint import fingerprint_or_none
 from grpo_jax.experiment.recorded import changed_fields, current_config
 from grpo_jax.runs import checkpoints
 from grpo_jax.runs.files import write_json, writing
@@ -80,8 +80,8 @@ def begin_run(
         "by_program": overrides is None,
         "command": shlex.join(sys.argv),
         "seed": experiment.seed,
-        "key": fingerprint(experiment),
-        "config_key": fingerprint(experiment, files=False),
+        "key": fingerprint_or_none(experiment),
+        "config_key": fingerprint_or_none(experiment, files=False),
         "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
         "platform": platform.platform(),
         "device": sharding.describe(),

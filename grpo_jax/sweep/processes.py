@@ -209,5 +209,7 @@ def _reason(job: _Job, directory: Path) -> str:
     log = directory / f"{job.runs[0].key}.log"
     if job.process.returncode < 0:
         return f"killed by {signal.Signals(-job.process.returncode).name}, see {log}"
+    if job.process.returncode == 0:
+        return "its process made a run of another name: was a file that the ablation uses edited meanwhile?"
     lines = log.read_text(errors="replace").strip().splitlines()
     return lines[-1].removeprefix("error: ") if lines else f"it ended with status {job.process.returncode}"
