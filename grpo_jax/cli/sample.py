@@ -122,7 +122,7 @@ class _Speaker:
             try:
                 self.policy.require_tokenizer().reply(text)
             except UserError as error:
-                print(error, file=sys.stderr)
+                print(printable(str(error)), file=sys.stderr)
             else:
                 return text
         return None
