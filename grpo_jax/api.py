@@ -45,26 +45,34 @@ def train(
     Args:
       run_dir: a new directory; with `resume`, that of the run to go on with.
       callbacks: objects with any of the methods of `Callback`, which are told of steps and evaluations.
-      resume: go on from the run's last checkpoint; begin if there is none.
+      resume: go on from the run's last checkpoint; begin if there is none. Of a run that has finished with this very
+        experiment nothing is done or written, and no callback is told: what it came to is read from its directory,
+        without the records of its evaluations and without the groups.
       quiet: show no progress.
       make_generator: what samples completions, from the policy as it is: by default the policy itself.
 
     Raises:
       UserError: for what the config or the task gets wrong. RunError: when the run fails (a reward, a callback, a full
-        disk, a broken log-probability contract). KeyboardInterrupt: on Ctrl-C, after the step under way was saved.
+        disk, a broken log-probability contract). KeyboardInterrupt: on Ctrl-C, after the step under way was saved; on
+        SIGTERM `Terminated`, which ends a script with the status 143.
     """
     if sources.is_loading_me():
         raise NotWhileLoading(experiment)
     from grpo_jax import training
     from grpo_jax.runs.log import RunLog, display_of
+    from grpo_jax.runs.result import read_result
 
+    display = display_of(experiment, quiet=quiet)
+    if resume and (run := _run_of(run_dir)) is not None and run.is_done(experiment):
+        display.note(f"{run_dir} is finished: there is nothing to do")
+        return read_result(run)
     log = RunLog(
         run_dir,
         experiment,
         source=source_of(experiment),
         overrides=None,
         resume=resume,
-        display=display_of(experiment, quiet=quiet),
+        display=display,
         callbacks=callbacks,
     )
     return training.run(experiment, log) if make_generator is None else training.run(experiment, log, make_generator)
@@ -116,7 +124,8 @@ def sample(
     Args:
       source: a run; a policy; or where one is, as `PolicyConfig.source` names it.
       prompts: a prompt or several, each a text or the messages of a chat.
-      temperature, max_tokens: those of the run's training by default, else 1 and 128; temperature 0 is greedy.
+      temperature, max_tokens: those of the run's training by default, else 1 and 128, as far as the policy's context
+        has room after each prompt; temperature 0 is greedy.
       seed: names the sampling noise.
       plain: give the policy the text alone. By default, a policy that was trained on chats gets a text as a question,
         with the turns that stand around the question in the run's first training prompt, such as worked examples.
@@ -125,15 +134,39 @@ def sample(
 
     run = _run_of(source)
     policy = _policy_of(source)
-    sampling = SamplingConfig(max_tokens=128) if run is None else run.sampling
-    how = SamplingConfig(
-        temperature=sampling.temperature if temperature is None else temperature,
-        max_tokens=max_tokens or sampling.max_tokens,
-    )
     example = None if run is None else run.first_prompt
     given = [prompts] if isinstance(prompts, str) else list(prompts)
     asked = [ask(policy, prompt, example, plain=plain) if isinstance(prompt, str) else prompt for prompt in given]
+    how = sampling_for(
+        policy, asked, None if run is None else run.sampling, temperature=temperature, max_tokens=max_tokens
+    )
     return rollout.sample_text(policy, asked, how, num_samples=num_samples, seed=seed)
+
+
+def room(policy: "Policy", prompt: Any) -> int:
+    """How many tokens a policy's context has left after a prompt."""
+    return policy.config.max_positions - len(policy.require_tokenizer().render(prompt))
+
+
+def sampling_for(
+    policy: "Policy",
+    prompts: Sequence[Any],
+    training: SamplingConfig | None = None,
+    *,
+    temperature: float | None = None,
+    max_tokens: int | None = None,
+) -> SamplingConfig:
+    """How prompts are answered: as it is said, else as in training, as far as the context has room after each prompt.
+
+    Args:
+      training: how the policy's training sampled; None where that is not known: then at temperature 1, 128 tokens.
+    """
+    training = SamplingConfig(max_tokens=128) if training is None else training
+    if max_tokens is None:
+        max_tokens = max(min([training.max_tokens, *(room(policy, prompt) for prompt in prompts)]), 1)
+    return SamplingConfig(
+        temperature=training.temperature if temperature is None else temperature, max_tokens=max_tokens
+    )
 
 
 def ask(policy: "Policy", text: str, first_prompt: Any = None, *, plain: bool = False) -> Any:

@@ -12,8 +12,14 @@ class RunError(UserError):
     """A run that was well configured and failed all the same. The command line exits with status 1."""
 
 
-class Terminated(KeyboardInterrupt):
-    """SIGTERM has come, as from a scheduler at a job's time limit. What handles Ctrl-C handles it too."""
+class Terminated(SystemExit, KeyboardInterrupt):
+    """SIGTERM has come, as from a scheduler at a job's time limit. What handles Ctrl-C handles it too.
+
+    It is an exit as well, so that a script that does not handle it ends without a traceback, with the status 143.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(143)
 
 
 def exit_status(command: Callable[[], object]) -> int:

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import textwrap
+import time
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import letters
 import pytest
 
 import grpo_jax as gj
+from grpo_jax import api
 from grpo_jax.cli import main
 from grpo_jax.experiment import load_run, source_of, to_dict
 from grpo_jax.experiment.recorded import with_recorded_fields
@@ -193,6 +195,39 @@ def test_sampling_takes_a_run_or_its_policy(stopped):
     ) == 2  # fmt: skip
 
 
+def test_the_default_length_is_what_the_context_has_room_for(stopped):
+    result, run_dir = stopped
+    policy = result.policy
+    small = dataclasses.replace(policy, config=dataclasses.replace(policy.config, max_positions=5))
+    assert gj.sample(small, "bcd", seed=1) == gj.sample(policy, "bcd", seed=1, max_tokens=1)
+    training = gj.load_run(run_dir).sampling
+    assert api.sampling_for(small, ["b", "bc"], training).max_tokens == 2
+    told = api.sampling_for(small, ["b"], training, temperature=0.0, max_tokens=9)
+    assert (told.temperature, told.max_tokens) == (0.0, 9)
+    with pytest.raises(gj.UserError, match=r"SamplingConfig.max_tokens = 0 is out of range"):
+        gj.sample(run_dir, "b", max_tokens=0)
+
+
+def test_a_finished_run_is_not_done_again_and_says_what_it_came_to(tmp_path, capsys):
+    config = gj.override(letters.config, {"steps": 1, "control": {"optimizer.learning_rate": 1e-3}})
+    made = gj.train(config, tmp_path / "run", quiet=True)
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    read = gj.train(config, tmp_path / "run", resume=True, callbacks=[Stop("on_start", 0)])
+    assert capsys.readouterr().out == f"{tmp_path / 'run'} is finished: there is nothing to do\n"
+    assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
+    for name in ("before", "after", "control"):
+        [(split, found)] = getattr(made, name).items()
+        assert getattr(read, name) == {split: dataclasses.replace(found, records=[])}
+    assert all((read.policy.params[name] == value).all() for name, value in made.policy.params.items())
+    assert (read.run_dir, read.seconds, read.stop, read.group_after) == (made.run_dir, made.seconds, None, [])
+
+    run = gj.load_run(tmp_path / "run")
+    assert run.is_done(config) and not run.is_done(gj.override(config, {"steps": 2}))  # which goes on
+    (tmp_path / "run" / "summary.json").write_text("{}")
+    with pytest.raises(gj.UserError, match=r"summary.json is missing, damaged, or was edited"):
+        gj.train(config, tmp_path / "run", resume=True, quiet=True)
+
+
 # Runs of a script ----------------------------------------------------------------------------------------------------
 
 
@@ -217,6 +252,21 @@ def test_a_run_of_a_script_is_known_to_the_commands(script, capsys):
     run = gj.load_run("runs/a")
     assert [row["step"] for row in run.metrics] == [0, 1, 2] and run.config["steps"] == run.experiment.steps == 3
     assert main(["report", "runs/a"]) == 0
+
+
+def test_a_script_that_a_scheduler_ends_has_saved_its_run_and_has_the_status_143(script):
+    train = "if __name__ == '__main__':\n    gj.train(gj.override(config, {'steps': 10**6}), 'runs/a', quiet=True)\n"
+    script.write_text(textwrap.dedent(SCRIPT) + train)
+    process = subprocess.Popen([sys.executable, script.name], cwd=script.parent, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while not Path("runs/a/metrics.jsonl").is_file() or '"reward"' not in Path("runs/a/metrics.jsonl").read_text():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+    process.terminate()
+    said = process.communicate(timeout=60)[1]
+    assert process.returncode == 143 and "Traceback" not in said, said
+    run = gj.load_run("runs/a")
+    assert run.status == "interrupted" and latest_step("runs/a/checkpoints") == len(run.metrics) > 0
 
 
 def test_the_runs_of_an_ablation_are_compared_by_the_command(script, capsys):

@@ -13,7 +13,7 @@ from grpo_jax.experiment import METHODS
 HOUSE = Path(grpo_jax.__file__).parent
 FLOORS = [
     {"errors"},  # every room may raise errors
-    {"experiment", "sharding", "confidence"},
+    {"experiment", "sharding", "confidence", "text"},
     {"policy", "advantages", "losses", "rewards", "guards"},
     {"sampler", "logprobs", "tasks"},
     {"rollout"},
@@ -30,7 +30,7 @@ FLOORS = [
     {"cli", "__init__"},
 ]
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
-WITHOUT_JAX = {"errors", "confidence", "experiment", "guards", "tasks", "rewards", "statistics"}
+WITHOUT_JAX = {"errors", "text", "confidence", "experiment", "guards", "tasks", "rewards", "statistics"}
 MODULES = sorted(HOUSE.rglob("*.py"))
 
 

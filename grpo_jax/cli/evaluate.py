@@ -13,6 +13,7 @@ from grpo_jax.cli import common
 from grpo_jax.cli.common import Assignments, Flag, Inline, OptionalFloat, OptionalInt, OptionalPath, OptionalStep
 from grpo_jax.errors import UserError
 from grpo_jax.experiment import Experiment
+from grpo_jax.text import on_line
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,7 @@ def evaluate(
     else:
         _print_table(source, result, against, other)
         for sentence in starts:
-            print(sentence)
+            print(on_line(sentence))
 
 
 def _require_same_prompts(source: Path, config: Experiment, against: Path, own: Experiment, split: str) -> None:
@@ -142,7 +143,7 @@ def _print_table(source: Path, result: Any, against: Path | None, other: Any) ->
             "   ".join(f"pass@{k} {value:.1%}" for k, value in sorted(result.pass_at_k.items())), soft_wrap=True
         )
     if other is not None:
-        print(_comparison(result, other, str(against)))
+        print(on_line(_comparison(result, other, str(against))))
 
 
 def _comparison(result: Any, other: Any, name: str) -> str:

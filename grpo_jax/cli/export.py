@@ -8,6 +8,7 @@ from tyro.conf import Positional, arg
 from grpo_jax.cli import common
 from grpo_jax.cli.common import OptionalStep
 from grpo_jax.errors import UserError
+from grpo_jax.text import on_line
 
 
 def export(
@@ -24,4 +25,4 @@ def export(
     from grpo_jax import policy
 
     policy.export(common.tuned_policy(run, step), directory)
-    print(directory)
+    print(on_line(str(directory)))

@@ -12,6 +12,7 @@ from grpo_jax.cli.common import Flag
 from grpo_jax.errors import UserError
 from grpo_jax.experiment.recorded import current_config
 from grpo_jax.runs.files import assigned, read_json, read_rows
+from grpo_jax.text import on_line
 
 WIDE = 110  # columns of a terminal from which the method and the time are shown too
 DEPTH = 2  # runs/RUN and, of a sweep, runs/SWEEP/RUN
@@ -36,11 +37,13 @@ def list_runs(
             print(json.dumps(run))
         return
     if not found:
-        print(f"no runs in {directory}")
+        print(on_line(f"no runs in {directory}"))
         return
 
     from rich.console import Console
     from rich.table import Table
+
+    from grpo_jax.runs.display import visible
 
     console = Console(highlight=False, markup=False)
     shown = ["run", "arm", "seed", "steps", "success", "status"]
@@ -57,7 +60,7 @@ def list_runs(
             "success": "–" if run["success"] is None else f"{run['success']:.1%}",
             "started": (run["started"] or "")[:16].replace("T", " "),
         }
-        table.add_row(*(str(cells[column]) for column in shown))
+        table.add_row(*(visible(str(cells[column])) for column in shown))
     console.print(table)
 
 

@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 from tyro.conf import Positional, arg
 
 from grpo_jax.cli.common import OptionalFile
+from grpo_jax.text import on_line
 
 
 def report(
@@ -27,7 +28,7 @@ def report(
     from grpo_jax.report import page
 
     directory = Path("runs") / source.stem if source.suffix == ".py" else source
-    print(page.report(directory, output))
+    print(on_line(str(page.report(directory, output))))
     if pictures is not None:
         for path in page.draw(directory, pictures):
-            print(path)
+            print(on_line(str(path)))

@@ -11,6 +11,7 @@ from grpo_jax.cli import common
 from grpo_jax.cli.common import Assignments, Inline, OptionalFile, OptionalInt, OptionalPath
 from grpo_jax.errors import UserError
 from grpo_jax.experiment import code_folder
+from grpo_jax.text import on_line
 
 
 @dataclass(frozen=True)
@@ -92,4 +93,4 @@ def rewards(
         written = reward_study.save(found, run_dir)
     reward_study.show(found, Console(highlight=False), num_groups=options.show)
     for path in written:
-        print(path)
+        print(on_line(str(path)))

@@ -16,7 +16,7 @@ from grpo_jax.experiment import SamplingConfig, load_run
 from grpo_jax.tasks import Example, Task
 
 Replies = Literal["environment", "person", "nobody"]
-MAX_TOKENS, MAX_TURNS = 128, 8  # where neither a run nor its task says how many
+MAX_TURNS = 8  # of a conversation, where no task says how many
 LOOKED_AT = 256  # completions of a run that are looked at to find out whether its task has several turns
 
 
@@ -79,17 +79,13 @@ class _Speaker:
 
         return api.ask(self.policy, text, self.first_prompt, plain=self.options.plain)
 
-    def room(self, prompt: Any) -> int:
-        """How many tokens the policy's context has left after a prompt."""
-        return self.policy.config.max_positions - len(self.policy.require_tokenizer().render(prompt))
-
     def how(self, prompt: Any) -> SamplingConfig:
         """How a prompt is answered: as the options say, or as in training, as far as the context allows."""
-        options, sampling = self.options, self.sampling or SamplingConfig(max_tokens=MAX_TOKENS)
-        limit = min(sampling.max_tokens, max(self.room(prompt), 1))
-        return SamplingConfig(
-            temperature=sampling.temperature if options.temperature is None else options.temperature,
-            max_tokens=limit if options.max_tokens is None else options.max_tokens,
+        from grpo_jax import api
+
+        options = self.options
+        return api.sampling_for(
+            self.policy, [prompt], self.sampling, temperature=options.temperature, max_tokens=options.max_tokens
         )
 
     def print_answers(self, prompt: Any, seed: int) -> None:
@@ -122,14 +118,14 @@ class _Speaker:
             try:
                 self.policy.require_tokenizer().reply(text)
             except UserError as error:
-                print(error, file=sys.stderr)
+                print(printable(str(error)), file=sys.stderr)
             else:
                 return text
         return None
 
     def talk(self, prompt: Any, task: Task | None) -> None:
         """Prints the policy's turns as they come, and reads the answers of a person, until an empty line."""
-        from grpo_jax import rollout
+        from grpo_jax import api, rollout
 
         how, printed = self.how(prompt), 0
 
@@ -139,7 +135,7 @@ class _Speaker:
             printed = len(turns)
             return self.read_reply()
 
-        fitting = max(self.room(prompt) // how.max_tokens, 1)
+        fitting = max(api.room(self.policy, prompt) // how.max_tokens, 1)
         turns = self.options.turns or min(task.max_turns if task else MAX_TURNS, fitting)
         game = Task("the conversation", [{"prompt": prompt}], [], lambda **_: [], reply=reply, max_turns=turns)
         [[episode]] = rollout.sample_episodes(

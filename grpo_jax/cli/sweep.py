@@ -11,6 +11,7 @@ from grpo_jax.cli import common
 from grpo_jax.cli.common import AblationFile, Assignments, Flag, OptionalBudget, OptionalPath, Trackers
 from grpo_jax.errors import UserError
 from grpo_jax.experiment import load_ablation
+from grpo_jax.text import on_line
 
 
 def sweep(
@@ -47,4 +48,5 @@ def sweep(
     sweep.sweep(ablation, planned, directory, jobs=jobs, vectorize=vectorize, overrides=overrides)
     compare = [common.command(), "table", str(ablation), "--dir", str(directory)]
     compare += ["--budget", budget] if budget else []
-    print(f"compare the arms  {shlex.join([*compare, *(['--set', *overrides] if overrides else [])])}")
+    compare += ["--set", *overrides] if overrides else []
+    print(on_line(f"compare the arms  {shlex.join(compare)}"))

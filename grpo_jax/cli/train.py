@@ -13,8 +13,7 @@ from grpo_jax.cli import common
 from grpo_jax.cli.common import Assignments, Flag, OptionalPath, Trackers
 from grpo_jax.errors import UserError
 from grpo_jax.experiment import Experiment, all_overrides, code_of, load, load_by_config, read_run, sources
-from grpo_jax.experiment.recorded import changed_fields, current_config
-from grpo_jax.runs.files import read_json
+from grpo_jax.runs.run import Run
 
 
 def train(
@@ -45,7 +44,7 @@ def train(
         raise UserError("--accept-changes is for --resume.")
     if resume and run_dir is not None and common.is_run(run_dir):
         config = _resumed(experiment, run_dir, overrides, accept_changes=accept_changes)
-        if _is_done(run_dir, config):
+        if Run(run_dir).is_done(config):
             print(f"{run_dir} is finished: there is nothing to do. See it with: {common.command()} report {run_dir}")
             return
     else:
@@ -79,14 +78,6 @@ def train(
         print(run_dir)
     else:
         _show_result(config, result, picture)
-
-
-def _is_done(run_dir: Path, config: Experiment) -> bool:
-    """Whether a run has finished with this very config, so that nothing is left to do."""
-    info, begun_with = read_run(run_dir), read_json(run_dir / "config.json")
-    if info.get("status") != "finished" or not begun_with:
-        return False
-    return not changed_fields(current_config(begun_with, info), config)
 
 
 def _resumed(experiment: Path, run_dir: Path, overrides: Sequence[str], *, accept_changes: bool) -> Experiment:

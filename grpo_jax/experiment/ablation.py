@@ -103,7 +103,10 @@ class Ablation(Checked):
         return override(config, shared)
 
     def runs(self) -> list[PlannedRun]:
-        """Every run, seed by seed so that what is finished first can be compared; arms that are alike share one."""
+        """Every run, seed by seed so that what is finished first can be compared; arms that are alike share one.
+
+        Raises `UserError` for an arm whose runs would have other names in another process.
+        """
         return list(self._runs)
 
     @cached_property
@@ -113,7 +116,10 @@ class Ablation(Checked):
         for seed in self.seeds:
             for arm in self.arms:
                 config = self.experiment(arm, seed)
-                key = fingerprint(config)
+                try:
+                    key = fingerprint(config)
+                except UserError as error:
+                    raise UserError(f"arm {arm!r}: {error}") from None
                 earlier = planned[key].arms if key in planned else ()
                 planned[key] = PlannedRun((*earlier, arm), seed, config, key)
         return list(planned.values())

@@ -29,7 +29,7 @@ LARGEST_COPY = 64 * 2**20  # bytes: a larger data file counts by its content, bu
 PACKAGE = Path(__file__).resolve().parents[1]
 # What no number of a run comes from.
 WITHOUT_NUMBERS = (
-    *("cli/", "report/", "statistics/", "reward_lab/", "research/", "doctor/", "errors.py"),
+    *("cli/", "report/", "statistics/", "reward_lab/", "research/", "doctor/", "errors.py", "text.py"),
     *("__init__.py", "api.py", "experiment/ablation.py", "experiment/sources.py", "experiment/fingerprint.py"),
     *("experiment/files.py", "experiment/recorded.py"),
     *("runs/log.py", "runs/record.py", "runs/display.py", "runs/files.py", "runs/run.py", "runs/tensorboard.py"),

@@ -125,7 +125,7 @@ def group_picture(run_dir: Path, step: int, prompt_id: int | None = None, kind: 
     names = [f"{text[:48]}{'…' * (len(text) > 48)}{f' ×{n}' if n > 1 else ''}" for text, (n, _) in shown]
     rewards = [row["reward"] or 0.0 for _, (_, row) in shown]
     advantages = [row["advantage"] or 0.0 for _, (_, row) in shown]
-    with matplotlib.rc_context({**STYLE, "text.parse_math": False}):  # completions may contain dollar signs
+    with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(8, 0.27 * len(shown) + 1), layout="constrained")
         axes = figure.subplots()
         axes.grid(axis="y", visible=False)

@@ -14,6 +14,7 @@ from grpo_jax.errors import UserError
 from grpo_jax.report.axes import fitted
 from grpo_jax.report.plots import BLUE, GREEN, GREY, ORANGE, PURPLE, STYLE, Series, label_right, series, smooth
 from grpo_jax.runs.files import read_rows, writing
+from grpo_jax.text import on_line
 
 COLOURS = (BLUE, ORANGE, GREEN, PURPLE, "#b83280", "#0e7c86", GREY)
 DASHES = {"-": "", "--": "╌ ", ":": "┈ "}  # dashed lines follow the last colour; their labels begin so
@@ -47,11 +48,13 @@ def seed_curves(arms: Mapping[str, Sequence[Path]], metric: str, path: Path) -> 
                 marker="o" if len(found) < 12 else None,
             )
             num = len(arms[name])
-            labels.append((found.values[-1], f"{DASHES[dash]}{name} {found.values[-1]:.3g} (n = {num})", colour))
+            labels.append(
+                (found.values[-1], f"{DASHES[dash]}{on_line(name)} {found.values[-1]:.3g} (n = {num})", colour)
+            )
         shown = np.concatenate([found.values for found in bands.values()])
         # Of the curves alone: the interval of two seeds is so wide that it would flatten every curve.
         axes.set_ylim(*fitted(shown, is_share=bounds == (0, 1), room=0.5))
-        axes.set_title(f"{metric}: mean over seeds{', 95 % interval' if banded else ''}")
+        axes.set_title(f"{on_line(metric)}: mean over seeds{', 95 % interval' if banded else ''}")
         axes.set_xlabel("updates")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         label_right(axes, labels)

@@ -25,6 +25,7 @@ COLLAPSE = {
     "entropy": ("entropy (nats)", PURPLE),
 }
 STYLE: dict[Any, Any] = {
+    "text.parse_math": False,  # names and completions may contain dollar signs
     "font.size": 10,
     "axes.spines.top": False,
     "axes.spines.right": False,

@@ -25,6 +25,7 @@ from grpo_jax.rewards import RewardFunction, turns
 from grpo_jax.rollout import Prompts, demonstrations, example_row, name_noise
 from grpo_jax.runs.display import example_title, visible
 from grpo_jax.runs.files import append_rows, write_json, writing
+from grpo_jax.text import on_line
 
 SEARCH_EXAMPLES, JUDGE_EXAMPLES = 8, 64  # that attacks are chosen on, and judged on
 DEMONSTRATIONS = 512  # the most honest answers of each source that attacks are made from
@@ -169,7 +170,7 @@ def group_table(reading: Reading, p: int) -> Table:
     size = reading.groups.group_size
     texts = ["\n".join(turns(c)) for c in reading.groups.arguments["completions"][p * size : (p + 1) * size]]
     first = {text: texts.index(text) for text in dict.fromkeys(texts)}
-    title = Text(f"{reading.groups.label}: group {p + 1} of {len(reading.groups.prompts)}")
+    title = visible(f"{reading.groups.label}: group {p + 1} of {len(reading.groups.prompts)}")
     asked = example_row(reading.groups.example(p))
     if (example := example_title(asked["prompt"], asked["columns"])) is not None:
         title = Text("\n").join([title, example])
@@ -177,7 +178,7 @@ def group_table(reading: Reading, p: int) -> Table:
     table.add_column("completion", overflow="fold")
     table.add_column("×", justify="right")
     for name in reading.rewards:
-        table.add_column(Text(name), justify="right")
+        table.add_column(visible(name), justify="right")
         table.add_column("A", justify="right")
     for text, g in list(first.items())[:SHOWN]:
         cells = [
@@ -202,8 +203,8 @@ def signal_table(readings: Sequence[Reading]) -> Table:
         for i, (name, s) in enumerate(reading.signals.items()):
             label = f"{reading.groups.label} (n = {len(reading.groups.prompts)})" if i == 0 else ""
             table.add_row(
-                Text(label), Text(name), _number(s.mean), f"{s.low:g} – {s.high:g}", str(s.num_values), _number(s.std),
-                _number(s.group_std), _percent(s.no_signal), _percent(s.predicted),
+                visible(label), visible(name), _number(s.mean), f"{s.low:g} – {s.high:g}", str(s.num_values),
+                _number(s.std), _number(s.group_std), _percent(s.no_signal), _percent(s.predicted),
             )  # fmt: skip
         table.add_section()
     return table
@@ -217,8 +218,8 @@ def agreement_table(readings: Sequence[Reading]) -> Table:
     for reading in readings:
         for i, a in enumerate(reading.agreements):
             tau = "–" if math.isnan(a.tau) else f"{a.tau:+.2f}"
-            pair = Text(f"{a.first} and {a.second}")
-            table.add_row(Text(reading.groups.label if i == 0 else ""), pair, tau, _percent(a.flips))
+            pair = visible(f"{a.first} and {a.second}")
+            table.add_row(visible(reading.groups.label if i == 0 else ""), pair, tau, _percent(a.flips))
         table.add_section()
     return table
 
@@ -228,21 +229,21 @@ def component_table(readings: Sequence[Reading]) -> Table:
     table = Table(title="components: share of the variance of the total's advantages", title_justify="left")
     names = next((list(reading.components) for reading in readings if reading.components), [])
     for column in ("groups", *names):
-        table.add_column(Text(column), justify="right" if names and column in names else "left")
+        table.add_column(visible(column), justify="right" if names and column in names else "left")
     for reading in readings:
         if reading.components:
-            table.add_row(Text(reading.groups.label), *(_percent(reading.components[name]) for name in names))
+            table.add_row(visible(reading.groups.label), *(_percent(reading.components[name]) for name in names))
     return table
 
 
 def attack_table(variant: str, attacks: Sequence[Attack], honest: Sequence[Honest]) -> Table:
     """The best answer of each family, its reward where it is wrong, and the share of honest attempts that earn less."""
-    table = Table(title=Text(f"attacks on {variant}"), title_justify="left")
+    table = Table(title=visible(f"attacks on {variant}"), title_justify="left")
     table.add_column("attack")
     table.add_column("answer", overflow="fold")
     table.add_column("earns", justify="right")
     for source in honest:
-        table.add_column(Text(f"beats {source.source}"), justify="right")
+        table.add_column(visible(f"beats {source.source}"), justify="right")
     for each in attacks:
         text = visible(each.text)
         text.truncate(40, overflow="ellipsis")
@@ -253,7 +254,7 @@ def attack_table(variant: str, attacks: Sequence[Attack], honest: Sequence[Hones
     for source in honest:
         if len(source.values):
             what = f"{len(source.values)} {source.source}, median {np.median(source.values):.3f}"
-            table.add_row(Text("honest, mean", style="dim"), Text(what, style="dim"), _number(source.mean))
+            table.add_row(Text("honest, mean", style="dim"), Text(on_line(what), style="dim"), _number(source.mean))
     return table
 
 

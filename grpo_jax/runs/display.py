@@ -25,6 +25,8 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
+from grpo_jax.text import in_markdown, on_line
+
 # What the live line shows, from the widest terminal to the narrowest: the width of the bar (0 for none), how many of
 # the figures, and whether the time so far stands beside the time left.
 LAYOUTS = ((20, 4, True), (20, 3, True), (10, 3, True), (10, 2, True), (0, 2, True), (0, 2, False), (0, 1, False))
@@ -194,8 +196,7 @@ class _Renderable(JupyterMixin):
 
 def visible(text: str) -> Text:
     """A model's text, safe for a terminal: no markup, newlines as ⏎, control and invisible characters escaped."""
-    escaped = (c if c.isprintable() else "⏎" if c == "\n" else c.encode("unicode_escape").decode() for c in text)
-    return Text("".join(escaped))
+    return Text(on_line(text))
 
 
 def group_table(groups: Mapping[str, Sequence[Mapping[str, Any]]], *, limit: int = 8) -> Table:
@@ -255,19 +256,18 @@ def summary_table(evaluations: Mapping[str, Any]) -> Table:
     for name, e in known.items():
         interval = f"{100 * e.success_low:.1f} – {100 * e.success_high:.1f} %"
         turns = [f"{e.mean_turns:.2f}"] * several_turns
-        table.add_row(name, f"{100 * e.success:.1f} %", interval, _number(e.reward), f"{e.mean_length:.1f}", *turns)
+        table.add_row(
+            visible(name), f"{100 * e.success:.1f} %", interval, _number(e.reward), f"{e.mean_length:.1f}", *turns
+        )
     return table
 
 
 def markdown_table(group: Sequence[Mapping[str, Any]]) -> str:
     """A group of completions as a Markdown table, under its prompt and columns. Markdown and HTML are escaped."""
 
-    def cell(text: str) -> str:
-        return "".join(c if c.isalnum() or c == " " else f"&#{ord(c)};" for c in visible(text).plain)
-
-    columns = [f"{cell(k)}: {cell(v)}  " for k, v in column_texts(group[0].get("columns", {})).items()]
+    columns = [f"{in_markdown(k)}: {in_markdown(v)}  " for k, v in column_texts(group[0].get("columns", {})).items()]
     lines = [
-        cell(_prompt_text(group[0]["prompt"])),
+        in_markdown(_prompt_text(group[0]["prompt"])),
         "",
         *columns,
         *[""] * bool(columns),
@@ -275,7 +275,7 @@ def markdown_table(group: Sequence[Mapping[str, Any]]) -> str:
         "|---|---|---|",
     ]
     for row in group:
-        text = cell(_completion_text(row["completion"]))
+        text = in_markdown(_completion_text(row["completion"]))
         lines.append(f"| {text} | {_number(row['reward'])} | {_signed(row['advantage'])} |")
     return "\n".join(lines)
 

@@ -23,7 +23,7 @@ from typing import Any
 from grpo_jax import sharding
 from grpo_jax.errors import UserError
 from grpo_jax.experiment import Experiment, code_of, read_config, read_run, sources, to_dict
-from grpo_jax.experiment.fingerprint import fingerprint
+from grpo_jax.experiment.fingerprint import fingerprint_or_none
 from grpo_jax.experiment.recorded import changed_fields, current_config, jsonable
 from grpo_jax.runs import checkpoints
 from grpo_jax.runs.files import read_json, write_json, writing
@@ -84,8 +84,8 @@ def begin_run(
         "by_program": overrides is None,
         "command": shlex.join(sys.argv),
         "seed": experiment.seed,
-        "key": fingerprint(experiment),
-        "config_key": fingerprint(experiment, files=False),
+        "key": fingerprint_or_none(experiment),
+        "config_key": fingerprint_or_none(experiment, files=False),
         "config_sha256": _sha256((run_dir / "config.json").read_bytes()),
         "git": None if source is None else _git(source.resolve().parent),
         "code": code,
@@ -175,7 +175,7 @@ def versions() -> dict[str, str | None]:
 def certificate_note(run_dir: Path, experiment: Experiment) -> str | None:
     """What to say of a certificate in a run's directory that is not this experiment's; None if there is none."""
     path = run_dir / CERTIFICATE
-    if not path.is_file() or read_json(path).get("key") == fingerprint(experiment):
+    if not path.is_file() or read_json(path).get("key") == fingerprint_or_none(experiment):
         return None
     return f"{path} is about another config or other files than this run's: it says nothing of this run"
 

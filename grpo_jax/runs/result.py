@@ -4,9 +4,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from grpo_jax.errors import UserError
 from grpo_jax.evaluation import Evaluation
 from grpo_jax.experiment import Experiment
 from grpo_jax.policy import Policy
+from grpo_jax.runs.run import Run
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,27 @@ class Result:
     group_after: list[dict[str, Any]]
     seconds: float
     stop: Stop | None = None
+
+
+def read_result(run: Run) -> Result:
+    """What a run came to, from its files: without the records of its evaluations, and without its groups.
+
+    Raises `UserError` if summary.json is missing, or is not as a run writes it.
+    """
+    path = run.run_dir / "summary.json"
+
+    def evaluations(name: str) -> dict[str, Evaluation]:
+        found = {split: {**values, "records": []} for split, values in run.summary[name].items()}
+        for values in found.values():
+            values["pass_at_k"] = {int(k): value for k, value in values["pass_at_k"].items()}
+        return {split: Evaluation(**values) for split, values in found.items()}
+
+    try:
+        before, after, control = map(evaluations, ("before", "after", "control"))
+        seconds = float(run.summary["seconds"])
+    except (KeyError, TypeError, ValueError, AttributeError):
+        raise UserError(f"{path} is missing, damaged, or was edited: it does not say what the run came to.") from None
+    return Result(run.run_dir, run.policy, before, after, control, [], [], seconds)
 
 
 def summarize(result: Result, experiment: Experiment) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from grpo_jax.experiment import Experiment, SamplingConfig, load_run, read_config, read_run
-from grpo_jax.experiment.recorded import current_config
+from grpo_jax.experiment.recorded import changed_fields, current_config
 from grpo_jax.runs.files import changed_since, is_evaluation, read_json, read_rows
 
 if TYPE_CHECKING:
@@ -49,6 +49,10 @@ class Run:
     def experiment(self) -> Experiment:
         """The experiment. Raises `UserError` if its task and functions are in no file, as those of a notebook."""
         return load_run(self.run_dir)
+
+    def is_done(self, experiment: Experiment) -> bool:
+        """Whether the run has finished with this very experiment, so that nothing is left to do."""
+        return self.status == "finished" and not changed_fields(self.config, experiment)
 
     @cached_property
     def policy(self) -> "Policy":

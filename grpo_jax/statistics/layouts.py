@@ -3,7 +3,6 @@
 import csv
 import io
 import math
-import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -13,6 +12,7 @@ from grpo_jax.errors import UserError
 from grpo_jax.experiment.overrides import nearest
 from grpo_jax.statistics.intervals import Estimate
 from grpo_jax.statistics.tables import Row, Table, verdict_of
+from grpo_jax.text import in_csv, in_latex, in_markdown, in_markdown_code, on_line
 
 Layout = Literal["md", "csv", "latex"]
 COLUMNS = ("arm", "seeds", "mean", "iqm", "difference", "better", "p", "tokens", "verdict")
@@ -42,9 +42,9 @@ def render(table: Table, layout: Layout, style: Style = Style()) -> str:
     return _csv(table) if layout == "csv" else _TEXT[layout](table, style)
 
 
-def _cells(row: Row, table: Table, style: Style) -> list[str]:
-    """The cells of a row, in the columns of the style."""
-    cells = {**dict.fromkeys(COLUMNS, "–"), "arm": row.arm, "seeds": str(row.seeds)}
+def _cells(row: Row, table: Table, style: Style, safe: Callable[[str], str] = str) -> list[str]:
+    """The cells of a row, in the columns of the style. `safe` is what the user's names are passed through."""
+    cells = {**dict.fromkeys(COLUMNS, "–"), "arm": safe(row.arm), "seeds": str(row.seeds)}
     if row.mean is not None and row.iqm is not None:
         cells |= {"mean": _interval(row.mean, style), "iqm": _number(row.iqm, style)}
     if row.difference is not None and row.better is not None:
@@ -57,9 +57,9 @@ def _cells(row: Row, table: Table, style: Style) -> list[str]:
     return [cells[column] for column in style.columns]
 
 
-def _header(table: Table, style: Style) -> list[str]:
+def _header(table: Table, style: Style, safe: Callable[[str], str] = str) -> list[str]:
     names: Mapping[str, str] = {
-        "mean": f"{table.metric}{', %' if style.percent else ''} [95 %]",
+        "mean": f"{safe(table.metric)}{', %' if style.percent else ''} [95 %]",
         "iqm": "IQM",
         "difference": f"difference{', points' if style.percent else ''} [95 %]",
         "better": "P(better)",
@@ -93,18 +93,19 @@ def _comments(table: Table) -> list[tuple[str, str]]:
 
 def _markdown(table: Table, style: Style) -> str:
     def line(cells: Sequence[str]) -> str:
-        return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+        return "| " + " | ".join(cells) + " |"
 
-    header = _header(table, style)
-    lines = [line(header), "|" + "---|" * len(header), *(line(_cells(row, table, style)) for row in table.rows), ""]
-    lines += [f"- missing: {text}" for text in table.missing]
-    lines += [f"- {name}: `{text}`" for name, text in table.notes]
+    header = _header(table, style, in_markdown)
+    rows = [line(_cells(row, table, style, in_markdown)) for row in table.rows]
+    lines = [line(header), "|" + "---|" * len(header), *rows, ""]
+    lines += [f"- missing: {in_markdown(text)}" for text in table.missing]
+    lines += [f"- {in_markdown(name)}: {in_markdown_code(text)}" for name, text in table.notes]
     return "\n".join([*lines, "", _explanation(table), ""])
 
 
 def _csv(table: Table) -> str:
     out = io.StringIO()
-    out.writelines(f"# {name}: {text}\n" for name, text in _comments(table))
+    out.writelines(f"# {on_line(name)}: {on_line(text)}\n" for name, text in _comments(table))
     writer = csv.writer(out, lineterminator="\n")
     numbers = ["mean", "mean_low", "mean_high", "iqm", "difference", "difference_low"]
     numbers += ["difference_high", "p_better", "p_value", "p_holm", "detectable", "sampled_tokens"]
@@ -116,7 +117,7 @@ def _csv(table: Table) -> str:
         values += [None] * 3 if found is None else [found.p_value, found.adjusted_p, found.detectable]
         values.append(row.tokens)
         cells = ["" if value is None or math.isnan(value) else f"{value:.6g}" for value in values]
-        writer.writerow([row.arm, table.metric, row.seeds, *cells, verdict_of(row, table)])
+        writer.writerow([in_csv(row.arm), in_csv(table.metric), row.seeds, *cells, verdict_of(row, table)])
     return out.getvalue()
 
 
@@ -124,17 +125,12 @@ def _values(estimate: Estimate | None) -> list[float | None]:
     return [None] * 3 if estimate is None else [estimate.value, estimate.low, estimate.high]
 
 
-_LATEX = {"\\": r"\textbackslash{}", "≥": r"$\geq$", "±": r"$\pm$", "–": "--", "−": "$-$", "~": r"\textasciitilde{}",
-          "×": r"$\times$", "^": r"\textasciicircum{}", "<": "$<$", ">": "$>$",
-          **{c: f"\\{c}" for c in "_%&#{}$"}}  # fmt: skip
-
-
 def _latex(table: Table, style: Style) -> str:
     def line(cells: Sequence[str]) -> str:
         # The group keeps a cell that begins with a bracket from being read as an option of the line break before it.
-        return "  {}" + " & ".join("".join(map(_in_latex, cell)) for cell in cells) + r" \\"
+        return "  {}" + " & ".join(map(in_latex, cells)) + r" \\"
 
-    comments = [f"% {name}: {' '.join(text.split())}" for name, text in _comments(table)]
+    comments = [f"% {on_line(name)}: {on_line(text)}" for name, text in _comments(table)]
     header = _header(table, style)
     columns = "".join("l" if column in ("arm", "verdict") else "r" for column in style.columns)
     return "\n".join([
@@ -149,15 +145,6 @@ def _latex(table: Table, style: Style) -> str:
         r"\end{tabular}",
         "",
     ])  # fmt: skip
-
-
-def _in_latex(character: str) -> str:
-    """A character as LaTeX prints it; Greek letters are in mathematics there."""
-    kind = unicodedata.name(character, "").split()
-    if kind[:1] == ["GREEK"] and kind[-2:-1] == ["LETTER"] and kind[-1] != "OMICRON":
-        letter = kind[-1].lower().replace("lamda", "lambda")
-        return rf"$\{letter if kind[1] == 'SMALL' else letter.capitalize()}$"
-    return _LATEX.get(character, character)
 
 
 _TEXT: dict[str, Callable[[Table, Style], str]] = {"md": _markdown, "latex": _latex}

@@ -20,8 +20,10 @@ from rich.console import Console
 
 from grpo_jax.errors import RunError, UserError
 from grpo_jax.experiment import Ablation, Budget, PlannedRun
+from grpo_jax.runs.display import visible
 from grpo_jax.runs.files import jsonable, read_json, write_json
-from grpo_jax.sweep.progress import SweepProgress
+from grpo_jax.sweep.progress import SweepProgress, name_of
+from grpo_jax.text import on_line
 
 WORKER = (sys.executable, "-m", "grpo_jax.sweep.worker")
 TRACK = "GRPO_JAX_TRACK"  # the environment variable that names the trackers of every run of a sweep
@@ -111,9 +113,9 @@ def sweep(
             if waiting or under_way:
                 time.sleep(POLL)
     if failed:
-        which = ", ".join(f"{' = '.join(run.arms)} seed {run.seed}" for run in runs if run.key in failed)
+        which = ", ".join(on_line(f"{name_of(run)} seed {run.seed}") for run in runs if run.key in failed)
         for key, reason in failed.items():
-            console.print(f"{key} failed: {reason}", markup=False, soft_wrap=True)
+            console.print(visible(f"{key} failed: {reason}"), soft_wrap=True)
         raise RunError(
             f"{len(failed)} of {len(runs)} runs failed ({which}) and the others are finished: the same command tries "
             "the failed ones again."
@@ -141,7 +143,7 @@ def name_events(directory: Path, run: PlannedRun) -> None:
 
     Where links cannot be made there is none, and TensorBoard shows the run by its directory.
     """
-    name = f"{' = '.join(run.arms)} seed {run.seed}".replace("/", "∕")  # a division sign, since a name has no slash
+    name = on_line(f"{name_of(run)} seed {run.seed}").replace("/", "∕")  # a division sign, since a name has no slash
     link = directory / "tensorboard" / name
     with suppress(OSError):
         link.parent.mkdir(parents=True, exist_ok=True)
@@ -209,5 +211,7 @@ def _reason(job: _Job, directory: Path) -> str:
     log = directory / f"{job.runs[0].key}.log"
     if job.process.returncode < 0:
         return f"killed by {signal.Signals(-job.process.returncode).name}, see {log}"
+    if job.process.returncode == 0:
+        return "its process made a run of another name: was a file that the ablation uses edited meanwhile?"
     lines = log.read_text(errors="replace").strip().splitlines()
     return lines[-1].removeprefix("error: ") if lines else f"it ended with status {job.process.returncode}"

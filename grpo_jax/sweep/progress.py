@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from grpo_jax.experiment import PlannedRun
+from grpo_jax.runs.display import visible
 from grpo_jax.runs.files import read_json
 from grpo_jax.sweep.stages import (
     CONTROL,
@@ -90,8 +91,8 @@ class SweepProgress:
                 if status != self._shown.get(run.key, "waiting"):
                     self._shown[run.key] = status
                     far = f"  ({self._far(seen, under_way)})" if status == "finished" else ""
-                    line = f"{_name(run)}  seed {run.seed}  {run.key}  {status}{far}"
-                    self.console.print(Text(line), soft_wrap=True)
+                    line = f"{name_of(run)}  seed {run.seed}  {run.key}  {status}{far}"
+                    self.console.print(visible(line), soft_wrap=True)
         elif time.monotonic() - self._drawn > 1:  # reading every file of a large sweep takes a while
             self._live.update(self.table(under_way, failed), refresh=True)
             self._drawn = time.monotonic()
@@ -103,13 +104,13 @@ class SweepProgress:
         for column in ("arm", "seed", "run", "status"):
             table.add_column(column, justify="right" if column == "seed" else "left")
         for column in ("step", "reward", self.metric.removeprefix("evaluation/")):
-            table.add_column(column, justify="right")
+            table.add_column(visible(column), justify="right")
         for run in self.runs:
             status, latest = seen[run.key].status, latest_metrics(self.directory / run.key)
             steps = self._steps(run, seen[run.key], latest)
             figures = [_figure(latest.get(name)) for name in ("reward", self.metric)]
             style = STYLES.get(status, "")
-            table.add_row(_name(run), str(run.seed), run.key, Text(status, style=style), steps, *figures)
+            table.add_row(visible(name_of(run)), str(run.seed), run.key, Text(status, style=style), steps, *figures)
         return table
 
     def time_left(self, under_way: Set[str], failed: Set[str]) -> float | None:
@@ -181,7 +182,8 @@ class SweepProgress:
         return "interrupted" if status == "running" else status  # no process of this sweep's is making it
 
 
-def _name(run: PlannedRun) -> str:
+def name_of(run: PlannedRun) -> str:
+    """The arms that a run stands for, as a user reads them."""
     return " = ".join(run.arms)
 
 

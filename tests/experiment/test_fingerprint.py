@@ -2,14 +2,19 @@
 
 import functools
 import json
+import os
 import subprocess
 import sys
+import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from grpo_jax import experiment
+from grpo_jax.errors import UserError
 from grpo_jax.experiment import (
+    Ablation,
     CheckpointConfig,
     Experiment,
     LoRAConfig,
@@ -18,7 +23,7 @@ from grpo_jax.experiment import (
     PolicyConfig,
     SamplingConfig,
 )
-from grpo_jax.experiment.fingerprint import fingerprint
+from grpo_jax.experiment.fingerprint import fingerprint, fingerprint_or_none
 
 
 def scaled(factor):
@@ -159,6 +164,54 @@ def test_a_docstring_does_not_count():
 
 def test_a_function_that_closes_over_itself_has_a_name():
     assert len(fingerprint(recursive(1))) == 12
+
+
+def test_every_kind_of_value_has_the_same_name_in_every_process_or_none():
+    def names(hash_seed):
+        environment = {**os.environ, "PYTHONHASHSEED": hash_seed, "JAX_PLATFORMS": "cpu"}
+        code = [sys.executable, str(Path(__file__).parents[1] / "kinds.py")]
+        done = subprocess.run(code, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout)
+
+    named, refused = names("1")
+    assert [named, refused] == names("2")
+    for kind, found in named.items():
+        assert "refused" not in found and len(set(found)) == len(found), kind
+    for kind, found in refused.items():
+        assert set(found) == {"refused"}, kind
+
+
+@pytest.mark.parametrize(
+    ("hold", "place"),
+    [
+        (lambda x: x, "rewards['judge']"),
+        (lambda x: Plain(x).method, "rewards['judge'].x"),
+        (lambda x: functools.partial(max, x), "rewards['judge'] argument[0]"),
+        (lambda x: functools.partial(max, key=x), "rewards['judge'] argument['key']"),
+        (lambda x: lambda **_: x, "rewards['judge'] variable x"),
+        (lambda x: lambda y=x: y, "rewards['judge'] default[0]"),
+        (lambda x: Plain([{"a": x}]).method, "rewards['judge'].x[0]['a']"),
+    ],
+)
+def test_what_has_no_name_is_refused_by_its_arm_its_reward_and_its_attribute(hold, place):
+    reward = hold(threading.Lock())
+    reward = reward if callable(reward) else functools.partial(max, reward)
+    base = Experiment(task=None, rewards={"length": len})
+    ablation = Ablation(base, {"base": {}, "judged": {"rewards": {"judge": reward}}}, seeds=(0,))
+    with pytest.raises(UserError) as refused:
+        ablation.runs()
+    place = place if hold(1) != 1 else "rewards['judge'] argument[0]"
+    assert str(refused.value).startswith(f"arm 'judged': {place} is of type _thread.lock, which would give the run ")
+    assert "__getstate__" in str(refused.value) and fingerprint_or_none(ablation.experiment("judged", 0)) is None
+
+
+def test_what_is_nested_too_deep_is_refused():
+    deep: list = []
+    for _ in range(100_000):
+        deep = [deep]
+    with pytest.raises(UserError, match="nested too deep"):
+        fingerprint(deep)
 
 
 def test_the_name_is_the_same_in_another_process():

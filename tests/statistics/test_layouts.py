@@ -2,15 +2,22 @@
 
 import csv
 import dataclasses
+import html
 import io
 import math
+import re
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from malformed import fuzz
 
+from grpo_jax import text
 from grpo_jax.errors import UserError
 from grpo_jax.statistics import Difference, Estimate
 from grpo_jax.statistics.layouts import COLUMNS, Style, render
 from grpo_jax.statistics.tables import Row, Table
+from grpo_jax.text import on_line
 
 DIFFERENCE = Difference(
     0.2, -0.05, 0.45, p_value=0.0002, detectable=0.375, num_pairs=4, num_higher=3, num_lower=1, inner_low=-0.04,
@@ -72,8 +79,8 @@ def test_what_stands_below_a_markdown_table_is_in_order():
 
 
 def test_a_bar_in_a_name_does_not_end_its_cell():
-    table = dataclasses.replace(TABLE, rows=[dataclasses.replace(ROWS[0], arm="a|b")])
-    assert r"| a\|b | 5 |" in render(table, "md")
+    table = dataclasses.replace(TABLE, rows=[dataclasses.replace(ROWS[0], arm="a|b_c")])
+    assert "| a&#124;b_c | 5 |" in render(table, "md")
 
 
 def test_a_csv_row_holds_every_number_under_its_name():
@@ -125,6 +132,65 @@ def test_a_column_or_a_percent_that_cannot_be_shown_is_refused_in_every_layout()
 
 
 def test_greek_letters_are_mathematics_and_omicron_is_a_letter():
-    table = dataclasses.replace(TABLE, rows=[dataclasses.replace(ROWS[3], arm="α Γ λ ο ≥ − – × _")])
+    table = dataclasses.replace(TABLE, rows=[dataclasses.replace(ROWS[3], arm="α Γ λ Α ο ≥ − – × _")])
     text = render(table, "latex", Style(("arm",)))
-    assert r"{}$\alpha$ $\Gamma$ $\lambda$ ο $\geq$ $-$ -- $\times$ \_ \\" in text
+    assert r"{}$\alpha$ $\Gamma$ $\lambda$ Α ο $\geq$ $-$ -- $\times$ \_ \\" in text
+
+
+# Names that are not words ---------------------------------------------------------------------------------------------
+
+NASTY = [
+    "a\nb", "a | b", "*a*_b_`c`", "<img src=x>", "[a](b)", "\x1b[31mred", "=1+1", "@me", "#1", "'", '"', "", " ",
+    "100 % & $x^2$ {a}_b \\end{tabular} ~", "#$%&_{}", "[red]", "\r\u2028\u202e", "\0", "\ud800", "a,b;c\td", "α ≥ β",
+]  # fmt: skip
+names = st.lists(st.sampled_from(NASTY) | st.text(max_size=12), min_size=1, max_size=4, unique=True)
+
+
+def named(arms: list[str]) -> Table:
+    rows = [dataclasses.replace(ROWS[3], arm=arm) for arm in arms]
+    return dataclasses.replace(TABLE, rows=rows, missing=[*arms], notes=[(f"runs of {arm}", arm) for arm in arms])
+
+
+def is_safe(text: str) -> bool:
+    return all(c.isprintable() or c == "\n" for c in text)
+
+
+@given(names)
+@fuzz(60)
+def test_a_markdown_table_has_a_row_for_each_arm_whatever_its_name(arms):
+    said = render(named(arms), "md")
+    rows = [line for line in said.split("\n") if line.startswith("| ")]
+    assert is_safe(said) and len(rows) == 1 + len(arms) and {row.count("|") for row in rows} == {len(COLUMNS) + 1}
+    for arm, row in zip(arms, rows[1:], strict=True):
+        cell = row[2:].split(" | ")[0]
+        assert html.unescape(cell) == on_line(arm) and not set(cell) & set("<>*`[]\\")
+    assert len([line for line in said.split("\n") if line.startswith("- ")]) == 2 * len(arms)
+
+
+@given(names)
+@fuzz(60)
+def test_a_csv_file_has_a_row_for_each_arm_whatever_its_name(arms):
+    said = render(named(arms), "csv")
+    lines = [line for line in said.split("\n") if not line.startswith("#")]
+    found = [row["arm"] for row in csv.DictReader(lines)]
+    assert is_safe(said) and [arm.removeprefix("'") for arm in found] == [
+        on_line(arm).removeprefix("'") for arm in arms
+    ]
+    assert not any(arm.lstrip()[:1] in set("=+-@") for arm in found)
+
+
+@given(names)
+@fuzz(60)
+def test_a_latex_table_has_a_row_for_each_arm_whatever_its_name(arms):
+    said = render(named(arms), "latex")
+    body = said[said.index(r"\midrule") : said.index(r"\bottomrule")].split("\n")[1:-1]
+    assert is_safe(said) and len(body) == len(arms)
+    for line in body:
+        bare = re.sub(r"\\[_%&#{}$]", "", line.removesuffix(r" \\"))  # without the characters that are escaped
+        assert bare.count("&") == len(COLUMNS) - 1 and bare.count("{") == bare.count("}") and bare.count("$") % 2 == 0
+        assert not set(bare) & set("%#_^~\n")
+        assert set(re.findall(r"\\[a-zA-Z]+", bare)) <= COMMANDS
+
+
+COMMANDS = {r"\textbackslash", r"\textasciitilde", r"\textasciicircum", r"\hookleftarrow", r"\geq", r"\pm", r"\times"}
+COMMANDS |= {rf"\{letter}" for letter in text._GREEK}
