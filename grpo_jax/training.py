@@ -5,7 +5,7 @@ A step depends on the experiment, the step's number and the state alone: its pro
 """
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -226,7 +226,8 @@ class Trainer:
         done = 0
         if resume and checkpoints.latest_step(directory) is not None:
             done = self.load_checkpoint(directory)
-            self.guard.replay(row for row in self._logged() if not is_evaluation(row))
+            logged = read_rows(self.log.run_dir / "metrics.jsonl")
+            self.guard.replay(row for row in logged if not is_evaluation(row))
         elif rollback.rolls_back(config):
             self.save(0)
         self._scores()  # which finds a wrong `checkpoints.metric` before anything is trained
@@ -348,11 +349,7 @@ class Trainer:
         return retention.is_wanted(self.experiment.checkpoints, done, self._scores())
 
     def _scores(self) -> dict[int, float]:
-        config = self.experiment.checkpoints
-        return retention.scores(config, self._logged()) if config.best else {}
-
-    def _logged(self) -> Iterator[dict[str, Any]]:
-        return read_rows(self.log.run_dir / "metrics.jsonl")
+        return retention.scores(self.experiment.checkpoints, self.log.evaluations)
 
     def roll_back(self, step: int) -> int:
         """Takes policy, optimizer and reference from the checkpoint before a spike in `step`; returns its step."""

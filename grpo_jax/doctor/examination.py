@@ -15,7 +15,7 @@ from grpo_jax.doctor.check import Check, Verdict, not_applicable
 from grpo_jax.doctor.subject import Subject
 from grpo_jax.errors import UserError, failure_of
 from grpo_jax.experiment import Experiment, sources
-from grpo_jax.experiment.fingerprint import fingerprint
+from grpo_jax.experiment.fingerprint import fingerprint_or_none
 from grpo_jax.runs import record
 from grpo_jax.runs.display import visible
 from grpo_jax.runs.files import write_json
@@ -111,8 +111,8 @@ def about(experiment: Experiment) -> dict[str, Any]:
     """The experiment and the machine that a certificate is about, with the keys that run.json has."""
     return {
         "made": record.now(),
-        "key": fingerprint(experiment),
-        "config_key": fingerprint(experiment, files=False),
+        "key": fingerprint_or_none(experiment),
+        "config_key": fingerprint_or_none(experiment, files=False),
         "package": sources.package_digest(),
         "versions": record.versions(),
         "device": sharding.describe(),

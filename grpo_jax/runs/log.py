@@ -63,6 +63,9 @@ class RunLog:
       source, overrides: the experiment's file and the assignments for it; `overrides` is None for an experiment that a
         program made (see `grpo_jax.experiment.source_of`).
       callbacks: what is told of the run, besides TensorBoard (see `grpo_jax.runs.callbacks`).
+
+    Attributes:
+      evaluations: the rows of all evaluations so far, in their order.
     """
 
     def __init__(
@@ -86,6 +89,7 @@ class RunLog:
         self._info: dict[str, Any] = {}
         self._kept: KeptLog | None = None
         self._checksums: dict[str, Checksums] = {METRICS: {}, COMPLETIONS: {}}
+        self.evaluations: list[dict[str, Any]] = []
         self._is_new = False
         self._board = TensorBoard(self.run_dir / "events", text_every=max(1, experiment.num_steps // SAMPLE_TEXTS))
         self._callbacks = Callbacks(callbacks)
@@ -211,13 +215,15 @@ class RunLog:
         split = values.pop("split", "held_out")
         prefix = "evaluation" if split == "held_out" else f"evaluation/{split}"
         row = {"step": step, **{f"{prefix}/{key}": value for key, value in _flat(values)}}
-        if self.resume:
-            others = [other for other in read_rows(self.run_dir / METRICS) if key_of(other) != key_of(row)]
-            self._checksums[METRICS].pop(key_of(row), None)
+        if key_of(row) in self._checksums[METRICS]:  # of a run that was resumed: it is made again
+            del self._checksums[METRICS][key_of(row)]
             add_row(self._checksums[METRICS], row)
+            others = [other for other in read_rows(self.run_dir / METRICS) if key_of(other) != key_of(row)]
             write_text(self.run_dir / METRICS, "".join(map(json_line, sorted([*others, row], key=_place))))
         else:
             self._append(METRICS, [row])
+        others = [other for other in self.evaluations if key_of(other) != key_of(row)]
+        self.evaluations = sorted([*others, row], key=_place)
         event = EvaluationEvent(step, evaluation, {name: value for name, value in row.items() if name != "step"})
         self._board.on_evaluation(event)
         self.display.evaluation(step, evaluation)
@@ -282,8 +288,8 @@ class RunLog:
             self._checksums[name] = dict(rows.checksums)
             if path.exists():
                 write_text(path, b"".join(rows.lines).decode())
-        evaluations = [row for row in read_rows(self.run_dir / METRICS) if _place(row) == (kept.step, 0)]
-        self._board.rewind(kept.step, evaluations)
+        self.evaluations = [row for row in read_rows(self.run_dir / METRICS) if is_evaluation(row)]
+        self._board.rewind(kept.step, [row for row in self.evaluations if row["step"] == kept.step])
 
     def _write_status(self, status: str, **more: Any) -> None:
         self._info = record.with_checksum({**self._info, "status": status, **more})
