@@ -240,17 +240,29 @@ class Log:
 
     run_dir: Path = Path("nowhere")
     notes: list[str] = field(default_factory=list)
+    policy_commit: str | None = None
 
     def note(self, message: str) -> None:
         self.notes.append(message)
 
+    def starts_from(self, commit: str | None) -> None:
+        self.policy_commit = commit
 
-def test_a_policy_from_elsewhere_is_named_before_it_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+
+def test_a_policy_from_elsewhere_is_named_before_it_is_loaded_and_its_commit_is_recorded(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def loaded(experiment: Experiment, commit: str | None) -> Any:
+        return SimpleNamespace(experiment=experiment, asked=commit, after=list(log.notes), commit="1a2b")
+
     config, log = override(letters.config, {"policy.source": "package:small"}), Log()
-    monkeypatch.setattr(training, "source_policy", lambda experiment: (experiment, list(log.notes)))
-    assert starting_policy(config, log) == (config, ["loading package:small"])  # type: ignore[arg-type]
+    monkeypatch.setattr(training, "source_policy", loaded)
+    first = starting_policy(config, log)  # type: ignore[arg-type]
+    assert vars(first) == {"experiment": config, "asked": None, "after": ["loading package:small"], "commit": "1a2b"}
+    assert log.policy_commit == "1a2b"
     log.notes.clear()
-    assert starting_policy(letters.config, log) == (letters.config, [])  # type: ignore[arg-type]
+    second = starting_policy(letters.config, log)  # type: ignore[arg-type]
+    assert vars(second) == {"experiment": letters.config, "asked": "1a2b", "after": [], "commit": "1a2b"}
 
 
 def test_a_summary_keeps_splits_and_parts_apart() -> None:

@@ -55,7 +55,7 @@ def test_replay_shows_a_step_and_says_that_it_is_the_same(run, capsys):
         assert f"│ {row['completion']} " in said and f" {row['reward']:.3f} │" in said
     assert "and 3 more prompts (all with --prompts 4)" in said
     assert said.endswith(
-        "run: step 1, made again from the start, is the same to the last digit (27 metrics and 16 completions).\n"
+        "run: step 1, made again from the start, is the same to the last digit (28 metrics and 16 completions).\n"
     )
     assert "not as when" not in said and "what differs" not in said
 
@@ -82,7 +82,7 @@ def test_replay_says_what_is_rounding(run, capsys):
     (run / "run.json").write_text(json.dumps(info))
     assert status("replay", "run", "--step", "0") == 0
     said = capsys.readouterr().out
-    assert "is the same up to rounding (largest relative difference 2e-06 in grad_norm; 27 metrics and 16" in said
+    assert "is the same up to rounding (largest relative difference 2e-06 in grad_norm; 28 metrics and 16" in said
     assert "processor.name  Another" in said and " grad_norm " in said and " loss " in said
 
 
