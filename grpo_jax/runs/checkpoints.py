@@ -14,10 +14,14 @@ arrays are in a folder `default`) may lack them, and is read all the same.
 its own. The arrays are not compressed: weights become 7 % smaller by that, and take twice as long to write.
 """
 
+import errno
 import hashlib
 import logging
 import os
+import re
 import shutil
+import sys
+import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -32,10 +36,13 @@ from grpo_jax.errors import RunError, UserError
 from grpo_jax.runs.files import sync
 
 SUMS = "SHA256SUMS"  # in the folder of each checkpoint
+_OVERHEAD = 64 * 1024  # bytes that a checkpoint takes beside its arrays
 _DAY = 86_400  # seconds that a save may take; Orbax's own limit of ten minutes is too short for a slow disk
 
-# What Orbax logs of a failure is no news: it raises the error too, and this module says what follows from it.
+# What Orbax logs of a failure is no news: it raises the error too, and this module says what follows from it. Nor are
+# the parts of a save that it did not come to then.
 logging.getLogger("absl").addFilter(lambda record: f"{os.sep}orbax{os.sep}" not in record.pathname)
+warnings.filterwarnings("ignore", r"coroutine '(NumpyHandler|BasePyTreeCheckpointHandler)\.", RuntimeWarning)
 
 
 def newest_two(steps: Sequence[int]) -> Collection[int]:
@@ -97,10 +104,11 @@ class Saver:
             self._directory.mkdir(parents=True, exist_ok=True)
             for left in _unfinished(self._directory):
                 shutil.rmtree(left)
+            _require_room(self._directory, sum(leaf.nbytes for leaf in stored.values()))
             checkpointer = ocp.AsyncCheckpointer(_handler(), timeout_secs=_DAY)
             checkpointer.save(part, args=ocp.args.PyTreeSave(stored))
         except Exception as error:  # Orbax and TensorStore raise many types
-            raise self._failure(step, part, error) from error
+            raise self._failure(step, error) from error
         removed = set(steps) - set(keep(sorted([*steps, step])))
         self._pending = self._pool.submit(self._finish, checkpointer, step, part, files or {}, removed)
 
@@ -132,11 +140,12 @@ class Saver:
                 (self._directory / str(other)).rename(gone)
                 shutil.rmtree(gone)
         except Exception as error:
-            raise self._failure(step, part, error) from error
+            raise self._failure(step, error) from error
 
-    def _failure(self, step: int, part: Path, error: Exception) -> RunError:
-        shutil.rmtree(part, ignore_errors=True)  # which makes room for the record of the failure
-        return RunError(f"the checkpoint of step {step} cannot be written to {self._directory}: {_first_line(error)}")
+    def _failure(self, step: int, error: Exception) -> RunError:
+        for left in _unfinished(self._directory):
+            shutil.rmtree(left, ignore_errors=True)  # which makes room for the record of the failure
+        return RunError(f"the checkpoint of step {step} cannot be written to {self._directory}: {_reason(error)}.")
 
 
 def save(
@@ -200,9 +209,9 @@ def restore(
 
     `like` is a pytree of arrays, `jax.ShapeDtypeStruct`s or numbers. A leaf with a sharding is returned as a
     `jax.Array` with that sharding, a number as a number, and any other leaf as what `place` makes of its NumPy array.
-    The arrays are placed one after the other, and each is let go of then, so that there is one copy of the state and no
-    second one. `optional_leaves` names leaves that the checkpoint may lack, because earlier versions did not save them;
-    then those of `like` are returned. With `partial`, `like` may be a part of what was saved, and the rest is not read.
+    The arrays are read and placed one after the other, so that there is never a second copy of the whole state.
+    `optional_leaves` names leaves that the checkpoint may lack, because earlier versions did not save them; then those
+    of `like` are returned. With `partial`, `like` may be a part of what was saved, and the rest is not read.
     Raises `UserError` if there is no checkpoint, if it cannot be read, or if a leaf's name, shape or dtype differs.
     """
     step = latest_step(directory) if step is None else step
@@ -217,11 +226,11 @@ def restore(
         if partial:
             found = {name: leaf for name, leaf in found.items() if name in wanted}
         _compare(_place(directory, step), wanted, found)
-        arguments = {name: _restore_arguments(wanted[name]) for name in found}
-        item = dict.fromkeys(found, 0)
-        how = ocp.args.PyTreeRestore(item=item, restore_args=arguments, partial_restore=True)
+        state = dict(leaves)
         with ocp.Checkpointer(_handler()) as checkpointer:
-            stored = checkpointer.restore(folder, args=how)
+            for name, leaf in wanted.items():  # one by one: Orbax holds up to three copies of what it reads at once
+                array = _read(checkpointer, folder, name, leaf) if name in found else None
+                state[name] = _like(leaf, array, place)
     except UserError:
         raise
     except Exception as error:  # Orbax and TensorStore raise many types for foreign and for incomplete files
@@ -229,8 +238,7 @@ def restore(
             f"{_place(directory, step)} cannot be read: it is damaged or was not written by grpo_jax"
             f"{remedy(directory, step)}."
         ) from error
-    restored = [_like(leaf, stored.pop(name, None), place) if name in wanted else leaf for name, leaf in leaves.items()]
-    return step, jax.tree.unflatten(jax.tree.structure(like), restored)
+    return step, jax.tree.unflatten(jax.tree.structure(like), state.values())
 
 
 def require_whole(directory: str | Path, step: int) -> None:
@@ -251,6 +259,8 @@ def _place(directory: str | Path, step: int) -> str:
 
 def _unfinished(directory: Path) -> list[Path]:
     """What a process that was killed has left in a directory of checkpoints, also one of an earlier version."""
+    if not directory.is_dir():
+        return []
     found = [path for path in directory.iterdir() if ".orbax-checkpoint-tmp" in path.name or path.suffix == ".part"]
     return [path for path in found if path.is_dir()]
 
@@ -347,9 +357,12 @@ def _compare(place: str, wanted: Mapping[str, Any], found: Mapping[str, Any]) ->
         raise UserError(f"{place} holds {unknown[0]!r}, which this policy and optimizer do not have.")
 
 
-def _restore_arguments(leaf: Any) -> ocp.RestoreArgs:
+def _read(checkpointer: ocp.Checkpointer, folder: Path, name: str, leaf: Any) -> Any:
+    """One array of a checkpoint, where `leaf` is: on devices if it has a sharding, else on the host."""
     sharding = getattr(leaf, "sharding", None)
-    return ocp.RestoreArgs(restore_type=np.ndarray) if sharding is None else ocp.ArrayRestoreArgs(sharding=sharding)
+    how = ocp.RestoreArgs(restore_type=np.ndarray) if sharding is None else ocp.ArrayRestoreArgs(sharding=sharding)
+    arguments = ocp.args.PyTreeRestore(item={name: 0}, restore_args={name: how}, partial_restore=True)
+    return checkpointer.restore(folder, args=arguments)[name]
 
 
 def _like(leaf: Any, value: Any, place: Callable[[np.ndarray], Any]) -> Any:
@@ -361,5 +374,37 @@ def _like(leaf: Any, value: Any, place: Callable[[np.ndarray], Any]) -> Any:
     return place(value) if isinstance(value, np.ndarray) else value
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+def _require_room(directory: Path, wanted: int) -> None:
+    """Raises `OSError` if a disk has no room for so many bytes.
+
+    It is asked before Orbax writes, since TensorStore goes on for a while with a disk that is full.
+    """
+    free = shutil.disk_usage(directory).free
+    if free < wanted + _OVERHEAD:
+        needs = f"it needs {wanted / 1e6:,.1f} MB, and {free / 1e6:,.1f} MB are free"
+        raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)} ({needs})")
+
+
+def _reason(error: Exception) -> str:
+    """What an error says, in one line without a full stop; of an error of the system in TensorStore, that alone."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    if code := re.search(r"os_error_code='(\d+)'", str(error)):
+        return os.strerror(int(code[1]))
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].strip().rstrip(".")
+
+
+def _without_closed_loops(hook: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """A hook for errors that nobody can catch, which leaves out what TensorStore has to say to a loop that is closed.
+
+    Orbax closes its event loop at the first write that fails, and the other writes then report to it all the same.
+    """
+
+    def told(error: Any) -> None:
+        if not (isinstance(error.exc_value, RuntimeError) and str(error.exc_value) == "Event loop is closed"):
+            hook(error)
+
+    return told
+
+
+sys.unraisablehook = _without_closed_loops(sys.unraisablehook)

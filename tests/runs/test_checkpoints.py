@@ -238,8 +238,10 @@ def test_a_place_that_cannot_be_written_is_one_sentence(tmp_path):
 
 
 def test_why_it_cannot_be_written_is_the_first_line_or_the_kind_of_the_error():
-    assert checkpoints._first_line(OSError("\n the disk is full \n and more")) == "the disk is full "
-    assert checkpoints._first_line(ValueError()) == "ValueError"
+    assert checkpoints._reason(ValueError("\n the disk is full. \n and more")) == "the disk is full"
+    assert checkpoints._reason(OSError(28, "No space left on device", "a file")) == "No space left on device"
+    assert checkpoints._reason(ValueError()) == "ValueError"
+    assert checkpoints._reason(ValueError("No [os_error_code='28' x='y']")) == "No space left on device"
 
 
 def slow_disk(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
