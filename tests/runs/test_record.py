@@ -191,3 +191,9 @@ def test_a_method_of_the_users_own_that_has_other_fields_is_another():
     assert record.changed_fields(recorded, experiment(method=Mine(1))) == {}
     (name,) = record.changed_fields(recorded, experiment(method=Mine(2)))
     assert name == "method"
+
+
+def test_a_change_without_two_values_is_refused_where_the_record_is_read(tmp_path):
+    (tmp_path / "run.json").write_text(json.dumps({"resumed": [{"changes": {"steps": [2]}}]}))
+    with pytest.raises(UserError, match=r"run.json is damaged, or was edited: 'steps' has \[2\] for a change"):
+        record.read_run(tmp_path)
