@@ -85,21 +85,20 @@ class Guard:
 
     def _spikes(self, step: int, metrics: Mapping[str, Any]) -> Iterator[Alarm]:
         c = self._config
-        count = int(metrics.get("spiked_updates") or 0)
-        if not count or (c.on_spike in ("skip", "warn") and not self._first("spike")):
+        if not metrics.get("spiked_updates") or (c.on_spike != "stop" and not self._first("spike")):
             return
         what = "gradient norm" if c.spike_metric == "grad_norm" else "loss"
         then = {
-            "skip": "the update was skipped",
+            "skip": "the update was not made",
+            "rollback": f"the last {_number(metrics, 'rolled_back'):g} steps were undone",
             "warn": "the update was made all the same",
             "stop": "the update was not made",
-            "rollback": f"the policy is the one of {_number(metrics, 'rolled_back'):g} steps before",
         }[c.on_spike]
         yield Alarm(
             step,
             "spike",
-            f"step {step}: the {what} was above {_number(metrics, 'spike_limit'):.4g}, which is guards.spike_factor = "
-            f"{c.spike_factor:g} times the median of the {c.spike_window} steps before, and {then}.",
+            f"step {step}: the {what} was above {_number(metrics, 'spike_limit'):.4g}, {c.spike_factor:g} times the "
+            f"median of the {c.spike_window} steps before (guards.spike_factor): {then}.",
             "guards.on_spike" if c.on_spike == "stop" else "",
         )
 

@@ -255,9 +255,11 @@ CASES = {
     "evaluation.batch_size": case(2),
     "guards.min_entropy": case(9.0, check=warns("entropy was below"), also={"guards.patience": 1}),
     "guards.max_most_common_ratio": case(1e-6, check=warns("answers every prompt alike"), also={"guards.patience": 1}),
-    "guards.watch_signal": case(False, check=lambda one, other: warns("no group")(other, one), **SAME),
+    "guards.watch_signal": case(
+        False, check=lambda one, other: warns("no group")(other, one), guards__min_entropy=1e-9, **SAME
+    ),
     "guards.patience": case(2, check=lambda one, other: warnings(one) != warnings(other), **SAME),
-    "guards.on_collapse": case("stop", {"after"}, num_steps, **SAME),
+    "guards.on_collapse": case("stop", check=num_rows, **SAME),
     "warm_start": case({"method": "sft", "steps": 1}, FROM_START, check=has("warm_start/run.json")),
     "control": case({"method": "sft", "steps": 1}, check=has("control/run.json")),
 }  # fmt: skip

@@ -187,7 +187,9 @@ def test_a_spike_is_skipped_and_counted_and_told_once(tmp_path: Path) -> None:
     assert spike["spike_limit"] == pytest.approx(20 * np.mean(before)) and spike["grad_norm"] > spike["spike_limit"]
     [warning] = read_run(tmp_path / "run")["warnings"]
     assert warning["kind"] == "spike" and "step 3: the gradient norm was above" in warning["message"]
-    assert warning["message"].endswith("times the median of the 2 steps before, and the update was skipped.")
+    assert warning["message"].endswith(
+        "20 times the median of the 2 steps before (guards.spike_factor): the update was not made."
+    )
     assert warning["message"] in diagnose(tmp_path / "run")
 
 
@@ -240,7 +242,7 @@ def test_a_spike_takes_the_run_back_and_its_batches_are_left_out(tmp_path: Path)
     assert [row["step"] for row in found] == list(range(STEPS)) and found[-1]["num_tokens"] > found[SPIKE]["num_tokens"]
     assert kept_steps(tmp_path / "run" / "checkpoints") == [4, 6]
     [warning] = read_run(tmp_path / "run")["warnings"]
-    assert warning["message"].endswith("and the policy is the one of 2 steps before.")
+    assert warning["message"].endswith(": the last 2 steps were undone.")
 
 
 def test_a_spike_ends_the_run_before_its_update(tmp_path: Path) -> None:

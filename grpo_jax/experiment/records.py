@@ -93,6 +93,7 @@ def read(path: Path) -> dict[str, Any]:
     require(content, SCHEMAS.get(path.name, {}), str(path))
     if path.name == "run.json":
         _require_inside(content, str(path))
+        _require_changes(content, str(path))
     return content
 
 
@@ -164,6 +165,17 @@ def _problems(value: Any, schema: Any, place: str) -> Iterator[tuple[str, Any, s
                 yield place, value, f"an object with {key!r}"
     elif not (value is None if schema is None else admits(schema, value)):
         yield place, value, "null" if schema is None else str(getattr(schema, "__name__", schema))
+
+
+def _require_changes(info: Mapping[str, Any], where: str) -> None:
+    """Raises `UserError` for a change of a resumed run that is not a value before and a value since."""
+    for visit in info.get("resumed", ()):
+        for name, change in visit.get("changes", {}).items():
+            if len(change) != 2:
+                raise UserError(
+                    f"{where} is damaged, or was edited: {shown(name)} has {shown(change)} for a change, which must be "
+                    "two values."
+                )
 
 
 def _require_inside(info: Mapping[str, Any], where: str) -> None:

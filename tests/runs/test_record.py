@@ -220,3 +220,9 @@ def test_a_certificate_of_another_experiment_is_named_and_one_of_this_is_not(tmp
     assert note is not None and "certificate.json is about another config" in note
     (tmp_path / record.CERTIFICATE).write_text("{")
     assert record.certificate_note(tmp_path, experiment()) is not None
+
+
+def test_a_change_without_two_values_is_refused_where_the_record_is_read(tmp_path):
+    (tmp_path / "run.json").write_text(json.dumps({"resumed": [{"changes": {"steps": [2]}}]}))
+    with pytest.raises(UserError, match=r"run.json is damaged, or was edited: 'steps' has \[2\] for a change"):
+        record.read_run(tmp_path)
