@@ -100,36 +100,32 @@ def rope_from_hf(config: Mapping[str, Any]) -> tuple[RopeConfig, RopeConfig | No
                 "config.json has rope_parameters without layer types: for gemma3 they must have the entries "
                 "'full_attention' and 'sliding_attention'."
             )
-        whole = {
-            "rope_theta": config.get("rope_theta", 1_000_000.0),
-            **(parameters.get("full_attention") or {}),
-            **scaling,
-        }
-        local = {
-            "rope_theta": config.get("rope_local_base_freq", 10_000.0),
-            **(parameters.get("sliding_attention") or {}),
-        }
-        return _rope(whole, positions), _rope(local, positions)
+        whole, local = (parameters.get(key) or {} for key in ("full_attention", "sliding_attention"))
+        return (
+            _rope({**whole, **scaling}, config.get("rope_theta", 1_000_000.0), positions),
+            _rope(local, config.get("rope_local_base_freq", 10_000.0), positions),
+        )
     theta = config.get("rope_theta", 10_000.0)
     if per_type:
-        ropes = [_rope({"rope_theta": theta, **parameters[key]}, positions) for key in per_type]
+        ropes = [_rope(parameters[key] or {}, theta, positions) for key in per_type]
         if len(set(ropes)) > 1:
             raise UserError(
                 f"config.json has rope_parameters that differ by layer type, which model_type {config['model_type']!r} "
                 "does not allow: only gemma3 does."
             )
         return ropes[0], None
-    return _rope({"rope_theta": theta, **(scaling or parameters)}, positions), None
+    return _rope(scaling or parameters, theta, positions), None
 
 
-def _rope(parameters: Mapping[str, Any], positions: int) -> RopeConfig:
+def _rope(parameters: Mapping[str, Any], theta: float, positions: int) -> RopeConfig:
+    """The rotary embedding of these parameters. `theta` is the base where they have none, or null."""
     parameters = {key: value for key, value in parameters.items() if value is not None}
     kind = parameters.get("rope_type", parameters.get("type", "default"))
     if kind not in _KINDS:
         raise UserError(f"config.json has rope type {kind!r}, which is none of {', '.join(_KINDS)}.")
     if parameters.get("partial_rotary_factor", 1.0) != 1.0:
         raise UserError("config.json has a partial_rotary_factor: only whole heads can be rotated.")
-    theta = float(parameters["rope_theta"])
+    theta = float(parameters.get("rope_theta", theta))
     if kind == "default":
         return RopeConfig(theta)
     original = parameters.get("original_max_position_embeddings", positions)

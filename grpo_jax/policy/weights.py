@@ -199,8 +199,8 @@ def _weight_files(path: Path) -> list[Path]:
             f"{path} holds {pickled}: it must have safetensors (model.safetensors, or shards and an index)."
         )
     for file in files:
-        if not file.is_file():
-            raise UserError(f"{path} lacks {file.name}, which its model.safetensors.index.json names.")
+        if not os.path.isfile(file):  # Path.is_file raises an error for a name that is too long
+            raise UserError(f"{path} lacks {one_line(file.name, 200)}, which its model.safetensors.index.json names.")
         try:
             safe_open(file, "numpy")
         except (SafetensorError, OSError) as error:

@@ -137,6 +137,13 @@ def test_old_and_new_spelling_of_gemma3_mean_the_same():
     assert (old.rope.theta, old.local_rope.theta) == (1e5, 100.0)
 
 
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gemma3_text"])
+def test_null_in_rope_parameters_stands_for_the_default(family):
+    nulls = {"full_attention": {"rope_type": "default", "rope_theta": None}, "sliding_attention": None}
+    assert read(family, rope_parameters=nulls) == read(family)
+    assert read("llama", rope_parameters={"rope_theta": None}, rope_theta=5e5).rope == RopeConfig(5e5)
+
+
 def test_gemma3_published_config_with_its_gaps_is_read():
     config = from_hf(
         {

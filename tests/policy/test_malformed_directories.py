@@ -183,6 +183,12 @@ def test_an_index_names_files_beside_it_alone(directory, name):
     assert "it must be the name of a file beside it." in refusal(directory)
 
 
+def test_a_name_in_the_index_that_no_file_can_have_is_a_file_that_is_lacking(directory):
+    placed = json.loads((directory / "model.safetensors.index.json").read_text())["weight_map"]
+    change(directory / "model.safetensors.index.json", weight_map=placed | {"lm_head.weight": "x" * 300})
+    assert f"{directory} lacks xxx" in refusal(directory)
+
+
 @pytest.mark.parametrize("size", ["hidden_size", "vocab_size", "intermediate_size", "num_hidden_layers", "head_dim"])
 @pytest.mark.parametrize("value", [2**24, 2**31, 2**63, 10**30])
 def test_a_size_that_no_file_has_takes_no_memory(directory, size, value):
