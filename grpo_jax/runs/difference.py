@@ -133,8 +133,7 @@ def condition_differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> l
     package, other_package = one.get("package") or {}, other.get("package") or {}
     digests = differences(package.get("digest", ABSENT), other_package.get("digest", ABSENT), "training code")
     if digests:  # a commit that leaves the digest as it is changes no number
-        commit, other_commit = ((each.get("git") or {}).get("commit", ABSENT) for each in (package, other_package))
-        digests += differences(commit, other_commit, "commit of grpo_jax")
+        digests += differences(_commit(package), _commit(other_package), "commit of grpo_jax")
     return digests + found
 
 
@@ -230,6 +229,11 @@ def _filled(config: Any, defaults: Any) -> Any:
     if not (isinstance(config, Mapping) and isinstance(defaults, Mapping)):
         return config
     return {**defaults, **{name: _filled(value, defaults.get(name)) for name, value in config.items()}}
+
+
+def _commit(package: Mapping[str, Any]) -> Any:
+    commit = (package.get("git") or {}).get("commit")
+    return ABSENT if commit is None else commit[:12]
 
 
 def _visit(visit: Mapping[str, Any]) -> str:

@@ -54,6 +54,7 @@ class Inputs(NamedTuple):
     Attributes:
       step: the step's number.
       prompts, lengths, prompt_ids: [P, S], [P] and [P] int32.
+      temperature, top_p: float32 scalars: as constants they would be compiled in another way than in a run of its own.
       secrets: [P, L] int32, from which completions are rewarded; None for SFT.
       demonstrated: the demonstrations that SFT trains on; None for GRPO.
     """
@@ -62,6 +63,8 @@ class Inputs(NamedTuple):
     prompts: Any
     lengths: Any
     prompt_ids: Any
+    temperature: Any
+    top_p: Any
     secrets: Any
     demonstrated: Any
 
@@ -204,30 +207,36 @@ def _program(trainer: Trainer) -> Any:
     config, actor = trainer.experiment, trainer.actor
     optimizer, _ = make_optimizer(config.optimizer, config.num_steps * config.num_iterations)
     update = make_update(trainer.setup._replace(axis_name=None), optimizer)
-    sampling, shared = config.sampling, trainer.prompts.shared_prefix_length
-    settings = replace(settings_of(sampling, actor.tokenizer), shared_prefix_length=shared)
+    shared = trainer.prompts.shared_prefix_length
+    settings = replace(settings_of(config.sampling, actor.tokenizer), shared_prefix_length=shared)
     samples = jnp.tile(jnp.arange(config.group_size, dtype=jnp.int32), (config.prompts_per_step, 1))
+
+    def sample(state: State, frozen: Any, seed: jax.Array, given: Inputs) -> Generation:
+        noise = Noise(seed, given.step, given.prompt_ids, samples)
+        policy = actor.model.bind(state.trainable, frozen)
+        scales = given.temperature, given.top_p
+        return generate(policy, given.prompts, given.lengths, noise, *scales, settings)[0]
+
+    def advantages_of(rewards: jax.Array, sample_mask: jax.Array, mask: jax.Array) -> jax.Array:
+        return compute_advantages(config.advantages, rewards, sample_mask, token_mask=mask)
 
     def play(state: State, frozen: Any, seed: jax.Array, given: Inputs) -> tuple[Generation | None, Batch]:
         if given.demonstrated is not None:
             return None, given.demonstrated
-        noise = Noise(seed, given.step, given.prompt_ids, samples)
-        policy = actor.model.bind(state.trainable, frozen)
-        scales = jnp.float32(sampling.temperature), jnp.float32(sampling.top_p)
-        generation, _ = generate(policy, given.prompts, given.lengths, noise, *scales, settings)
+        generation = _apart(given, sample, state, frozen, seed, given)
         mask = generation.mask
         rewards = array_rewards.reward(config, generation.tokens, mask, given.secrets)
-        tokens, sample_mask = jnp.where(mask, generation.tokens, 0), jnp.ones(rewards.shape, bool)
-        advantages = compute_advantages(config.advantages, rewards, sample_mask, token_mask=mask)
+        tokens, sample_mask = jnp.where(mask, generation.tokens, 0), jnp.broadcast_to(_always(given), rewards.shape)
+        advantages = _apart(given, advantages_of, rewards, sample_mask, mask)
         arrays = (given.prompts, given.lengths, tokens, mask, mask, generation.logprobs, rewards, sample_mask)
         return generation, Batch(*arrays, advantages=advantages)
 
     def step(state: State, frozen: Any, reference: Any, seed: jax.Array, given: Inputs) -> tuple[State, Any]:
-        generation, batch = play(state, frozen, seed, given)
-        state, output = update(state, frozen, reference, batch, jnp.bool_(True))
+        generation, batch = _apart(given, play, state, frozen, seed, given)
+        state, output = _apart(given, update, state, frozen, reference, batch, _always(given))
         first = output
         for _ in range(config.num_iterations - 1):
-            state, output = update(state, frozen, reference, batch, jnp.bool_(False))
+            state, output = _apart(given, update, state, frozen, reference, batch, ~_always(given))
         # As in `Trainer.step`: the first iteration measures the sampler's gap, the last how far the policy has moved.
         of_first = {k: v for k, v in first.metrics.items() if k.startswith("sampling/")}
         output = output._replace(metrics={**output.metrics, **of_first}, logprob_gaps=first.logprob_gaps)
@@ -238,6 +247,26 @@ def _program(trainer: Trainer) -> Any:
         return jax.lax.scan(lambda state, given: step(state, frozen, reference, seed, given), state, inputs)
 
     return jax.jit(lambda *seeds: _over_seeds(steps, seeds))
+
+
+def _apart(given: Inputs, function: Callable[..., Any], *arguments: Any) -> Any:
+    """`function(*arguments)`, on a CPU compiled as in a run of its own, where it is a program of its own.
+
+    There it is a branch that is always taken, which the compiler cannot know: it fuses nothing over the edges of a
+    branch, so that the function rounds as it does alone. (`jax.lax.optimization_barrier` has no such effect on a CPU.)
+    """
+    if jax.default_backend() != "cpu":
+        return function(*arguments)
+
+    def never(*arguments: Any) -> Any:
+        return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(function, *arguments))
+
+    return jax.lax.cond(_always(given), function, never, *arguments)
+
+
+def _always(given: Inputs) -> jax.Array:
+    """True, of which the compiler cannot know that it always is: with a constant it would fold what reads it."""
+    return given.step >= 0
 
 
 def _over_seeds(function: Callable[[Any], Any], seeds: Any) -> Any:
@@ -257,7 +286,8 @@ def _inputs(trainer: Trainer, steps: range) -> tuple[Inputs, list[TrainBatch | N
     for step in steps:
         indices, ids = schedule(config.seed, step, config.prompts_per_step, len(task.train))
         prompts = trainer.prompts.batch("train", indices)
-        named = np.int32(step), prompts.ids, prompts.lengths, np.asarray(ids, np.int32)
+        scales = np.float32(config.sampling.temperature), np.float32(config.sampling.top_p)
+        named = np.int32(step), prompts.ids, prompts.lengths, np.asarray(ids, np.int32), *scales
         if trainer.algorithm.on_policy:
             assert isinstance(tokenizer, CharacterTokenizer), "as a policy from scratch has"
             secrets = array_rewards.secrets_of(prompts.examples, tokenizer)
