@@ -10,7 +10,6 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
-import jax
 import numpy as np
 
 from grpo_jax.algorithms import Algorithm, Setup, StepContext, TrainBatch, algorithm_of
@@ -197,8 +196,3 @@ def made_up(offset: float) -> RewardFunction:
         return [offset + i % 2 + 0.25 * (i % 3) for i in range(len(completions))]
 
     return reward
-
-
-def host(tree: Any) -> Any:
-    """A tree of arrays on the host."""
-    return jax.device_get(tree)

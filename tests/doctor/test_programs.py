@@ -88,6 +88,24 @@ def test_adapters_without_gradient_and_a_loss_that_is_not_finite_are_refuted(sub
         refuted(updates.gradient_reaches_the_parameters(other), words)
 
 
+def test_better_completions_become_likelier_and_a_gradient_of_the_wrong_sign_is_refuted(subject):
+    check = updates.better_completions_become_likelier(subject)
+    assert check.verdict == "proved" and check.figures["cosine"] > 0.3
+    own = updates._outcome(subject)
+    wrong = own._replace(gradient={path: -x for path, x in own.gradient.items()})
+    other = replace(subject, found={**subject.found, ("outcome", 1, 1): wrong})
+    refuted(updates.better_completions_become_likelier(other), "the wrong sign")
+
+
+def test_rewards_of_other_completions_are_refuted(subject):
+    batch = subject.train_batch.batch
+    mixed = replace(subject.train_batch, batch=batch._replace(advantages=batch.advantages[:, ::-1]))
+    programs = {key: found for key, found in subject.found.items() if "outcome" not in key}
+    other = replace(subject, found=programs)
+    vars(other)["train_batch"] = mixed
+    refuted(updates.better_completions_become_likelier(other), "rewards are those of other completions")
+
+
 def test_one_step_of_the_optimizer_for_each_micro_batch_is_refuted(subject):
     own = updates._outcome(subject)
     other = replace(subject, found={("outcome", 1, 1): own, ("outcome", updates.PROMPTS, 1): own._replace(steps=4)})
@@ -203,7 +221,7 @@ def test_the_limit_of_a_container_counts(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("method", ["ppo", "rft", "dpo", "sft", "reward_model"])
-def test_micro_batches_and_order_change_no_method(method):
+def test_every_method_can_be_examined(method):
     subject = subject_of({"method": method})
     for check in (updates.accumulation_changes_nothing, updates.order_changes_nothing):
         assert check(subject).verdict == "proved"
