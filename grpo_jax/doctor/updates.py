@@ -113,9 +113,7 @@ def sampler_and_trainer_agree(subject: Subject) -> Check:
 def gradient_reaches_the_parameters(subject: Subject) -> Check:
     """The gradient is finite and not 0; of adapters, each has one."""
     outcome = _outcome(subject)
-    norms = {
-        path: float(norm) for path, norm in jax.device_get(jax.tree.map(jnp.linalg.norm, outcome.gradient)).items()
-    }
+    norms = {path: float(jnp.linalg.norm(x)) for path, x in outcome.gradient.items()}
     total = float(np.sqrt(sum(norm**2 for norm in norms.values())))
     dead = sorted(path for path, norm in norms.items() if norm == 0)
     figures = {"norm": total, "loss": outcome.loss, "tensors": len(norms), "without_gradient": dead}

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import letters
 import pytest
 
-from grpo_jax.doctor import Check, Subject, exported, memory, updates
+from grpo_jax.doctor import Check, Subject, examine, exported, memory, updates
 from grpo_jax.experiment import Experiment, LoRAConfig, override
 from grpo_jax.losses import LossInputs
 from grpo_jax.policy import Policy, load
@@ -226,3 +226,11 @@ def test_every_method_can_be_examined(method):
     for check in (updates.accumulation_changes_nothing, updates.order_changes_nothing):
         assert check(subject).verdict == "proved"
     assert updates.gradient_reaches_the_parameters(subject).verdict == "proved"
+
+
+def test_an_experiment_in_which_all_is_well_has_no_refutation(subject):
+    certificate = examine(subject)
+    assert [check for check in certificate.checks if check.verdict == "refuted"] == []
+    found = {check.name: check.verdict for check in certificate.checks}
+    assert found["the number of devices changes nothing"] == "proved"
+    assert [name for name, verdict in found.items() if verdict == "not applicable"] == ["the chat template round-trips"]
