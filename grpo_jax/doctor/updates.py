@@ -107,7 +107,15 @@ def sampler_and_trainer_agree(subject: Subject) -> Check:
         f"the trainer misses a log-probability of the sampler by {worst:.4f} nats: the two compute different policies, "
         "and training would stop (with loss.importance_sampling_mode it would go on, corrected)."
     )
-    return within(worst, bound, " nats", sentence, tokens=tokens, mean=float(np.sum(gaps)) / max(tokens, 1))
+    found = within(worst, bound, " nats", sentence, tokens=tokens, mean=float(np.sum(gaps)) / max(tokens, 1))
+    is_truncated = subject.algorithm.on_policy and (small.sampling.top_k > 0 or small.sampling.top_p < 1)
+    if found.verdict == "proved" and is_truncated:
+        sentence = (
+            "sampling.top_k or top_p narrows what is drawn, and log-probabilities are those of the whole distribution, "
+            "so that what is trained is not quite the policy that sampled: leave both at their defaults in training."
+        )
+        return replace(found, verdict="warning", sentence=sentence)
+    return found
 
 
 def gradient_reaches_the_parameters(subject: Subject) -> Check:

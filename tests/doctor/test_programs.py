@@ -129,6 +129,11 @@ def test_the_sampler_reports_what_the_trainer_computes(subject):
     assert check.verdict == "proved" and check.figures["tokens"] > 20
 
 
+def test_truncated_sampling_is_a_warning(subject):
+    other = replace(subject, experiment=override(subject.experiment, {"sampling.top_p": 0.9}))
+    assert updates.sampler_and_trainer_agree(other).verdict == "warning"
+
+
 class Misreporting:
     """A sampler whose log-probabilities are those of another temperature."""
 
