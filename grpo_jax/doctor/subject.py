@@ -24,7 +24,7 @@ from grpo_jax.rewards import RewardFunction
 from grpo_jax.rollout import Actor, Prompts, Rollout, encode_prompts, join_groups, make_actor
 from grpo_jax.sharding import Replicas
 
-PROMPTS, GROUP_SIZE = 4, 8  # of a small batch, which all checks share, so that the sampler is compiled once
+PROMPTS, GROUP_SIZE = 4, 4  # of a small batch, which all checks share, so that the sampler is compiled once
 ROUNDS, LARGEST_GROUP = 4, 64  # of the groups whose rewards are looked at
 SAMPLING_SECONDS = 20.0  # after which no further round of groups is sampled
 MOVED, MOVED_FACTOR = 1e-2, 1e-2  # how far the policy is moved off its start
