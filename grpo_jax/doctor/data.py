@@ -26,7 +26,7 @@ def splits_are_disjoint(subject: Subject) -> Check:
     measured, bound = f"{len(shared):,} of {len(task.held_out):,} shared", "0 shared"
     if not shared:
         return Check("proved", measured, bound, figures=figures)
-    many = f"{len(shared):,} of the {count(len(task.held_out), 'held-out example')} are training examples too"
+    many = f"{len(shared):,} of {count(len(task.held_out), 'held-out example')} are in the training split too"
     if all(id(example) in declared for example in shared):
         sentence = (
             f"{many}, as the task declares by using the same objects in both splits: success says how well these "

@@ -62,9 +62,8 @@ def only_the_policys_tokens_are_trained(subject: Subject) -> Check:
             wrong["tokens"] += batch.tokens[p, g, :size].tolist() != episode.ids
             wrong["valid"] += not _is_prefix(np.asarray(batch.valid[p, g]), size)
             mask = np.asarray(batch.mask[p, g])
-            wrong["mask"] += (
-                bool(mask.any()) and np.flatnonzero(mask).tolist() != np.flatnonzero(episode.trained).tolist()
-            )
+            own = np.pad(np.array(episode.trained, bool), (0, len(mask) - size))
+            wrong["mask"] += bool(mask.any()) and not np.array_equal(mask, own)
     rows = batch.mask.shape[0] * batch.mask.shape[1]
     bad = sum(wrong.values())
     figures = {"rows": rows, "wrong": wrong, "trained_tokens": int(batch.mask.sum())}

@@ -1,6 +1,7 @@
 """The check of memory: what the compiled sampler and the compiled update need, against what a device has."""
 
 import os
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,10 @@ import numpy as np
 from grpo_jax.algorithms import Batch
 from grpo_jax.doctor.check import Check, not_applicable
 from grpo_jax.doctor.subject import PROMPTS, Subject
-from grpo_jax.policy.lora import Model
+from grpo_jax.experiment import group_parts
+from grpo_jax.policy.lora import Model, split
 from grpo_jax.policy.transformer import Params
-from grpo_jax.rollout import bucket, settings_of
+from grpo_jax.rollout import bucket, model_of, settings_of
 from grpo_jax.sampler import DecodeState, Generation, Noise, Settings, generate
 from grpo_jax.sharding import Array, Replicas, up_to
 from grpo_jax.update import State, make_optimizer, make_update
@@ -37,7 +39,8 @@ def memory_is_enough(subject: Subject) -> Check:
     is_shared = jax.default_backend() == "cpu"
     state, reference = _state(subject), _abstract(subject.reference)
     beside = sum(map(_size, (subject.policy.params, state.optimizer, reference)))
-    update, sampler = _update_bytes(subject, replicas, state, reference), _sampler_bytes(subject, replicas)
+    update = _update_bytes(subject, replicas, state, reference)
+    sampler = 0 if subject.algorithm.is_offline else _sampler_bytes(subject, replicas)
     copies = replicas.count if is_shared else 1
     # While the update runs, the optimizer's state and the reference are among its arguments.
     needed = copies * max(update + _size(subject.policy.params), sampler + beside)
@@ -106,8 +109,7 @@ def _state(subject: Subject) -> State:
     experiment = subject.experiment
     optimizer, _ = make_optimizer(experiment.optimizer, experiment.num_steps * experiment.updates_per_step)
     trainable = _abstract(subject.trainable_of(subject.policy))
-    skipped: Any = jax.ShapeDtypeStruct((), jnp.int32)
-    return State(trainable, jax.eval_shape(optimizer.init, trainable), skipped)
+    return State(trainable, jax.eval_shape(optimizer.init, trainable), _shape((), jnp.int32))
 
 
 def _update_bytes(subject: Subject, replicas: Replicas, state: State, reference: Params | None) -> int:
@@ -115,32 +117,28 @@ def _update_bytes(subject: Subject, replicas: Replicas, state: State, reference:
     experiment = subject.experiment
     optimizer, _ = make_optimizer(experiment.optimizer, experiment.num_steps * experiment.updates_per_step)
     update: Any = replicas.compile(make_update(subject.setup(experiment, replicas), optimizer), donate=(0,))
-    frozen, first = _abstract(Replicas().first(subject.start_actor.frozen)), jax.ShapeDtypeStruct((), jnp.bool_)
-    shapes = (state, frozen, reference, _batch(subject, replicas), first)
+    frozen, first = _abstract(split(subject.policy.params, subject.policy.lora)[1]), _shape((), jnp.bool_)
+    shapes = (state, frozen, reference, _batch(subject, replicas.count), first)
     return _peak(update.lower(*_placed(shapes, replicas)))
 
 
 def _sampler_bytes(subject: Subject, replicas: Replicas) -> int:
     """What sampling the first turn of a step's batch needs on one device, the parameters included."""
-    experiment, actor = subject.experiment, subject.start_actor
+    experiment, policy = subject.experiment, subject.policy
     settings = replace(
         settings_of(experiment.sampling, subject.tokenizer), shared_prefix_length=subject.prompts.shared_prefix_length
     )
-    rows, size = _rows(subject, replicas.count)
-    int32, float32 = jnp.int32, jnp.float32
-    names: list[Any] = [jax.ShapeDtypeStruct(shape, int32) for shape in ((), (), (rows,), (rows, size))]
-    shapes = (
-        *(_abstract(Replicas().first(tree)) for tree in (actor.trainable, actor.frozen)),
-        jax.ShapeDtypeStruct((rows, _longest_prompts(subject)), int32),
-        jax.ShapeDtypeStruct((rows,), int32),
-        Noise(*names),
-        *(jax.ShapeDtypeStruct((), float32) for _ in range(2)),
-    )
-    program: Any = replicas.compile(_sampler(actor.model, settings))
+    parts = group_parts(experiment.prompts_per_step, experiment.group_size, replicas.count) or 1
+    rows, size = experiment.prompts_per_step * parts // replicas.count, experiment.group_size // parts
+    noise = Noise(*(_shape(shape, jnp.int32) for shape in ((), (), (rows,), (rows, size))))
+    prompts = (_shape((rows, _longest_prompts(subject)), jnp.int32), _shape((rows,), jnp.int32))
+    numbers = (_shape((), jnp.float32), _shape((), jnp.float32))  # the temperature and top-p
+    shapes = (*map(_abstract, split(policy.params, policy.lora)), *prompts, noise, *numbers)
+    program: Any = replicas.compile(_sampler(model_of(policy), settings))
     return _peak(program.lower(*_placed(shapes, replicas)))
 
 
-def _sampler(model: Model, settings: Settings) -> Any:
+def _sampler(model: Model, settings: Settings) -> Callable[..., tuple[Generation, DecodeState]]:
     """The sampler of one device's share, as `grpo_jax.rollout` compiles it."""
 
     def program(
@@ -151,36 +149,27 @@ def _sampler(model: Model, settings: Settings) -> Any:
     return program
 
 
-def _batch(subject: Subject, replicas: Replicas) -> Batch:
+def _batch(subject: Subject, devices: int) -> Batch:
     """The shapes of one device's share of a mini-batch, made from those of the small batch."""
     experiment, small = subject.experiment, subject.train_batch.batch
-    rows, size = _rows(subject, replicas.count * experiment.num_minibatches)
-    own = small.mask.shape
+    own, shares = small.mask.shape, devices * experiment.num_minibatches
+    parts = experiment.group_parts(devices) or 1
+    rows, size = experiment.prompts_per_step * parts // shares, experiment.group_size // parts
+    prompt, longest = _longest_prompts(subject), max(own[2], _longest_completion(subject))
     if small.segments is not None:  # rows of whole examples: there are more of them, in proportion
-        examples = experiment.prompts_per_step * experiment.group_size / (PROMPTS * subject.small.group_size)
-        pieces = replicas.count * experiment.num_minibatches * experiment.gradient_accumulation_steps
-        rows, size = -(-int(own[0] * examples) // pieces) * experiment.gradient_accumulation_steps, 1
-    longest = own[2] if subject.experiment.method_name == "sft" else max(own[2], _longest_completion(subject))
-
-    def shape(name: str, x: Array) -> Any:
-        if name == "prompts":
-            dims: tuple[int, ...] = (rows, _longest_prompts(subject) if small.segments is None else x.shape[1])
-        else:
-            dims = ((rows,), (rows, size), (rows, size, longest))[x.ndim - 1]
-        return jax.ShapeDtypeStruct(dims, x.dtype)
-
-    advantages = np.zeros(own[:2], np.float32) if subject.algorithm.on_policy and small.advantages is None else None
-    if advantages is not None:  # of a critic, which finds them by token, with values and returns
+        times = experiment.prompts_per_step * experiment.group_size / (PROMPTS * subject.small.group_size)
+        micro = experiment.gradient_accumulation_steps
+        rows, size = -(-int(own[0] * times) // (shares * micro)) * micro, 1
+        prompt, longest = small.prompts.shape[1], own[2]
+    if subject.algorithm.on_policy and small.advantages is None:  # a critic finds these, by token
         by_token = np.zeros(own, np.float32)
         small = small._replace(advantages=by_token, values=by_token, returns=by_token)
+
+    def shape(name: str, x: Array) -> Any:
+        dims = ((rows,), (rows, prompt if name == "prompts" else size), (rows, size, longest))[x.ndim - 1]
+        return _shape(dims, x.dtype)
+
     return Batch(**{name: shape(name, x) for name, x in small._asdict().items() if x is not None})
-
-
-def _rows(subject: Subject, shares: int) -> tuple[int, int]:
-    """How many rows a share of a step's batch has, and how many completions each of them."""
-    experiment = subject.experiment
-    parts = experiment.group_parts(max(shares // experiment.num_minibatches, 1)) or 1
-    return max(experiment.prompts_per_step * parts // shares, 1), experiment.group_size // parts
 
 
 def _longest_prompts(subject: Subject) -> int:
@@ -189,8 +178,10 @@ def _longest_prompts(subject: Subject) -> int:
 
 
 def _longest_completion(subject: Subject) -> int:
-    """T of a step in which every turn is as long as it may be."""
+    """T of a step in which every turn is as long as it may be; 0 for a method that shows the task's own."""
     experiment = subject.experiment
+    if subject.algorithm.is_offline:
+        return 0
     replies = max(
         (len(e.ids) - sum(e.trained) for r in subject.rollouts for group in r.episodes for e in group), default=0
     )
@@ -206,13 +197,18 @@ def _peak(lowered: Any) -> int:
     )
 
 
+def _shape(dims: tuple[int, ...], dtype: Any) -> Any:
+    """An array's shape in its place. Any, because the trees that hold it are declared to hold arrays."""
+    return jax.ShapeDtypeStruct(dims, dtype)
+
+
 def _abstract(tree: Any) -> Any:
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
+    return jax.tree.map(lambda x: _shape(x.shape, x.dtype), tree)
 
 
 def _placed(tree: Any, replicas: Replicas) -> Any:
     """The shapes of trees that are placed (see `grpo_jax.sharding`)."""
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct((replicas.count, *x.shape), x.dtype), tree)
+    return jax.tree.map(lambda x: _shape((replicas.count, *x.shape), x.dtype), tree)
 
 
 def _size(tree: Any) -> int:

@@ -10,7 +10,6 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
-import jax
 import numpy as np
 
 from grpo_jax.algorithms import Algorithm, Setup, StepContext, TrainBatch, algorithm_of
@@ -25,7 +24,7 @@ from grpo_jax.rewards import RewardFunction
 from grpo_jax.rollout import Actor, Prompts, Rollout, encode_prompts, join_groups, make_actor
 from grpo_jax.sharding import Replicas
 
-PROMPTS, GROUP_SIZE = 4, 8  # of a small batch, which all checks share, so that the sampler is compiled once
+PROMPTS, GROUP_SIZE = 4, 4  # of a small batch, which all checks share, so that the sampler is compiled once
 ROUNDS, LARGEST_GROUP = 4, 64  # of the groups whose rewards are looked at
 SAMPLING_SECONDS = 20.0  # after which no further round of groups is sampled
 MOVED, MOVED_FACTOR = 1e-2, 1e-2  # how far the policy is moved off its start
@@ -197,8 +196,3 @@ def made_up(offset: float) -> RewardFunction:
         return [offset + i % 2 + 0.25 * (i % 3) for i in range(len(completions))]
 
     return reward
-
-
-def host(tree: Any) -> Any:
-    """A tree of arrays on the host."""
-    return jax.device_get(tree)

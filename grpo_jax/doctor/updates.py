@@ -15,8 +15,8 @@ import optax
 
 from grpo_jax.algorithms import Batch
 from grpo_jax.algorithms.minibatches import lay_out
-from grpo_jax.doctor.check import Check, count, not_applicable, within
-from grpo_jax.doctor.subject import PROMPTS, Subject, host
+from grpo_jax.doctor.check import Check, count, not_applicable, verified, within
+from grpo_jax.doctor.subject import PROMPTS, Subject
 from grpo_jax.experiment import method_of
 from grpo_jax.policy.transformer import Params
 from grpo_jax.rollout import bucket
@@ -26,6 +26,7 @@ from grpo_jax.update import State, UpdateOutput, make_optimizer, make_update
 ROUNDING = {"float32": 1e-3, "bfloat16": 1e-1}  # what rounding may change a gradient by, relative to its norm
 CUTS = (1.0, 0.5, 0.75, 0.25)  # the shares of neighbouring completions that are kept
 MAX_DEVICES = 8
+STEP = 1e-3  # of the parameters' norm
 
 
 class Recorded(NamedTuple):
@@ -104,15 +105,23 @@ def sampler_and_trainer_agree(subject: Subject) -> Check:
     worst = float(np.max(gaps))
     sentence = (
         f"the trainer misses a log-probability of the sampler by {worst:.4f} nats: the two compute different policies, "
-        "and training would stop (with loss.importance_sampling_mode it would go on, corrected)."
+        "and training stops, or corrects it with loss.importance_sampling_mode."
     )
-    return within(worst, bound, " nats", sentence, tokens=tokens, mean=float(np.sum(gaps)) / max(tokens, 1))
+    found = within(worst, bound, " nats", sentence, tokens=tokens, mean=float(np.sum(gaps)) / max(tokens, 1))
+    is_truncated = subject.algorithm.on_policy and (small.sampling.top_k > 0 or small.sampling.top_p < 1)
+    if found.verdict == "proved" and is_truncated:
+        sentence = (
+            "sampling.top_k or top_p narrows what is drawn, and log-probabilities are those of the whole distribution, "
+            "so that what is trained is not quite the policy that sampled: leave both at their defaults in training."
+        )
+        return replace(found, verdict="warning", sentence=sentence)
+    return replace(found, verdict="warning") if recomputes and found.verdict == "refuted" else found
 
 
 def gradient_reaches_the_parameters(subject: Subject) -> Check:
     """The gradient is finite and not 0; of adapters, each has one."""
     outcome = _outcome(subject)
-    norms = {path: float(norm) for path, norm in host(jax.tree.map(jnp.linalg.norm, outcome.gradient)).items()}
+    norms = {path: float(jnp.linalg.norm(x)) for path, x in outcome.gradient.items()}
     total = float(np.sqrt(sum(norm**2 for norm in norms.values())))
     dead = sorted(path for path, norm in norms.items() if norm == 0)
     figures = {"norm": total, "loss": outcome.loss, "tensors": len(norms), "without_gradient": dead}
@@ -127,6 +136,44 @@ def gradient_reaches_the_parameters(subject: Subject) -> Check:
         )
         return Check("refuted", measured, "above 0", sentence, figures)
     return Check("proved", measured, "above 0", figures=figures)
+
+
+def better_completions_become_likelier(subject: Subject) -> Check:
+    """A small step against the gradient makes likelier what the made-up reward prefers, what is imitated, or chosen.
+
+    The figure is the cosine, over completions, of the change of their log-probability with their advantage: below 0
+    where a sign is wrong, about 0 where rewards belong to other completions than theirs.
+    """
+    if subject.algorithm.has_head and not subject.algorithm.on_policy:
+        return not_applicable("a reward model's completions are data, which do not become likelier.")
+    batch = _batch(subject)
+    weights = preferences_of(subject, batch)
+    before, after = (_sequence_logprobs(subject, batch, step) for step in (0.0, STEP))
+    change = (after - before) * (weights != 0)
+    norm = float(np.linalg.norm(change) * np.linalg.norm(weights))
+    cosine = float((change * weights).sum() / norm) if norm else 0.0
+    figures = {"cosine": cosine, "completions": int((weights != 0).sum())}
+    sentence = (
+        f"a step against the gradient changes log-probabilities with a cosine of {cosine:.2f} to the advantages: the "
+        "loss or the advantages have the wrong sign, or rewards are those of other completions."
+    )
+    found = verified(cosine > 0, f"cosine {cosine:.2f}", "above 0", sentence, figures)
+    # A critic on the same trunk can outweigh the policy's part on so small a batch.
+    is_doubtful = subject.algorithm.has_head and found.verdict == "refuted"
+    return replace(found, verdict="warning") if is_doubtful else found
+
+
+def preferences_of(subject: Subject, batch: Batch) -> np.ndarray:
+    """[P, G] how much likelier each completion of the small batch is to become, relative to the others."""
+    counts = np.asarray(batch.sample_mask, float)
+    if "preferences" in subject.algorithm.reads:  # chosen and rejected, side by side
+        return counts * np.resize([1.0, -1.0], counts.shape)
+    if not subject.algorithm.on_policy:
+        return counts
+    [reward] = subject.small.rewards.values()
+    rewards = np.reshape(np.array(reward(completions=range(counts.size)), float), counts.shape)
+    size = counts.shape[1]
+    return counts * (rewards - (rewards.mean(axis=1, keepdims=True) if size > 1 else rewards.mean()))
 
 
 def learning_rate_follows_the_updates(subject: Subject) -> Check:
@@ -249,6 +296,26 @@ def _batch(subject: Subject) -> Batch:
     return batch._replace(valid=batch.valid & inside, mask=batch.mask & inside)
 
 
+def _sequence_logprobs(subject: Subject, batch: Batch, step: float) -> np.ndarray:
+    """[P, G] the log-probabilities of whole completions, `step` of the parameters' norm against the gradient."""
+    replicas = Replicas()
+    gradient, trainable = _outcome(subject).gradient, subject.trainable_of(subject.moved)
+    size = step * optax.global_norm(trainable) / jnp.maximum(optax.global_norm(gradient), 1e-30)
+    stepped = jax.tree.map(lambda x, g: x - size * g, trainable, gradient)
+    found = _logprobs(subject)(replicas.replicate(stepped), subject.start_actor.frozen, replicas.split(batch))
+    return np.asarray(np.where(batch.mask, replicas.gather(found), 0.0).sum(-1))
+
+
+def _logprobs(subject: Subject) -> Callable[..., Any]:
+    """The compiled log-probabilities [P, G, T] of a placed batch: (trainable, frozen, batch) -> logprobs."""
+    if "logprobs" not in subject.found:
+        replicas, small = Replicas(), subject.small
+        forward = subject.setup(small, replicas).forward(temperature=small.sampling.temperature)
+        subject.found["logprobs"] = replicas.compile(lambda *arguments: forward.logprobs(*arguments)[0])
+    found: Callable[..., Any] = subject.found["logprobs"]
+    return found
+
+
 def _padded(batch: Batch, prompt: int, completion: int) -> Batch:
     """The batch with more padding of its prompts and completions."""
 
@@ -269,10 +336,7 @@ def _gaps(subject: Subject) -> tuple[np.ndarray, int]:
         rewards=np.zeros(sampled.mask.shape[:2], np.float32),
         sample_mask=np.ones(sampled.mask.shape[:2], bool),
     )
-    forward = subject.setup(small, replicas).forward(temperature=small.sampling.temperature)
-    trainable, frozen = replicas.replicate(subject.trainable_of(subject.moved)), subject.start_actor.frozen
-    found = replicas.compile(lambda *arguments: forward.logprobs(*arguments)[0])(
-        trainable, frozen, replicas.split(batch)
-    )
+    trainable = replicas.replicate(subject.trainable_of(subject.moved))
+    found = _logprobs(subject)(trainable, subject.start_actor.frozen, replicas.split(batch))
     gaps = np.where(sampled.mask, np.abs(replicas.gather(found) - sampled.logprobs), 0.0)
     return gaps, int(sampled.mask.sum())

@@ -48,7 +48,7 @@ def test_splits_that_share_nothing_are_disjoint():
 
 def test_examples_that_are_equal_in_both_splits_are_refuted():
     again = [{**letters.task.train[0]}, *letters.task.held_out]
-    refuted(data.splits_are_disjoint(subject_of(with_task(held_out=again))), "1 of the 5 held-out examples")
+    refuted(data.splits_are_disjoint(subject_of(with_task(held_out=again))), "1 of 5 held-out examples")
 
 
 def test_an_overlap_that_nothing_is_evaluated_on_is_a_warning():

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import letters
 import pytest
 
-from grpo_jax.doctor import Check, Subject, exported, memory, updates
+from grpo_jax.doctor import Check, Subject, examine, exported, memory, updates
 from grpo_jax.experiment import Experiment, LoRAConfig, override
 from grpo_jax.losses import LossInputs
 from grpo_jax.policy import Policy, load
@@ -88,6 +88,24 @@ def test_adapters_without_gradient_and_a_loss_that_is_not_finite_are_refuted(sub
         refuted(updates.gradient_reaches_the_parameters(other), words)
 
 
+def test_better_completions_become_likelier_and_a_gradient_of_the_wrong_sign_is_refuted(subject):
+    check = updates.better_completions_become_likelier(subject)
+    assert check.verdict == "proved" and check.figures["cosine"] > 0.3
+    own = updates._outcome(subject)
+    wrong = own._replace(gradient={path: -x for path, x in own.gradient.items()})
+    other = replace(subject, found={**subject.found, ("outcome", 1, 1): wrong})
+    refuted(updates.better_completions_become_likelier(other), "the wrong sign")
+
+
+def test_rewards_of_other_completions_are_refuted(subject):
+    batch = subject.train_batch.batch
+    mixed = replace(subject.train_batch, batch=batch._replace(advantages=batch.advantages[:, ::-1]))
+    programs = {key: found for key, found in subject.found.items() if "outcome" not in key}
+    other = replace(subject, found=programs)
+    vars(other)["train_batch"] = mixed
+    refuted(updates.better_completions_become_likelier(other), "rewards are those of other completions")
+
+
 def test_one_step_of_the_optimizer_for_each_micro_batch_is_refuted(subject):
     own = updates._outcome(subject)
     other = replace(subject, found={("outcome", 1, 1): own, ("outcome", updates.PROMPTS, 1): own._replace(steps=4)})
@@ -109,6 +127,11 @@ def test_the_sampler_reports_what_the_trainer_computes(subject):
     assert check.verdict == "proved" and check.figures["value"] < 1e-4 and check.figures["tokens"] > 20
     check = updates.sampler_and_trainer_agree(subject_of({"method": "sft"}))
     assert check.verdict == "proved" and check.figures["tokens"] > 20
+
+
+def test_truncated_sampling_is_a_warning(subject):
+    other = replace(subject, experiment=override(subject.experiment, {"sampling.top_p": 0.9}))
+    assert updates.sampler_and_trainer_agree(other).verdict == "warning"
 
 
 class Misreporting:
@@ -203,8 +226,16 @@ def test_the_limit_of_a_container_counts(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("method", ["ppo", "rft", "dpo", "sft", "reward_model"])
-def test_micro_batches_and_order_change_no_method(method):
+def test_every_method_can_be_examined(method):
     subject = subject_of({"method": method})
     for check in (updates.accumulation_changes_nothing, updates.order_changes_nothing):
         assert check(subject).verdict == "proved"
     assert updates.gradient_reaches_the_parameters(subject).verdict == "proved"
+
+
+def test_an_experiment_in_which_all_is_well_has_no_refutation(subject):
+    certificate = examine(subject)
+    assert [check for check in certificate.checks if check.verdict == "refuted"] == []
+    found = {check.name: check.verdict for check in certificate.checks}
+    assert found["the number of devices changes nothing"] == "proved"
+    assert [name for name, verdict in found.items() if verdict == "not applicable"] == ["the chat template round-trips"]
