@@ -93,6 +93,7 @@ def make(plan: Plan) -> None:
     """Makes the runs that are not finished, the perturbed ones too, and writes the page."""
     from grpo_jax.report.curves import seed_curves
     from grpo_jax.statistics import layouts, tables
+    from grpo_jax.statistics.plans import declared_plan
     from grpo_jax.sweep import sweep
     from grpo_jax.sweep.processes import write_plan
 
@@ -103,7 +104,7 @@ def make(plan: Plan) -> None:
         overrides = KINDS[kind]
         how = {"jobs": plan.jobs, "vectorize": plan.vectorize, "overrides": overrides}
         sweep(plan.source, ablation, plan.directory, **how)
-        found[kind] = tables.collect(ablation, plan.directory, command=plan.command())
+        found[kind] = tables.collect(declared_plan(ablation, plan.command()), plan.directory)
         measured[kind] = values(ablation, plan.directory)
     ablation = ablations["as it is"]
     write_plan(plan.directory, ablation)  # a report on the directory is about the sweep as it is

@@ -6,6 +6,7 @@ JAX is imported inside the commands, so that `--help` and mistakes in a config t
 import dataclasses
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from importlib.metadata import version
 
 import tyro
@@ -27,6 +28,7 @@ from grpo_jax.cli.table import table
 from grpo_jax.cli.train import train
 from grpo_jax.cli.which_method import advise
 from grpo_jax.errors import UserError, exit_status
+from grpo_jax.experiment.files import without_code
 from grpo_jax.experiment.overrides import nearest
 from grpo_jax.runs.signals import terminable
 
@@ -48,6 +50,12 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "advise": advise,
 }
 """In the order in which `--help` lists them."""
+
+NO_CODE = "--no-code"
+DESCRIPTION = (
+    "Fine-tune language models with GRPO in pure JAX. --version says which version this is. With --no-code, no command "
+    "executes a Python file, such as those that the run of somebody else holds."
+)
 
 app = tyro.extras.SubcommandApp()
 for name, command in COMMANDS.items():
@@ -83,7 +91,7 @@ def _joined_prompt(arguments: Sequence[str]) -> list[str]:
 
 
 def _run(arguments: list[str]) -> None:
-    first = arguments[0] if arguments else ""
+    first = next((argument for argument in arguments if argument != NO_CODE), "")
     if first == "--version":
         print(f"grpo_jax {version('grpo_jax')}")
         return
@@ -91,9 +99,10 @@ def _run(arguments: list[str]) -> None:
         raise UserError(f"grpo-jax has no command {first!r}{nearest(first, list(COMMANDS))}")
     if first == "sample":
         arguments = _joined_prompt(arguments)
-    app.cli(
-        prog="grpo-jax",
-        description="Fine-tune language models with GRPO in pure JAX. --version says which version this is.",
-        args=arguments,
-        config=(tyro.conf.FlagCreatePairsOff,),
-    )
+    with without_code() if NO_CODE in arguments else nullcontext():
+        app.cli(
+            prog="grpo-jax",
+            description=DESCRIPTION,
+            args=[argument for argument in arguments if argument != NO_CODE],
+            config=(tyro.conf.FlagCreatePairsOff,),
+        )

@@ -13,6 +13,7 @@ from grpo_jax.cli import common
 from grpo_jax.cli.common import Flag, Inline, OptionalFloat, OptionalInt, OptionalStep, OptionalText
 from grpo_jax.errors import UserError, printable
 from grpo_jax.experiment import SamplingConfig, load_run
+from grpo_jax.experiment.files import is_code_allowed
 from grpo_jax.tasks import Example, Task
 
 Replies = Literal["environment", "person", "nobody"]
@@ -196,6 +197,9 @@ def _task_of(run_dir: Path, options: Options) -> tuple[Task | None, Example | No
     if not wanted and not _has_several_turns(run_dir):
         return None, None
     if not wanted and options.replies == "nobody" and options.prompt is not None:
+        return None, None
+    if not wanted and not is_code_allowed():
+        print("--no-code: the task's environment is not run, so this is the first turn alone.", file=sys.stderr)
         return None, None
     task = load_run(run_dir).task
     if options.prompt is not None:

@@ -4,13 +4,12 @@ import dataclasses
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from tyro.conf import arg
+from tyro.conf import Positional, arg
 
 from grpo_jax.cli import common
 from grpo_jax.cli.common import (
-    AblationFile,
     Assignments,
     Flag,
     Inline,
@@ -19,6 +18,7 @@ from grpo_jax.cli.common import (
     OptionalPath,
     OptionalText,
 )
+from grpo_jax.errors import UserError
 from grpo_jax.experiment import load_ablation
 
 
@@ -27,7 +27,7 @@ class Options:
     """The options of the command.
 
     Attributes:
-        directory: Where the runs' directories are. Default: runs/ABLATION.
+        directory: Of an ablation's file, where the runs' directories are. Default: runs/ABLATION.
         assignments: The --set of the sweep, if it had one.
         budget: The --budget of the sweep, if it had one.
         metric: Which metric of metrics.jsonl. Default: the ablation's.
@@ -49,20 +49,44 @@ class Options:
     allow_mixed: Flag = False
 
 
-def table(ablation: AblationFile, /, *, options: Annotated[Options, Inline]) -> None:
-    """Compare the arms of an ablation, seed by seed, from the runs that `grpo-jax sweep` made."""
+def table(
+    source: Annotated[
+        Positional[Path], arg(metavar="ABLATION", help="A file that defines `ablation`, or the directory of a sweep.")
+    ],
+    /,
+    *,
+    options: Annotated[Options, Inline],
+) -> None:
+    """Compare the arms of an ablation, seed by seed, from the runs that `grpo-jax sweep` made.
+
+    Of a sweep's directory, the arms and the runs are those that the sweep noted there, and no file is executed.
+    """
     from grpo_jax.statistics import layouts, tables
 
-    overrides = common.join(options.assignments)
-    planned = load_ablation(ablation, options.budget, overrides)
+    directory = source if source.is_dir() else options.directory or Path("runs") / source.stem
+    plan = _stored(source, options) if source.is_dir() else _declared(source, directory, options)
     if options.metric is not None:
-        planned = dataclasses.replace(planned, metric=options.metric)
-    directory = options.directory or Path("runs") / ablation.stem
+        plan = dataclasses.replace(plan, metric=options.metric)
+    found = tables.collect(plan, directory, allow_mixed=options.allow_mixed, margin=options.margin)
+    style = layouts.Style(options.columns or layouts.COLUMNS, options.percent)
+    print(layouts.render(found, options.layout, style), end="")
+
+
+def _stored(directory: Path, options: Options) -> Any:
+    """The plan that a sweep noted in its directory."""
+    from grpo_jax.statistics.plans import stored_plan
+
+    if options.directory is not None or options.budget is not None or options.assignments:
+        raise UserError(f"--dir, --budget and --set are for an ablation's file, and {str(directory)!r} is a directory.")
+    return stored_plan(directory)
+
+
+def _declared(ablation: Path, directory: Path, options: Options) -> Any:
+    """The plan that an ablation's file declares."""
+    from grpo_jax.statistics.plans import declared_plan
+
+    overrides = common.join(options.assignments)
     command = ["grpo-jax", "sweep", str(ablation), "--dir", str(directory)]
     command += ["--budget", options.budget] if options.budget else []
     command += ["--set", *overrides] if overrides else []
-    found = tables.collect(
-        planned, directory, command=shlex.join(command), allow_mixed=options.allow_mixed, margin=options.margin
-    )
-    style = layouts.Style(options.columns or layouts.COLUMNS, options.percent)
-    print(layouts.render(found, options.layout, style), end="")
+    return declared_plan(load_ablation(ablation, options.budget, overrides), shlex.join(command))

@@ -8,6 +8,7 @@ import traceback
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, cast
 
@@ -215,6 +216,30 @@ def code_of(info: Mapping[str, Any]) -> dict[str, Any] | None:
     return next((v["code"] for v in reversed(info.get("resumed", ())) if v.get("code")), info.get("code"))
 
 
+_is_forbidden: ContextVar[bool] = ContextVar("is_forbidden", default=False)
+
+
+@contextmanager
+def without_code() -> Iterator[None]:
+    """Refuses to execute any Python file of the user, such as the copies that a run of somebody else holds."""
+    token = _is_forbidden.set(True)
+    try:
+        yield
+    finally:
+        _is_forbidden.reset(token)
+
+
+def is_code_allowed() -> bool:
+    """Whether a Python file of the user may be executed."""
+    return not _is_forbidden.get()
+
+
+def require_code_allowed(what: str) -> None:
+    """Raises `UserError` where `what`, a file or a module of the user, may not be executed."""
+    if not is_code_allowed():
+        raise UserError(f"this needs the code of {what!r}, its task and its functions, and --no-code lets none run.")
+
+
 def run_file(path: str | Path, home: Path | None = None, paths: Iterable[Path] = ()) -> Any:
     """Executes a Python file as a module and returns it; its own mistakes become one-sentence `UserError`s.
 
@@ -226,6 +251,7 @@ def run_file(path: str | Path, home: Path | None = None, paths: Iterable[Path] =
     path = Path(path)
     if not path.is_file():
         raise UserError(f"there is no experiment file {str(path)!r}.")
+    require_code_allowed(str(path))
     spec = importlib.util.spec_from_file_location(f"grpo_jax_experiment_{path.stem}", path)
     if spec is None or spec.loader is None:
         raise UserError(f"{path} is not a Python file: an experiment file ends in .py.")

@@ -5,6 +5,8 @@ looked at), a list with the schema of its entries, or a tuple of schemas of whic
 """
 
 import json
+import re
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -94,6 +96,8 @@ def read(path: Path) -> dict[str, Any]:
     if path.name == "run.json":
         _require_inside(content, str(path))
         _require_changes(content, str(path))
+    if path.name == "sweep.json":
+        _require_plan(content, str(path))
     return content
 
 
@@ -184,3 +188,14 @@ def _require_inside(info: Mapping[str, Any], where: str) -> None:
         for path in () if code is None else (code["directory"], code.get("entry", "."), *code.get("paths", ())):
             if "\0" in path or PurePosixPath(path).is_absolute() or ".." in PurePosixPath(path).parts:
                 raise UserError(f"{where} is damaged, or was edited: {shown(path)} is no place in the run's directory.")
+
+
+def _require_plan(plan: Mapping[str, Any], where: str) -> None:
+    """Raises `UserError` if the plan of a sweep names an arm that it does not have, or a run outside of the sweep."""
+    arms, pairs = plan["arms"], [(arm, run["seed"]) for run in plan["runs"] for arm in run["arms"]]
+    strangers = [arm for arm in (plan["baseline"], *(arm for arm, _ in pairs)) if arm not in arms]
+    outside = [run["key"] for run in plan["runs"] if not re.fullmatch(r"[\w-]+", run["key"])]
+    twice = [pair for pair, count in Counter(pairs).items() if count > 1] or [a for a in arms if arms.count(a) > 1]
+    for found, what in ((strangers, "is no arm of it"), (outside, "names no run"), (twice, "is there twice")):
+        if found:
+            raise UserError(f"{where} is damaged, or was edited: {shown(found[0])} {what}.")

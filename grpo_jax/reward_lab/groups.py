@@ -12,6 +12,7 @@ from typing import Any
 from grpo_jax.algorithms.batches import schedule
 from grpo_jax.errors import UserError, failure_of
 from grpo_jax.experiment import Experiment
+from grpo_jax.experiment.files import require_code_allowed
 from grpo_jax.policy import Tokenizer
 from grpo_jax.rewards import RewardFunction, turns
 from grpo_jax.rewards.protocol import ARGUMENTS
@@ -164,6 +165,7 @@ def import_rewards(names: Iterable[str], folder: Path) -> dict[str, RewardFuncti
             module, colon, function = name.partition(":")
             if not colon:
                 raise UserError(f"--rewards {name!r} is not of the form module:function, e.g. rewards:exact.")
+            require_code_allowed(module)
             try:
                 reward = getattr(importlib.import_module(module), function, None)
             except KeyboardInterrupt:

@@ -5,7 +5,6 @@ that are missing or failed. Arms are comparable only if the same code trained th
 questions, so other runs are refused unless the caller allows them.
 """
 
-import json
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,10 +13,11 @@ from typing import Any
 
 from grpo_jax import statistics
 from grpo_jax.errors import UserError
-from grpo_jax.experiment import Ablation, PlannedRun, read_config, read_run, to_dict
+from grpo_jax.experiment import read_config, read_run
 from grpo_jax.experiment.fingerprint import fingerprint
 from grpo_jax.runs.files import read_json, read_rows
 from grpo_jax.statistics import Arm, Difference, Estimate, Score
+from grpo_jax.statistics.plans import Plan, Planned
 
 
 @dataclass(frozen=True)
@@ -67,16 +67,13 @@ class _Finished:
     machine: str
 
 
-def collect(
-    ablation: Ablation, directory: Path, *, command: str, allow_mixed: bool = False, margin: float | None = None
-) -> Table:
+def collect(plan: Plan, directory: Path, *, allow_mixed: bool = False, margin: float | None = None) -> Table:
     """Reads every run of an ablation and compares its arms with the baseline, seed by seed.
 
-    The value of a run is the last value of the ablation's metric.
+    The value of a run is the last value of the plan's metric.
 
     Args:
       directory: where the runs' directories are.
-      command: the command that makes the runs, for the notes and for an error message.
       allow_mixed: also compare runs of different code, runs that were resumed with changes, or arms that are evaluated
         on different examples. A run that is missing may then be one of the same config that other code has made.
       margin: the largest difference that counts as none, in the unit of the metric; None: no arm is called the same.
@@ -87,7 +84,7 @@ def collect(
     """
     if margin is not None and not margin > 0:
         raise UserError(f"the margin must be above 0, not {margin:g}.")
-    planned = ablation.runs()
+    planned = plan.runs
     finished: dict[str, _Finished] = {}
     others = _by_config(directory, {run.key for run in planned})
     missing = []
@@ -99,37 +96,38 @@ def collect(
             else:
                 status = "made by other code"
         if status == "finished":
-            finished[run.key] = _read(place, run, ablation.metric, allow_changes=allow_mixed)
+            finished[run.key] = _read(place, run, plan.metric, allow_changes=allow_mixed)
         else:
             missing.append(f"{' = '.join(run.arms)} seed {run.seed} ({run.key}): {status}")
     if not finished:
         by_others = sum(run.config_key in others for run in planned) if others else 0
         old = f" (other code has made {by_others} of them, which --allow-mixed compares)" if by_others else ""
         raise UserError(
-            f"none of the {len(planned)} runs in {str(directory)!r} is finished{old}: run `{command}` first."
+            f"none of the {len(planned)} runs in {str(directory)!r} is finished{old}: run `{plan.command}` first."
         )
     if not allow_mixed:
         _require_one([(run, finished[run.key].code) for run in planned if run.key in finished], "code")
-        _require_one([(run, fingerprint(list(run.config.task.held_out))) for run in planned], "held-out data")
+        of_a_file = planned[0].task is not None  # a directory does not tell the held-out data from the others
+        _require_one([(run, run.held_out) for run in planned], "held-out data" if of_a_file else "data")
 
     by_arm = {arm: {run.seed: finished[run.key] for run in planned if arm in run.arms and run.key in finished}
-              for arm in ablation.arms}  # fmt: skip
+              for arm in plan.arms}  # fmt: skip
     scores = {arm: {seed: run.score for seed, run in runs.items()} for arm, runs in by_arm.items()}
-    compared = statistics.compare_arms(scores, ablation.baseline_arm, statistics.bounds_of(ablation.metric))
-    base = [score.value for score in scores[ablation.baseline_arm].values()]
+    compared = statistics.compare_arms(scores, plan.baseline, statistics.bounds_of(plan.metric))
+    base = [score.value for score in scores[plan.baseline].values()]
     rows = [_row(arm, list(runs.values()), compared[arm], base) for arm, runs in by_arm.items()]
-    keys = {arm: [run.key for run in planned if arm in run.arms] for arm in ablation.arms}
+    keys = {arm: [run.key for run in planned if arm in run.arms] for arm in plan.arms}
     notes = [
-        ("command", command),
+        ("command", plan.command),
         ("code", ", ".join(sorted({run.code for run in finished.values()}))),
         ("machine", "; ".join(sorted({run.machine for run in finished.values()}))),
-        ("seeds", ", ".join(map(str, ablation.seeds))),
-        ("budget", f"equal {ablation.budget}"),
+        ("seeds", ", ".join(map(str, dict.fromkeys(run.seed for run in planned)))),
+        *([("budget", f"equal {plan.budget}")] if plan.budget else []),
         ("config", fingerprint([run.key for run in planned])),
         *((f"runs of {arm}", " ".join(arm_keys)) for arm, arm_keys in keys.items()),
     ]
     has_noise = any(run.score.noise for run in finished.values())
-    return Table(ablation.metric, ablation.baseline_arm, rows, notes, missing, margin, has_noise)
+    return Table(plan.metric, plan.baseline, rows, notes, missing, margin, has_noise)
 
 
 def _row(arm: str, runs: Sequence[_Finished], compared: Arm, baseline: Sequence[float]) -> Row:
@@ -178,7 +176,7 @@ def _last_row(run_dir: Path, rows: Sequence[dict[str, Any]], metric: str) -> dic
     return last
 
 
-def _read(run_dir: Path, run: PlannedRun, metric: str, *, allow_changes: bool) -> _Finished:
+def _read(run_dir: Path, run: Planned, metric: str, *, allow_changes: bool) -> _Finished:
     """A finished run.
 
     Raises `UserError` if its data differ from the ablation's, if it lacks the metric, or was resumed with changes.
@@ -187,10 +185,10 @@ def _read(run_dir: Path, run: PlannedRun, metric: str, *, allow_changes: bool) -
     changed = [visit for visit in info.get("resumed", ()) if visit.get("changes") or visit.get("code")]
     if changed and not allow_changes:
         raise UserError(
-            f"{str(run_dir)!r} was resumed with another config or other files at step {changed[0]['step']}: it is "
+            f"{str(run_dir)!r} was resumed with another config or other files at step {changed[0].get('step')}: it is "
             "compared only with --allow-mixed."
         )
-    if read_config(run_dir).get("task") != json.loads(json.dumps(to_dict(run.config.task))):
+    if run.task is not None and read_config(run_dir).get("task") != run.task:
         raise UserError(f"{str(run_dir)!r} was trained on other data than its ablation's file now describes.")
     rows = list(read_rows(run_dir / "metrics.jsonl"))
     last = _last_row(run_dir, rows, metric)
@@ -222,7 +220,7 @@ def _machine(info: Mapping[str, Any]) -> str:
     return f"{processor['name']} ({', '.join(processor['instructions'])}), {processor['cores']} cores"
 
 
-def _require_one(found: Sequence[tuple[PlannedRun, str]], what: str) -> None:
+def _require_one(found: Sequence[tuple[Planned, str]], what: str) -> None:
     """Raises `UserError` unless all runs have the same value."""
     (first, expected), *others = found
     for run, value in others:

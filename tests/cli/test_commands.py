@@ -15,7 +15,7 @@ from grpo_jax.cli.commands import COMMANDS
 from grpo_jax.cli.fields import rows, sections
 from grpo_jax.cli.train import _example_prompt, _resumed
 from grpo_jax.errors import UserError
-from grpo_jax.experiment import Experiment, LoRAConfig, PolicyConfig, load, sources
+from grpo_jax.experiment import Experiment, LoRAConfig, PolicyConfig, load, load_ablation, sources
 from grpo_jax.statistics import layouts, tables
 
 FILE = """
@@ -86,20 +86,21 @@ def test_table_reads_the_runs_of_the_file_as_its_options_say(source, monkeypatch
     monkeypatch.setattr(tables, "collect", lambda *a, **rest: calls.append((a, rest)) or "found")
     monkeypatch.setattr(layouts, "render", lambda *arguments: calls.append(arguments) or "the table\n")
     assert cli.main(["table", str(source)]) == 0
-    ((ablation, directory), rest), rendered = calls
-    assert (ablation.metric, ablation.budget, directory) == ("evaluation/success", "steps", Path("runs/toy"))
-    command = f"grpo-jax sweep {source} --dir runs/toy"
-    assert rest == {"command": command, "allow_mixed": False, "margin": None}
+    ((plan, directory), rest), rendered = calls
+    assert (plan.metric, plan.budget, directory) == ("evaluation/success", "steps", Path("runs/toy"))
+    assert plan.command == f"grpo-jax sweep {source} --dir runs/toy"
+    assert rest == {"allow_mixed": False, "margin": None}
     assert rendered == ("found", "md", layouts.Style(layouts.COLUMNS, False))
     assert capsys.readouterr().out == "the table\n"
     calls.clear()
     options = ["--dir", "d", "--budget", "tokens", "--set", "steps=9", "--metric", "reward", "--format", "csv"]
     options += ["--columns", "mean", "arm", "--percent", "--margin", "0.25", "--allow-mixed"]
     assert cli.main(["table", str(source), *options]) == 0
-    ((ablation, directory), rest), rendered = calls
-    assert (ablation.metric, ablation.budget, ablation.base.steps, directory) == ("reward", "tokens", 9, Path("d"))
-    command = f"grpo-jax sweep {source} --dir d --budget tokens --set steps=9"
-    assert rest == {"command": command, "allow_mixed": True, "margin": 0.25}
+    ((plan, directory), rest), rendered = calls
+    assert (plan.metric, plan.budget, directory) == ("reward", "tokens", Path("d"))
+    assert [run.key for run in plan.runs] == [run.key for run in load_ablation(source, "tokens", ["steps=9"]).runs()]
+    assert plan.command == f"grpo-jax sweep {source} --dir d --budget tokens --set steps=9"
+    assert rest == {"allow_mixed": True, "margin": 0.25}
     assert rendered == ("found", "csv", layouts.Style(("mean", "arm"), True))
 
 

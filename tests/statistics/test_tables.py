@@ -5,6 +5,7 @@ import dataclasses
 import io
 import json
 import math
+import re
 import shutil
 import subprocess
 import sys
@@ -19,6 +20,8 @@ from grpo_jax.errors import UserError
 from grpo_jax.experiment import Ablation, Experiment, load_ablation, to_dict
 from grpo_jax.experiment.fingerprint import fingerprint
 from grpo_jax.statistics import layouts, tables
+from grpo_jax.statistics.plans import declared_plan, stored_plan
+from grpo_jax.sweep.processes import write_plan
 
 TASK = SimpleNamespace(name="toy", train=[{"prompt": "a"}], held_out=[{"prompt": "b"}])
 BASE = Experiment(task=TASK, rewards={"length": len}, prompts_per_step=2, group_size=3)
@@ -55,7 +58,7 @@ def write_runs(directory: Path, ablation: Ablation = ABLATION, *, codes: dict[st
 
 
 def collect(directory: Path, ablation: Ablation = ABLATION, **options) -> tables.Table:
-    return tables.collect(ablation, directory, command=COMMAND, **options)
+    return tables.collect(declared_plan(ablation, COMMAND), directory, **options)
 
 
 def test_arms_are_compared_with_the_baseline_seed_by_seed(tmp_path):
@@ -522,3 +525,59 @@ def test_no_runs_and_no_such_metric_are_one_sentence(tmp_path):
     write_runs(tmp_path)
     with pytest.raises(UserError, match=r"has no metric 'evaluation/sucess'; it has .*evaluation/success"):
         collect(tmp_path, dataclasses.replace(ABLATION, metric="evaluation/sucess"))
+
+
+# Of a directory alone -------------------------------------------------------------------------------------------------
+
+
+def test_the_table_of_a_sweeps_directory_is_that_of_its_file(tmp_path):
+    write_runs(tmp_path)
+    write_plan(tmp_path, ABLATION)
+    first = ABLATION.runs()[0]
+    path = tmp_path / first.key / "run.json"
+    info = json.loads(path.read_text()) | {"source": "toy.py", "overrides": ["arm=base", "budget=steps", "steps=100"]}
+    path.write_text(json.dumps(info))
+    found, declared = tables.collect(stored_plan(tmp_path), tmp_path), collect(tmp_path)
+    assert (found.rows, found.metric, found.baseline) == (declared.rows, declared.metric, declared.baseline)
+    command = f"grpo-jax sweep toy.py --dir {tmp_path} --budget steps --set steps=100"
+    assert found.notes == [("command", command), *declared.notes[1:]]
+
+    shutil.rmtree(tmp_path / first.key)
+    assert tables.collect(stored_plan(tmp_path), tmp_path).missing == [f"base seed 0 ({first.key}): not run"]
+
+
+def test_arms_whose_data_differ_are_compared_from_a_directory_only_where_that_is_allowed(tmp_path):
+    write_runs(tmp_path)
+    write_plan(tmp_path, ABLATION)
+    path = tmp_path / ABLATION.runs()[-1].key / "config.json"
+    path.write_text(path.read_text().replace('"toy"', '"another"'))
+    with pytest.raises(UserError, match=r"the data of flat seed 2 is .* compared only with --allow-mixed"):
+        tables.collect(stored_plan(tmp_path), tmp_path)
+    assert tables.collect(stored_plan(tmp_path), tmp_path, allow_mixed=True).rows[2].seeds == 3
+
+
+PLAN = json.dumps(
+    {"arms": ["a", "b"], "baseline": "a", "metric": "m",
+     "runs": [{"arms": [arm], "seed": 0, "key": key} for arm, key in (("a", "k1"), ("b", "k2"))]}
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("files", "sentence"),
+    [
+        ({}, "is not the directory of a sweep: there is no sweep.json in it"),
+        ({"sweep.json": "{}"}, "it has {}, which must be an object with 'arms'"),
+        ({"sweep.json": PLAN}, "no run of the sweep in .* has begun"),
+        ({"sweep.json": PLAN.replace('"baseline": "a"', '"baseline": "c"')}, "'c' is no arm of it"),
+        ({"sweep.json": PLAN.replace("k1", "../k1")}, r"'\.\./k1' names no run"),
+        ({"sweep.json": PLAN.replace('["b"]', '["a"]')}, r"\('a', 0\) is there twice"),
+    ],
+)
+def test_a_directory_without_the_plan_of_a_sweep_is_one_sentence(tmp_path, capsys, files, sentence):
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    assert cli.main(["table", str(tmp_path)]) == 2
+    [said] = capsys.readouterr().err.splitlines()
+    assert re.search(sentence, said), said
+    assert cli.main(["table", str(tmp_path), "--budget", "steps"]) == 2
+    assert "are for an ablation's file" in capsys.readouterr().err
