@@ -40,7 +40,7 @@ def _answer(prompt: str, sample: int) -> str:
 def simple_training() -> Iterator[None]:
     """Training, by the command or from Python, is simple meanwhile."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training, "make_update", _update)
+        patch.setattr("grpo_jax.training.trainer.make_update", _update)
         patch.setattr(training, "run", partial(training.run, make_generator=lambda actor: Scripted(_answer)))
         patch.setattr("grpo_jax.report.plots.learning_curve", lambda run_dir: run_dir / "learning_curve.png")
         yield

@@ -24,8 +24,9 @@ from grpo_jax.rollout import Actor, from_completions
 from grpo_jax.runs.checkpoints import latest_step
 from grpo_jax.runs.log import RunLog
 from grpo_jax.runs.restore import restore_policy
+from grpo_jax.runs.result import Result, summarize
 from grpo_jax.runs.signals import stop_between_steps
-from grpo_jax.training import Result, Trainer, starting_policy, summarize, train
+from grpo_jax.training import Trainer, starting_policy, train
 from grpo_jax.update import State, UpdateOutput
 
 
@@ -167,7 +168,7 @@ def add_one(*_: Any) -> Any:
 def test_a_control_begins_where_the_warm_start_ended_and_a_finished_run_is_gone_on_with_unchanged(
     tmp_path: Path, start: Policy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(training, "make_update", add_one)
+    monkeypatch.setattr("grpo_jax.training.trainer.make_update", add_one)
     ended: dict[str, float] = {}
     save = training.Trainer.start_saving
 
@@ -181,13 +182,13 @@ def test_a_control_begins_where_the_warm_start_ended_and_a_finished_run_is_gone_
     changes = {"method": "sft", "steps": 1, "warm_start": warm_start, "control": control}
     config = override(letters.config, changes)
     shown: list[tuple[str, int, bool]] = []
-    display_of = training.display_of
+    display_of = training.stages.display_of
 
     def displayed(experiment: Experiment, *, title: str = "", quiet: bool = False) -> Any:
         shown.append((title, experiment.steps, quiet))
         return display_of(experiment, title=title, quiet=quiet)
 
-    monkeypatch.setattr(training, "display_of", displayed)
+    monkeypatch.setattr("grpo_jax.training.stages.display_of", displayed)
     right = Scripted(lambda prompt, sample: "aaa")  # what samples completions, in place of the policy
     first = told(config, tmp_path / "run", make_generator=lambda actor: right)
     assert shown == [("", 1, True), ("warm start", 5, True), ("control", 2, True)]
@@ -222,7 +223,7 @@ def never_sound(*_: Any) -> Any:
 
 
 def test_a_run_of_which_no_update_is_made_says_so_and_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(training, "make_update", never_sound)
+    monkeypatch.setattr("grpo_jax.training.trainer.make_update", never_sound)
     config = override(letters.config, {"method": "sft", "steps": 5, "optimizer.max_skipped_updates": 3})
     notes: list[str] = []
     monkeypatch.setattr(RunLog, "note", lambda log, message: notes.append(message))
@@ -256,7 +257,7 @@ def test_a_policy_from_elsewhere_is_named_before_it_is_loaded_and_its_commit_is_
         return SimpleNamespace(experiment=experiment, asked=commit, after=list(log.notes), commit="1a2b")
 
     config, log = override(letters.config, {"policy.source": "package:small"}), Log()
-    monkeypatch.setattr(training, "source_policy", loaded)
+    monkeypatch.setattr("grpo_jax.training.stages.source_policy", loaded)
     first = starting_policy(config, log)  # type: ignore[arg-type]
     assert vars(first) == {"experiment": config, "asked": None, "after": ["loading package:small"], "commit": "1a2b"}
     assert log.policy_commit == "1a2b"

@@ -40,9 +40,10 @@ from grpo_jax.policy.tokenizer import CharacterTokenizer
 from grpo_jax.rollout import settings_of, single_turn
 from grpo_jax.runs.log import RunLog, display_of
 from grpo_jax.runs.restore import source_policy
+from grpo_jax.runs.result import Result, summarize
 from grpo_jax.sampler import Generation, Noise, generate
 from grpo_jax.sweep import array_rewards
-from grpo_jax.training import Result, Trainer, summarize
+from grpo_jax.training import Trainer
 from grpo_jax.update import State, UpdateOutput, make_optimizer, make_update
 
 CHUNK = 20  # steps in one call: between two calls files are written and Ctrl-C is heard
