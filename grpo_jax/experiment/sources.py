@@ -33,7 +33,7 @@ WITHOUT_NUMBERS = (
     *("__init__.py", "api.py", "experiment/ablation.py", "experiment/sources.py", "experiment/fingerprint.py"),
     *("experiment/files.py", "experiment/recorded.py"),
     *("runs/log.py", "runs/record.py", "runs/display.py", "runs/files.py", "runs/run.py", "runs/tensorboard.py"),
-    *("runs/trackers.py", "runs/retention.py", "runs/rows.py"),
+    *("runs/trackers.py", "runs/retention.py", "runs/rows.py", "runs/sums.py"),
     *("runs/difference.py", "runs/code_difference.py", "replay.py"),
     *("sweep/processes.py", "sweep/progress.py", "sweep/worker.py"),
 )

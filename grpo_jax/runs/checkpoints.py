@@ -15,7 +15,6 @@ its own. The arrays are not compressed: weights become 7 % smaller by that, and 
 """
 
 import errno
-import hashlib
 import logging
 import os
 import re
@@ -34,8 +33,8 @@ import orbax.checkpoint as ocp
 
 from grpo_jax.errors import RunError, UserError
 from grpo_jax.runs.files import sync
+from grpo_jax.runs.sums import damage_of, write_sums
 
-SUMS = "SHA256SUMS"  # in the folder of each checkpoint
 _OVERHEAD = 64 * 1024  # bytes that a checkpoint takes beside its arrays
 _DAY = 86_400  # seconds that a save may take; Orbax's own limit of ten minutes is too short for a slow disk
 
@@ -132,7 +131,7 @@ class Saver:
                 checkpointer.wait_until_finished()
             for name, text in files.items():
                 (part / name).write_text(text, "utf-8")
-            _write_sums(part)
+            write_sums(part)
             part.rename(self._directory / str(step))
             sync(self._directory)
             for other in removed:
@@ -243,7 +242,8 @@ def restore(
 
 def require_whole(directory: str | Path, step: int) -> None:
     """Raises `UserError` if a file of a checkpoint is not what was saved."""
-    if (damage := _damage(Path(directory) / str(step))) is not None:
+    folder = Path(directory) / str(step)
+    if (damage := damage_of(folder, may_lack_sums=_is_of_earlier_version(folder))) is not None:
         raise UserError(f"{_place(directory, step)} is damaged: its file {damage}{remedy(directory, step)}.")
 
 
@@ -283,45 +283,6 @@ def _metadata(folder: Path) -> dict[str, Any]:
     """The shape and dtype of each array in a checkpoint, by its path."""
     with ocp.Checkpointer(_handler()) as checkpointer:
         return dict(checkpointer.metadata(folder).item_metadata.tree)
-
-
-def _files(folder: Path) -> dict[str, Path]:
-    """The files of a checkpoint by their names in it; hidden ones, as of a file manager, are no part of it."""
-    paths = (path for path in folder.rglob("*") if path.is_file() and not path.name.startswith("."))
-    return {path.relative_to(folder).as_posix(): path for path in sorted(paths) if path != folder / SUMS}
-
-
-def _write_sums(folder: Path) -> None:
-    """Writes the checksums of a checkpoint's files, in the form of the command sha256sum; all of it is on the disk."""
-    files = _files(folder)
-    (folder / SUMS).write_text("".join(f"{_sum_of(path)}  {name}\n" for name, path in files.items()))
-    for path in (*files.values(), folder / SUMS, *(path for path in folder.rglob("*") if path.is_dir()), folder):
-        sync(path)
-
-
-def _damage(folder: Path) -> str | None:
-    """The first file of a checkpoint that is missing, added, or not what was saved, and which of these; else None."""
-    try:
-        lines = (folder / SUMS).read_text("utf-8", errors="replace").splitlines()
-    except FileNotFoundError:
-        return None if _is_of_earlier_version(folder) else f"{SUMS} is missing"
-    except OSError:
-        return f"{SUMS} cannot be read"
-    sums = {name: wanted for wanted, _, name in (line.partition("  ") for line in lines)}
-    for name in sorted(sums.keys() | _files(folder).keys()):
-        try:
-            if _sum_of(folder / name) != sums.get(name):
-                return f"{name or SUMS} is not what was saved"
-        except FileNotFoundError:
-            return f"{name} is missing"
-        except (OSError, ValueError):
-            return f"{name or SUMS} cannot be read"
-    return None
-
-
-def _sum_of(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _flatten(tree: Any) -> dict[str, Any]:

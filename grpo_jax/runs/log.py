@@ -50,9 +50,9 @@ class RunLog:
     rows of all steps before it are checked (see `grpo_jax.runs.rows`), and a run that is refused is left as it was. The
     record of how the run began stays: `config.json` is not written again, and run.json lists each visit under
     `resumed`, with the fields and files that have changed since (see `grpo_jax.runs.record`). The status in run.json
-    ends as `finished`,
-    `stopped` (a callback ended training early, which run.json names), `interrupted` (KeyboardInterrupt) or `failed`. A
-    run that is refused before its first step (`UserError`) leaves no directory behind.
+    ends as `finished`, `stopped` (a callback ended training early, which run.json names), `interrupted`
+    (KeyboardInterrupt) or `failed`. A run that is refused before its first step (`UserError`) leaves no directory
+    behind.
     With `resume` a run also begins where there is none: in a new or an empty directory, or in one whose run was killed
     before it had written run.json. While it goes on, no other process can write to the directory (see
     `grpo_jax.runs.lock`).
@@ -216,10 +216,7 @@ class RunLog:
         prefix = "evaluation" if split == "held_out" else f"evaluation/{split}"
         row = {"step": step, **{f"{prefix}/{key}": value for key, value in _flat(values)}}
         if key_of(row) in self._checksums[METRICS]:  # of a run that was resumed: it is made again
-            del self._checksums[METRICS][key_of(row)]
-            add_row(self._checksums[METRICS], row)
-            others = [other for other in read_rows(self.run_dir / METRICS) if key_of(other) != key_of(row)]
-            write_text(self.run_dir / METRICS, "".join(map(json_line, sorted([*others, row], key=_place))))
+            self._replace(row)
         else:
             self._append(METRICS, [row])
         others = [other for other in self.evaluations if key_of(other) != key_of(row)]
@@ -280,6 +277,17 @@ class RunLog:
         append_rows(self.run_dir / name, rows)
         for row in rows:
             add_row(self._checksums[name], row)
+
+    def _replace(self, row: Mapping[str, Any]) -> None:
+        """Puts an evaluation where it belongs, instead of one that was made before. Other lines stay as they are."""
+        path, key = self.run_dir / METRICS, key_of(row)
+        lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+        rows = zip(read_rows(path), lines, strict=True)
+        others = [(_place(other), line) for other, line in rows if key_of(other) != key]
+        self._checksums[METRICS].pop(key, None)
+        add_row(self._checksums[METRICS], row)
+        placed = sorted([*others, (_place(row), json_line(row).encode())], key=lambda each: each[0])
+        write_text(path, b"".join(line for _, line in placed).decode())
 
     def _rewind(self, kept: KeptLog) -> None:
         """Removes what an interrupted run has written after its checkpoint."""

@@ -136,15 +136,15 @@ def with_checksum(info: Mapping[str, Any]) -> dict[str, Any]:
 def require_whole(run_dir: Path) -> None:
     """Raises `UserError` if the record of a run, or a copy of its files, is not what was written.
 
-    A run of an earlier version has no checksums of the one, and one that a notebook made has no copies.
+    A run of an earlier version has no checksums, and is not checked.
     """
     info = read_run(run_dir)
+    if "sha256" not in info:
+        return
     path = run_dir / "run.json"
-    if "sha256" in info and info != with_checksum(info):
+    if info != with_checksum(info):
         raise UserError(f"{path} is damaged, or was edited: put it back as it was, or begin a new run elsewhere.")
-    wanted: dict[str, str] = {}
-    if "config_sha256" in info:
-        wanted["config.json"] = info["config_sha256"]
+    wanted: dict[str, str] = {"config.json": info["config_sha256"]} if "config_sha256" in info else {}
     for code in (info.get("code"), *(visit.get("code") for visit in info.get("resumed", ()))):
         for name, digest in {} if code is None else code.get("files", {}).items():
             if name not in code.get("not_copied", ()):

@@ -181,6 +181,7 @@ def _rows(path: Path) -> Iterator[tuple[int, bytes, dict[str, Any], str | None]]
         try:
             row = records.parse(line.decode())
             CHECKS[path.name](row, "")
+            records.needed(row, "step", "")
         except (ValueError, UserError):
             yield number, line, {}, f"{number} is no row of a run"
         else:

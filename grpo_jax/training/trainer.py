@@ -266,7 +266,8 @@ class Trainer:
 
     def _is_kept(self, done: int) -> bool:
         """Whether the policy after `done` steps is one that `experiment.checkpoints` keeps for long."""
-        return retention.is_wanted(self.experiment.checkpoints, done, self._scores())
+        scores = self._scores() if self.last_evaluation[0] == done else {}
+        return retention.is_wanted(self.experiment.checkpoints, done, scores)
 
     def _scores(self) -> dict[int, float]:
         return retention.scores(self.experiment.checkpoints, self.log.evaluations)

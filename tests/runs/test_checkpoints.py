@@ -16,6 +16,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from grpo_jax.errors import RunError, UserError
 from grpo_jax.runs import checkpoints
+from grpo_jax.runs.sums import SUMS
 
 
 def make_state(scale: float = 1.0, width: int = 4) -> dict:
@@ -153,8 +154,8 @@ def test_a_damaged_checkpoint_is_refused_and_the_one_before_it_is_named(tmp_path
     else:
         for path in (tmp_path / "2").rglob("d/*"):
             path.write_bytes(path.read_bytes()[:10])
-        (tmp_path / "2" / checkpoints.SUMS).unlink()
-        checkpoints._write_sums(tmp_path / "2")  # so that only Orbax can find it
+        (tmp_path / "2" / SUMS).unlink()
+        checkpoints.write_sums(tmp_path / "2")  # so that only Orbax can find it
     with pytest.raises(
         UserError, match=r"(cannot be read|SHA256SUMS is missing).*to go back to step [12]\)\.$"
     ) as caught:
@@ -174,7 +175,7 @@ def test_a_bit_that_has_flipped_in_any_file_is_found_and_the_file_is_named(tmp_p
         path.write_bytes(good[:middle] + bytes([good[middle] ^ 1]) + good[middle + 1 :])
         with pytest.raises(UserError, match=r"damaged: its file .* is not what was saved.*to step 1\)\.$") as error:
             checkpoints.restore(tmp_path, {"w": jnp.zeros(1000)})
-        assert path.name == checkpoints.SUMS or path.relative_to(tmp_path / "2").as_posix() in str(error.value)
+        assert path.name == SUMS or path.relative_to(tmp_path / "2").as_posix() in str(error.value)
         path.write_bytes(good)
     files[0].unlink()
     with pytest.raises(UserError, match="is damaged: its file"):
@@ -188,16 +189,16 @@ def test_a_checkpoint_without_checksums_is_read_if_it_is_of_an_earlier_version(t
         manager.save(3, args=ocp.args.PyTreeSave(checkpoints._flatten({"w": np.arange(3.0), "n": np.asarray(3)})))
     step, found = checkpoints.restore(tmp_path, {"w": np.zeros(3), "n": 0})
     assert step == 3 and found["n"] == 3 and found["w"].tolist() == [0, 1, 2]
-    checkpoints._write_sums(tmp_path / "3")  # as they were written there
+    checkpoints.write_sums(tmp_path / "3")  # as they were written there
     assert checkpoints.restore(tmp_path, {"w": np.zeros(3), "n": 0})[0] == 3
-    (tmp_path / "2" / checkpoints.SUMS).unlink()
+    (tmp_path / "2" / SUMS).unlink()
     with pytest.raises(UserError, match=r"of step 2 .* is damaged: its file SHA256SUMS is missing .*step 1"):
         checkpoints.restore(tmp_path, make_state(0.0), step=2)
 
 
 def test_the_checksums_are_those_that_sha256sum_checks(tmp_path):
     checkpoints.save(tmp_path, 1, make_state())
-    subprocess.run(["sha256sum", "--check", "--quiet", checkpoints.SUMS], cwd=tmp_path / "1", check=True)
+    subprocess.run(["sha256sum", "--check", "--quiet", SUMS], cwd=tmp_path / "1", check=True)
 
 
 def test_the_newest_of_several_checkpoints_before_a_damaged_one_is_named(tmp_path):
@@ -215,6 +216,7 @@ def test_a_save_that_is_killed_leaves_the_checkpoint_before_it(tmp_path):
 import os, pathlib, threading, time
 import numpy as np
 from grpo_jax.runs import checkpoints
+from grpo_jax.runs.sums import SUMS
 state = {{"w": np.random.default_rng(0).normal(size=5_000_000)}}
 checkpoints.save({str(tmp_path)!r}, 1, {{"w": np.ones(3)}})
 def kill():
@@ -246,13 +248,13 @@ def test_why_it_cannot_be_written_is_the_first_line_or_the_kind_of_the_error():
 
 def slow_disk(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
     """Nothing gets its checksums until the event is set."""
-    ready, write_sums = threading.Event(), checkpoints._write_sums
+    ready, write_sums = threading.Event(), checkpoints.write_sums
 
     def wait(folder: Path) -> None:
         assert ready.wait(60)
         write_sums(folder)
 
-    monkeypatch.setattr(checkpoints, "_write_sums", wait)
+    monkeypatch.setattr(checkpoints, "write_sums", wait)
     return ready
 
 
@@ -284,7 +286,7 @@ def full(*_: object) -> None:
 
 
 def test_a_checkpoint_that_cannot_be_finished_is_the_failure_of_the_next_call_and_leaves_nothing(tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoints, "_write_sums", full)
+    monkeypatch.setattr(checkpoints, "write_sums", full)
     says = "the checkpoint of step 1 cannot be written to .*: .*No space left on device"
     with pytest.raises(RunError, match=says):
         checkpoints.save(tmp_path, 1, {"w": np.ones(3)})
