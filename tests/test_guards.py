@@ -297,6 +297,6 @@ def test_a_policy_that_learns_one_string_has_collapsed(tmp_path: Path) -> None:
 
 def test_a_warm_start_that_is_stopped_fails_the_run(tmp_path: Path) -> None:
     warm = {"rewards": {"nothing": pays_nothing}, "guards.patience": 1, "guards.on_collapse": "stop"}
-    with pytest.raises(RunError, match="the warm start was stopped after 1 steps: step 0: for 1 steps no group"):
+    with pytest.raises(RunError, match="the warm start was stopped: step 0: for 1 steps no group"):
         train(override(letters.config, {"warm_start": warm, "steps": 1}), tmp_path / "run", quiet=True)
     assert read_run(tmp_path / "run")["status"] == "failed"

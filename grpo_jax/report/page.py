@@ -357,7 +357,7 @@ def _unfinished(info: Mapping[str, Any]) -> list[str]:
     """A sentence on why a run is not finished, unless it is."""
     status, stop = info.get("status", "unknown"), info.get("stop")
     if status == "stopped" and stop:
-        reason = f": {stop['reason']}" if stop["reason"] else ""
+        reason = f": {stop['reason'].removesuffix('.')}" if stop["reason"] else ""
         who = stop["by"] if "." in stop["by"] else f"The callback {stop['by']}"  # or a field, such as guards.on_spike
         return [f"{who} stopped the run after {stop['steps']} steps{reason}."]
     return [] if status == "finished" else [" ".join(filter(None, [f"The run is {status}.", info.get("error")]))]

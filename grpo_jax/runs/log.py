@@ -252,15 +252,16 @@ class RunLog:
             self.note(f"the policy is from the hub, at commit {commit}")
 
     def warn(self, alarm: Alarm) -> None:
-        """Shows what is wrong with the training, and writes it to run.json under `warnings`, where reports find it.
+        """Shows what is wrong with the training, and writes it to run.json, where reports find it.
 
-        An alarm that stops the run does so after the step under way, as a callback's `StopTraining` does.
+        A warning is written under `warnings`. An alarm that stops the run does so after the step under way, as a
+        callback's `StopTraining` does, and is the reason of `stop`.
         """
-        if alarm.stopped_by:
-            self._callbacks.stop = self._callbacks.stop or Stop(alarm.step + 1, alarm.stopped_by, alarm.message)
         warnings = list(self._info.get("warnings", ()))
         warning = {"kind": alarm.kind, "message": alarm.message}
-        if warning not in warnings:  # a run that is resumed may come to the same step again
+        if alarm.stopped_by:
+            self._callbacks.stop = self._callbacks.stop or Stop(alarm.step + 1, alarm.stopped_by, alarm.message)
+        elif warning not in warnings:  # a run that is resumed may come to the same step again
             self._info = record.with_checksum({**self._info, "warnings": [*warnings, warning]})
             write_json(self.run_dir / "run.json", self._info)
         self.note(alarm.message)

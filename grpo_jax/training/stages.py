@@ -91,7 +91,7 @@ def starting_policy(experiment: Experiment, log: RunLog, *, resume: bool = False
             trainer = Trainer(variant, starting_policy(variant, warm_log, resume=resume), warm_log)
             trainer.fit(resume=resume)
         if warm_log.stop is not None:
-            raise RunError(f"the warm start was stopped after {warm_log.stop.steps} steps: {warm_log.stop.reason}")
+            raise RunError(f"the warm start was stopped: {warm_log.stop.reason}")
         policy = trainer.policy()
     log.starts_from(policy.commit)
     return policy
