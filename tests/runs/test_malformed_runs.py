@@ -1,5 +1,6 @@
 """The directory of a run that was edited by hand, or damaged, is read or refused in one sentence, by every command."""
 
+import io
 import json
 import shutil
 from contextlib import chdir
@@ -10,14 +11,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from malformed import answer, as_json, damaged, fuzz, json_files, mutated, odd_texts
+from rich.console import Console
 
 from grpo_jax import cli
 from grpo_jax.cli.train import _resumed
-from grpo_jax.experiment import load, load_run, override
+from grpo_jax.experiment import load, load_ablation, load_run, override
 from grpo_jax.report import page
 from grpo_jax.runs.log import RunLog
 from grpo_jax.runs.restore import method_of_run, restore_policy, sampling_of
 from grpo_jax.runs.run import Run
+from grpo_jax.statistics.plans import declared_plan
+from grpo_jax.statistics.tables import collect
+from grpo_jax.sweep.processes import write_plan
+from grpo_jax.sweep.progress import SweepProgress
 from grpo_jax.training import run as train
 
 NAMES = ("run.json", "config.json", "metrics.jsonl", "completions.jsonl", "summary.json")
@@ -129,6 +135,87 @@ def test_a_damaged_checkpoint_is_refused_in_one_sentence(made, tmp_path, damage)
             if path.is_file():
                 path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     assert isinstance(answer(lambda: restore_policy(run)), str)
+
+
+@pytest.fixture(scope="module")
+def swept(made, tmp_path_factory) -> Path:
+    """The directory of a sweep of two arms, one run each, with its plan and its file."""
+    place = tmp_path_factory.mktemp("sweep")
+    text = (made.parent / "toy.py").read_text() + (
+        "\nfrom grpo_jax.experiment import Ablation\n"
+        "ablation = Ablation(config, {'base': {}, 'hot': {'sampling.temperature': 2.0}}, seeds=(0,), metric='reward')\n"
+    )
+    (place / "arms.py").write_text(text)
+    ablation = load_ablation(place / "arms.py")
+    write_plan(place / "sweep", ablation)
+    for run in ablation.runs():
+        shutil.copytree(made, place / "sweep" / run.key, ignore=shutil.ignore_patterns("checkpoints", "events*"))
+    return place
+
+
+@pytest.mark.parametrize("name", ["sweep.json", *NAMES[:-1]])
+def test_a_sweep_that_was_edited_is_compared_or_refused_in_one_sentence(swept, tmp_path, name, capsys):
+    place = tmp_path / "copy"
+    shutil.copytree(swept, place)
+    directory, arms = place / "sweep", place / "arms.py"
+    ablation = load_ablation(arms)
+    path = directory / (name if name == "sweep.json" else f"{ablation.runs()[1].key}/{name}")
+    summaries = [{}, {"seconds": 3.0}]
+
+    @given(contents(path.parent, name), st.sampled_from(summaries))
+    @fuzz(6)
+    def check(content, summary):
+        path.write_bytes(content)
+        (directory / ablation.runs()[0].key / "summary.json").write_text(json.dumps(summary))
+        for command in (
+            ["table", str(directory)],
+            ["table", str(directory), "--format", "csv", "--allow-mixed"],
+            ["table", str(directory), "--format", "latex", "--allow-mixed"],
+            ["report", str(directory), "--output", str(place / "page.html")],
+        ):
+            assert answer(lambda command=command: cli.main(command)) in (0, 2)
+        answer(lambda: collect(declared_plan(ablation, "sweep"), directory, allow_mixed=True))
+        progress = SweepProgress(ablation.runs(), directory, "reward", Console(file=io.StringIO()))
+        answer(lambda: progress.table({ablation.runs()[1].key}, set()))
+        answer(lambda: write_plan(directory, ablation) or path.write_bytes(content))
+
+    check()
+    said = capsys.readouterr()
+    assert "Traceback" not in said.err + said.out
+
+
+def test_the_pictures_of_an_edited_sweep_are_drawn_or_refused(swept, tmp_path, capsys):
+    place = tmp_path / "sweep"
+    shutil.copytree(swept / "sweep", place)
+
+    @given(contents(place, "sweep.json"))
+    @fuzz(4)
+    def check(content):
+        (place / "sweep.json").write_bytes(content)
+        assert answer(lambda: cli.main(["report", str(place), "--pictures", "svg"])) in (0, 1, 2)
+
+    check()
+    assert "Traceback" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["run.json", "config.json", "completions.jsonl"])
+def test_the_policy_of_an_edited_run_is_asked_exported_and_evaluated_or_refused(made, copied, name, capsys):
+    @given(contents(made, name))
+    @fuzz(2)
+    def check(content):
+        (copied / name).write_bytes(content)
+        shutil.rmtree(copied.parent / "new", ignore_errors=True)
+        for command in (
+            ["sample", str(copied), "--prompt", "b", "--num", "1", "--max-tokens", "2"],
+            ["export", str(copied), str(copied.parent / "new")],
+            ["evaluate", str(copied), "--num-prompts", "1", "--num-samples", "1", "--json"],
+            ["rewards", str(copied), "--completions", str(copied / "completions.jsonl"), "--attack-budget", "0"],
+        ):
+            with chdir(copied.parent):
+                assert answer(lambda command=command: cli.main(command)) in (0, 1, 2)
+
+    check()
+    assert "Traceback" not in capsys.readouterr().err
 
 
 COMMANDS = ("list", "fields", "table", "report", "evaluate", "export", "sample", "rewards", "train", "sweep", "nothing")
