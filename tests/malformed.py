@@ -20,7 +20,9 @@ from hypothesis import strategies as st
 from grpo_jax.errors import UserError
 
 ASKED = int(os.environ.get("GRPO_JAX_FUZZ", "0"))
-SECONDS, MEMORY = 20, 3 * 2**30  # of one call; what it may allocate beside what the process has
+# Of one call: seconds of computing, seconds in which it may wait for a processor too, and what it may allocate beside
+# what the process has.
+SECONDS, PATIENCE, MEMORY = 20, 120, 3 * 2**30
 
 
 def fuzz(examples: int) -> Any:
@@ -47,8 +49,9 @@ def answer(call: Callable[[], Any]) -> Any:
     with open("/proc/self/statm") as file:
         held = int(file.read().split()[0]) * resource.getpagesize()
     limits = resource.getrlimit(resource.RLIMIT_AS)
-    handler = signal.signal(signal.SIGALRM, ring)
-    signal.alarm(SECONDS)
+    handlers = {number: signal.signal(number, ring) for number in (signal.SIGALRM, signal.SIGPROF)}
+    signal.setitimer(signal.ITIMER_PROF, SECONDS)
+    signal.alarm(PATIENCE)
     try:
         resource.setrlimit(resource.RLIMIT_AS, (held + MEMORY, limits[1]))
         return call()
@@ -60,8 +63,10 @@ def answer(call: Callable[[], Any]) -> Any:
         return sentence
     finally:
         resource.setrlimit(resource.RLIMIT_AS, limits)
+        signal.setitimer(signal.ITIMER_PROF, 0)
         signal.alarm(0)
-        signal.signal(signal.SIGALRM, handler)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 LARGE = [2**31 - 1, 2**31, -(2**31), 2**63, 2**64, 10**400, 1e39, -1e39, 1e308, math.inf, -math.inf, math.nan]
