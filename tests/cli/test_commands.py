@@ -445,7 +445,7 @@ def test_several_methods_are_named_in_order_and_the_first_is_started_with(source
         ("train imports.py", "imports.py:2: ModuleNotFoundError: No module named 'nothere'"),
         ("report nope", "there is no directory 'nope' with a run or with the runs of a sweep."),
         ("table adir", "'adir' is not the directory of a sweep: there is no sweep.json in it."),
-        ("evaluate plain.py --warm-start adir", "--warm-start is for an experiment that has a warm start, and 'plain.py'"),
+        ("evaluate plain.py --warm-start adir", "--warm-start is for an experiment that has a warm start, and "),
         ("fields nope", "there is no section 'nope'; it must be one of policy, "),
     ],
 )  # fmt: skip
