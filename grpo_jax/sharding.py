@@ -9,6 +9,7 @@ A tree that one of these methods has put on the devices is called *placed*. Its 
 under `pmap`) is known here alone: pass it to a compiled function, or bring it back with `first`, `fetch` or `gather`.
 """
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -18,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from grpo_jax.errors import UserError
+from grpo_jax.errors import UserError, one_line
 
 Array = jax.Array | np.ndarray
 """An array on the devices or on the host. JAX takes both, and most functions of the package do."""
@@ -126,6 +127,16 @@ def free_memory(count: int) -> int | None:
     if not all("bytes_limit" in stats for stats in known):
         return None
     return min(stats["bytes_limit"] - stats.get("bytes_in_use", 0) for stats in known)
+
+
+def require_devices() -> None:
+    """Raises `UserError` if there is no device, as on a machine without the accelerator that JAX_PLATFORMS names."""
+    try:
+        jax.devices()
+    except (RuntimeError, AssertionError) as error:
+        asked = os.environ.get("JAX_PLATFORMS", "")
+        why = one_line(error, 200) or "this machine has none of that kind, or JAX was installed without support for it"
+        raise UserError(f"JAX finds no device with JAX_PLATFORMS={asked!r}: {why.rstrip('.')}.") from None
 
 
 def describe() -> dict[str, Any]:

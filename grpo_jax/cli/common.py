@@ -134,11 +134,16 @@ def value_text(value: Any) -> Any:
     return shown
 
 
-def prepare_jax() -> None:
+def prepare_jax(*, computes: bool = True) -> None:
     """Sets the environment variables that JAX and transformers read when they are imported.
 
     Variables that the user has set are not changed. JAX's persistent compilation cache is on, so that a second run
     starts in seconds.
+
+    Args:
+      computes: whether this process itself does; one that only starts others leaves every device to them.
+
+    Raises `UserError` if it computes, and JAX_PLATFORMS names what this machine does not have.
     """
     cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.join(cache, "grpo_jax", "xla"))
@@ -147,3 +152,7 @@ def prepare_jax() -> None:
         "TRANSFORMERS_VERBOSITY", "error"
     )  # transformers warns that PyTorch is missing: it is not used
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # or it warns at every process that a reward starts
+    if computes and os.environ.get("JAX_PLATFORMS"):
+        from grpo_jax.sharding import require_devices
+
+        require_devices()

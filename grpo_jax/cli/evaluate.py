@@ -61,6 +61,8 @@ def evaluate(
     common.require_run_for_step(source, options.step)
     config, against = common.load_source(source, options.overrides()), options.against
 
+    if options.warm_start is not None and (common.is_run(source) or config.warm_start is None):
+        raise UserError(f"--warm-start is for an experiment that has a warm start, and {str(source)!r} has none.")
     compared = [(source, config)]
     if against is not None:
         # Its own task and sampling, but evaluated in the same way and with the same noise, so that prompts are pairs.

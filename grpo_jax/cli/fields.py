@@ -23,7 +23,7 @@ def fields(
 
     found = dict(sections())
     if section and section not in found:
-        raise UserError(f"there is no section {section!r}{nearest(section, list(found))}")
+        raise UserError(f"there is no section {section!r}{nearest(section, [name for name in found if name])}")
     console = Console(highlight=False, markup=False)
     for name, config in found.items():
         if section in ("", name):

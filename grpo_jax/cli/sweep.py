@@ -38,7 +38,7 @@ def sweep(
     planned = load_ablation(ablation, budget, overrides)
     if track and vectorize:
         raise UserError("--track logs runs that have a process of their own: leave out --vectorize.")
-    common.prepare_jax()
+    common.prepare_jax(computes=False)
     from grpo_jax import sweep
 
     if common.callbacks(track):  # so that a package that is missing is found here

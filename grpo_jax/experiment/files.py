@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.util
+import os
 import re
 import sys
 import traceback
@@ -249,6 +250,8 @@ def run_file(path: str | Path, home: Path | None = None, paths: Iterable[Path] =
     where it finds what it imports from beside it or loads by a path from there, if that is still there.
     """
     path = Path(path)
+    if path.is_dir():
+        raise UserError(f"{str(path)!r} is a directory, where the Python file of an experiment is needed.")
     if not path.is_file():
         raise UserError(f"there is no experiment file {str(path)!r}.")
     require_code_allowed(str(path))
@@ -320,7 +323,8 @@ def _is_users_module(name: str) -> bool:
 
 def _where(path: Path, error: BaseException) -> str:
     """The last line of `path` itself in the error's traceback, as `file:line`."""
-    lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == str(path)]
+    places = (str(path), os.path.abspath(path))
+    lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename in places]
     if isinstance(error, SyntaxError) and error.lineno:
         lines = [error.lineno]
     return f"{path}:{lines[-1]}" if lines else str(path)

@@ -57,6 +57,8 @@ def report(directory: Path, output: Path | None = None) -> Path:
     `output` is a file, or a directory for a file report.html.
     Raises `UserError` if the directory holds neither.
     """
+    if not directory.is_dir():
+        raise UserError(f"there is no directory {str(directory)!r} with a run or with the runs of a sweep.")
     if (directory / "run.json").is_file():
         page = run_page(directory)
     else:

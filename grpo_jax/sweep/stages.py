@@ -4,15 +4,16 @@ A run's work is its steps times the seconds that a step takes, so that a warm st
 as most of the run. What no run of the sweep has done yet, nobody can say, and then there is no estimate.
 """
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-from grpo_jax.experiment import Experiment, variant_of
+from grpo_jax.errors import UserError
+from grpo_jax.experiment import Experiment, records, variant_of
 from grpo_jax.runs.files import read_json
 
 TAIL = 1 << 14  # bytes at the end of metrics.jsonl that are read
@@ -53,13 +54,13 @@ def current(stages: Sequence[Stage]) -> Stage:
 
 def _stage(name: str, directory: Path, config: Experiment) -> Stage:
     rows = tail_rows(directory)
-    steps = [row for row in rows if "step_time" in row]
+    steps = [row for row in rows if row.get("step_time") is not None]
     each = median(row["step_time"] for row in steps) if steps else None
     done = max((row["step"] + 1 for row in steps), default=0)
     total: int = config.num_steps
     if config.token_budget is not None and steps:
         speed = [row["tokens_per_second"] for row in steps if row.get("tokens_per_second")]
-        if not speed:
+        if not speed or steps[-1].get("num_sampled_tokens") is None:
             return Stage(name, done, total, each)
         done, total, each = int(steps[-1]["num_sampled_tokens"]), config.token_budget, 1 / median(speed)
     if read_json(directory / "run.json").get("status") == "finished":
@@ -68,7 +69,7 @@ def _stage(name: str, directory: Path, config: Experiment) -> Stage:
 
 
 def tail_rows(run_dir: Path) -> list[dict[str, Any]]:
-    """The last rows of a run's metrics.jsonl; none if there is no such file."""
+    """The last rows of a run's metrics.jsonl, but for those that are damaged; none if there is no such file."""
     try:
         with (run_dir / "metrics.jsonl").open("rb") as file:
             file.seek(max(0, file.seek(0, 2) - TAIL))
@@ -77,10 +78,10 @@ def tail_rows(run_dir: Path) -> list[dict[str, Any]]:
         return []
     rows = []
     for line in lines[:-1]:  # what follows the last newline is still being written
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
-            continue  # the first line may be the end of a longer one
+        with suppress(ValueError, UserError):  # the first line may be the end of a longer one
+            row = records.parse(line)
+            records.require_metrics(row, "metrics.jsonl")
+            rows.append(row)
     return rows
 
 
@@ -122,7 +123,10 @@ def overhead_of(run_dir: Path, stages: Sequence[Stage], now: datetime) -> float 
     if "started" not in info or info.get("resumed") or not any(stage.done for stage in stages):
         return None
     spent = sum(stage.done * (stage.seconds_each or 0.0) for stage in stages)
-    return max((now - datetime.fromisoformat(info["started"])).total_seconds() - spent, 0.0)
+    try:
+        return max((now - datetime.fromisoformat(info["started"])).total_seconds() - spent, 0.0)
+    except (TypeError, ValueError):  # it was edited
+        return None
 
 
 def pace_of(runs: Iterable[Sequence[Stage]]) -> dict[str, float]:

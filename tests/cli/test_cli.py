@@ -172,7 +172,7 @@ def house(monkeypatch, tmp_path):
         monkeypatch.setitem(sys.modules, f"grpo_jax.{name}", module)
         parent, _, name = f"grpo_jax.{name}".rpartition(".")
         monkeypatch.setattr(importlib.import_module(parent), name, module, raising=False)
-    monkeypatch.setattr(cli.common, "prepare_jax", lambda: None)
+    monkeypatch.setattr(cli.common, "prepare_jax", lambda **_: None)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "120")
     return house

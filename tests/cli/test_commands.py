@@ -3,10 +3,13 @@
 import builtins
 import json
 import os
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import letters
 import pytest
 
 from grpo_jax import cli
@@ -35,7 +38,7 @@ ablation = Ablation(base=config, arms={"base": {}, "hot": {"sampling.temperature
 @pytest.fixture
 def source(tmp_path, monkeypatch) -> Path:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(common, "prepare_jax", lambda: None)
+    monkeypatch.setattr(common, "prepare_jax", lambda **_: None)
     monkeypatch.setattr(common, "command", lambda: "grpo-jax")
     path = tmp_path / "toy.py"
     path.write_text(FILE)
@@ -429,3 +432,37 @@ def test_several_methods_are_named_in_order_and_the_first_is_started_with(source
         assert cli.main(["advise", *options, "--reasoning", reasoning]) == 0
         shown = "The demonstrations should show the reasoning as well." in capsys.readouterr().out
         assert shown == (reasoning == "yes")
+
+
+# A newcomer's mistakes ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("command", "sentence"),
+    [
+        ("train adir", "'adir' is a directory, where the Python file of an experiment is needed."),
+        ("sweep adir", "'adir' is a directory, where the Python file of an experiment is needed."),
+        ("train imports.py", "imports.py:2: ModuleNotFoundError: No module named 'nothere'"),
+        ("report nope", "there is no directory 'nope' with a run or with the runs of a sweep."),
+        ("table adir", "'adir' is not the directory of a sweep: there is no sweep.json in it."),
+        ("evaluate plain.py --warm-start adir", "--warm-start is for an experiment that has a warm start, and "),
+        ("fields nope", "there is no section 'nope'; it must be one of policy, "),
+    ],
+)  # fmt: skip
+def test_a_newcomers_mistake_is_one_sentence(tmp_path, monkeypatch, capsys, command, sentence):
+    monkeypatch.chdir(tmp_path)
+    Path("adir").mkdir()
+    Path("imports.py").write_text("import os\nimport nothere\n")
+    Path("plain.py").write_text(Path(letters.__file__).read_text())
+    assert cli.main(command.split()) == 2
+    [said] = capsys.readouterr().err.splitlines()
+    assert said.startswith(f"error: {sentence}")
+
+
+def test_a_platform_that_is_not_there_is_one_sentence(tmp_path):
+    shutil.copy(letters.__file__, tmp_path / "plain.py")
+    code = "import sys; from grpo_jax.cli import main; sys.exit(main(['evaluate', 'plain.py']))"
+    environment = {**os.environ, "JAX_PLATFORMS": "rocm"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert done.stderr.splitlines()[-1].startswith("error: JAX finds no device with JAX_PLATFORMS='rocm': ")
