@@ -35,7 +35,12 @@ def make_trainer(experiment: Experiment, log: RunLog) -> Trainer:
     return Trainer(experiment, source_policy(experiment), log)
 
 
-@pytest.mark.parametrize("changes", [{}, SYNCED, {"method": "ppo"}], ids=["grpo", "a synced reference", "ppo"])
+GUARDED = {"guards.spike_factor": 1e9, "guards.spike_window": 1}
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, SYNCED, {"method": "ppo"}, GUARDED], ids=["grpo", "a synced reference", "ppo", "a spike rule"]
+)
 def test_steps_after_the_first_compile_nothing(changes: dict[str, Any], tmp_path: Path, compilations: Any) -> None:
     experiment = override(letters.config, changes)
     with RunLog(tmp_path / "run", experiment, display=display_of(experiment, quiet=True)) as log:
