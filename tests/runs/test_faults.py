@@ -123,9 +123,9 @@ def small_disk(tmp_path) -> Iterator[Path]:
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-@pytest.mark.parametrize("left", [4, 100, 300, 400])
+@pytest.mark.parametrize("left", [4, 100, 200, 300])
 def test_a_real_disk_that_becomes_full_ends_the_run_with_one_sentence(source, whole, small_disk, capfd, left):
-    """A checkpoint of this run has about 100 kB, the rest of its files 50 kB; `left` kB are left."""
+    """`left` kB are left: the run takes about 400, most of it for its checkpoints."""
     filler = small_disk / "filler"
     filler.write_bytes(b"x" * (2**20 - left * 1024))
     capfd.readouterr()

@@ -7,6 +7,7 @@ import os
 import shutil
 import struct
 import subprocess
+import zlib
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -405,6 +406,19 @@ def test_resuming_a_finished_run_changes_nothing_but_its_last_evaluation(tmp_pat
     metrics = rows(tmp_path / "metrics.jsonl")
     assert [row["step"] for row in metrics] == [0, 1, 2, 3, 4]
     assert metrics[-1]["evaluation/success"] == 0.2
+
+
+def test_the_log_is_on_the_disk_when_a_checkpoint_gets_what_it_knows_of_it(tmp_path, monkeypatch):
+    synced: list[Path] = []
+    monkeypatch.setattr("grpo_jax.runs.log.sync", synced.append)
+    with open_log(tmp_path / "run") as log:
+        log.evaluation(0, Evaluation())
+        log.step(0, {"reward": 1.0}, completions())
+        [text] = log.seal().values()
+    assert {path.name for path in synced} == {"metrics.jsonl", "completions.jsonl", "run"}
+    known = json.loads(text)
+    assert list(known["metrics.jsonl"]) == ["0 evaluation", "0"]
+    assert known["completions.jsonl"] == {"0": zlib.crc32((tmp_path / "run" / "completions.jsonl").read_bytes())}
 
 
 def test_a_line_that_a_crash_cut_off_is_dropped_on_resuming(tmp_path):

@@ -70,6 +70,7 @@ def test_what_is_restored_is_what_was_saved_on_every_device(one, tmp_path, devic
     experiment = config(4, devices)
     with RunLog(run_dir, experiment, resume=True, display=display_of(experiment, quiet=True)) as log:
         trainer = training.Trainer(experiment, training.source_policy(experiment), log)
+        assert trainer.start.params == {}  # what was loaded is held once, on the devices
         assert trainer.load_checkpoint(run_dir / "checkpoints") == 4
         wanted = saved(one, 4)
         found = checkpoints._flatten(trainer.state._asdict())
