@@ -101,7 +101,8 @@ def logged(run_dir: Path, step: int) -> tuple[dict[str, Any], list[dict[str, Any
     if not rows:
         raise UserError(f"the run {str(run_dir)!r} has logged no step yet.")
     if step not in rows:
-        raise UserError(f"the run {str(run_dir)!r} has no step {step}: it has logged steps {min(rows)} to {max(rows)}.")
+        steps = f"steps {min(rows)} to {max(rows)}" if len(rows) > 1 else f"step {min(rows)} alone"
+        raise UserError(f"the run {str(run_dir)!r} has no step {step}: it has logged {steps}.")
     return rows[step], [row for row in read_rows(run_dir / "completions.jsonl") if row.get("step") == step]
 
 

@@ -140,7 +140,8 @@ def _parting_table(title: str, partings: list[Parting]) -> "Table":
     """A table of where numbers part, the first on top."""
     from rich.table import Table
 
-    table = Table(title=f"{title}: where each begins to differ", title_justify="left", box=None, header_style="dim")
+    title = f"{title}: where each begins to differ"
+    table = Table(title=title, title_justify="left", box=None, header_style="dim", min_width=len(title))
     table.add_column("step", justify="right")
     table.add_column("", no_wrap=True)
     for column in (*COLUMNS, "relative", "differ"):

@@ -2,9 +2,10 @@
 
 A whole step runs on the device and `CHUNK` of them per call (Lu et al. 2022, purejaxrl, is the model). The seeds are
 shared out over the devices (`grpo-jax sweep` makes a device of each core of a CPU), which go on training while this
-process writes files. Noise, prompts and initial parameters are named by the seed as in a run of its own, so on a CPU a
-seed has that run's numbers to the last digit (with `num_iterations` above 1, `top_k` or `top_p`: up to rounding). An
-accelerator trains its seeds at once; there the rounding of batched matrix products can change which token is drawn.
+process writes files. Noise, prompts and initial parameters are named by the seed as in a run of its own, and on a CPU
+sampling, advantages and each update are compiled as they are there (`_apart`). So on a CPU a seed has the numbers of a
+run of its own on one device (`docs/guides/ablation.md` says where that was measured). An accelerator trains its seeds
+at once; there the rounding of batched matrix products can change which token is drawn.
 Everything around the steps (evaluations, metrics, checkpoints, files) is that of `grpo_jax.training`, seed by seed, so
 `grpo-jax table` and `grpo-jax evaluate` find ordinary runs.
 
