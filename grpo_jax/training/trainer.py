@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cached_property
+from itertools import chain, repeat
 from pathlib import Path
 from typing import Any
 
@@ -197,7 +198,7 @@ class Trainer:
             if batch.advantages is not None and train_batch.batch.advantages is None:
                 train_batch = train_batch.with_advantages(layout.gather(batch.advantages))
         outputs: list[UpdateOutput] = []
-        for piece in self.minibatches(batch) * config.num_iterations:
+        for piece in chain.from_iterable(repeat(self.minibatches(batch), config.num_iterations)):
             first = replicas.broadcast(np.bool_(not outputs))
             self.state, output = self.update(self.state, frozen, reference, piece, first, *limit)
             if not outputs and output.logprob_gaps is not None:
