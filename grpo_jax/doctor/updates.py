@@ -23,7 +23,9 @@ from grpo_jax.rollout import bucket
 from grpo_jax.sharding import Array, Replicas, up_to
 from grpo_jax.update import State, UpdateOutput, make_optimizer, make_update
 
-ROUNDING = {"float32": 1e-3, "bfloat16": 1e-1}  # what rounding may change a gradient by, relative to its norm
+# What rounding may change a gradient by, relative to its norm. For SmolLM2-135M with adapters it was up to 1.7e-5 in
+# float32 and 4.1e-2 in bfloat16.
+ROUNDING = {"float32": 1e-3, "bfloat16": 1e-1}
 CUTS = (1.0, 0.5, 0.75, 0.25)  # the shares of neighbouring completions that are kept
 MAX_DEVICES = 8
 STEP = 1e-3  # of the parameters' norm
