@@ -48,20 +48,22 @@ def test_rows_are_a_bucket_of_them_in_a_multiple_and_as_long_as_they_must_be():
     assert [int(row.sum()) for row in pack(single, None).valid] == [3, 5, 4, 2, 1, 0]
 
 
-def test_a_packed_example_has_the_log_probabilities_that_it_has_alone():
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+def test_a_packed_example_has_the_log_probabilities_that_it_has_alone(temperature):
     policy = load("scratch", seed=1, scratch=ScratchConfig("abcdefgh", hidden_size=16, num_layers=2, num_heads=2))
     model = bind(policy.config, {**policy.params, "embed": 10 * policy.params["embed"]})
     rng = np.random.default_rng(0)
     examples = [rng.integers(3, 11, size).tolist() for size in (5, 3, 4)]
     batch = pack([(ids, [True] * len(ids)) for ids in examples], 9)
-    packed, entropies = packed_logprobs(model, jnp.asarray(batch.tokens), jnp.asarray(batch.segments))
+    arrays = jnp.asarray(batch.tokens), jnp.asarray(batch.segments)
+    packed, entropies = packed_logprobs(model, *arrays, temperature=temperature)
     for ids in examples:
         row, start = next(
             (r, t) for r in range(2) for t in range(9) if batch.tokens[r, 0, t : t + len(ids)].tolist() == ids
         )
         rest = jnp.asarray(ids[1:])[None, None]
         given = Completions(jnp.asarray([ids[:1]]), jnp.asarray([1]), rest, jnp.ones_like(rest, bool))
-        alone, entropy = completion_logprobs(model, given)
+        alone, entropy = completion_logprobs(model, given, temperature=temperature)
         found = packed[row, 0, start : start + len(ids)]
         assert found[0] == 0  # nothing predicts an example's first token
         np.testing.assert_allclose(found[1:], alone[0, 0], atol=2e-5)

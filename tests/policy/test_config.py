@@ -264,3 +264,12 @@ def test_yarn_keeps_fast_frequencies_and_divides_slow_ones():
     ratio = inverse_frequencies(rope, 64) / inverse_frequencies(RopeConfig(), 64)
     assert ratio[0] == 1 and ratio[-1] == pytest.approx(0.25)
     assert np.all(np.diff(ratio) <= 1e-6)
+
+
+def test_yarns_ramp_may_end_beyond_the_last_frequency():
+    # Dimension d of a head of 8 turns 64 / (2 pi) 100^(-d / 8) times in the original context of 64: twice at
+    # d = 8 ln(64 / (4 pi)) / ln 100 / 2 = 1.41, and a quarter of once at 3.22. Rounded outwards the ramp goes from 1 to
+    # 4, though the four frequencies end at 3: its shares s are 0, 0, 1/3, 2/3, and 1 - s + s / 4 is left of each.
+    rope = RopeConfig(100.0, "yarn", 4.0, original_max_positions=64, beta_fast=2.0, beta_slow=0.25)
+    ratio = inverse_frequencies(rope, 8) / inverse_frequencies(RopeConfig(100.0), 8)
+    np.testing.assert_allclose(ratio, [1, 1, 0.75, 0.5], rtol=1e-6)

@@ -16,7 +16,7 @@ from grpo_jax.experiment import LoRAConfig
 from grpo_jax.logprobs import Completions, completion_logprobs
 from grpo_jax.policy import transformer
 from grpo_jax.policy.config import ModelConfig, RopeConfig
-from grpo_jax.policy.layers import matmul_f32
+from grpo_jax.policy.layers import ACTIVATIONS, matmul_f32
 from grpo_jax.policy.transformer import KeyValues, TokenRows, bind, forward, prefill, unstack
 
 LORA = LoRAConfig(rank=3, alpha=6.0, targets=("q", "down"))
@@ -290,6 +290,19 @@ def test_matrix_products_and_their_gradients_are_float32s_to_the_rounding_of_the
     expected = weights @ wide_b.T, wide_a.T @ weights
     for found, wanted in zip((da if i else da.T, db.T if j else db), expected, strict=True):
         np.testing.assert_allclose(np.asarray(found, np.float64), wanted, rtol=tolerance, atol=1e-5)
+
+
+def test_activations_by_hand():
+    # At 1 and -2: x / (1 + exp(-x)) = .731059, -.238406; x times the normal distribution function, of .841345 and
+    # .022750, = .841345, -.045500; and with tanh(sqrt(2 / pi) (x + .044715 x^3)) in its place .841192, -.045402.
+    expected = {
+        "silu": [0.731059, -0.238406],
+        "gelu": [0.841345, -0.045500],
+        "gelu_tanh": [0.841192, -0.045402],
+    }
+    assert ACTIVATIONS.keys() == expected.keys()
+    for name, values in expected.items():
+        np.testing.assert_allclose(ACTIVATIONS[name](jnp.array([1.0, -2.0])), values, rtol=0, atol=2e-6, err_msg=name)
 
 
 def test_parameters_are_named_and_shaped_as_the_contract_has_them():

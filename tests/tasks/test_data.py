@@ -90,6 +90,15 @@ def test_rows_that_make_the_same_example_stay_together():
         made([{"question": "a", "id": n} for n in range(3)], columns=[], held_out=1)
 
 
+def test_rows_that_make_the_same_example_are_held_out_whatever_their_order():
+    # Eight examples of four rows each, all of other content: an example stands at the first of its rows' places.
+    rows = [{"question": "abcdefgh"[n % 8], "id": n} for n in range(32)]
+    orders = [rows, rows[::-1], rows[8:] + rows[:8], rows[24:] + rows[:24]]
+    held_out = [sorted(contents(made(each, columns=[], held_out=8).held_out)) for each in orders]
+    assert len(held_out[0]) == 8 and len(set(held_out[0])) == 2  # two examples, four rows each
+    assert held_out == [held_out[0]] * 4
+
+
 @pytest.mark.parametrize("held_out", [0, 20, -1, 0.0, 1.0, 0.001, 2.5, True])
 def test_a_split_cannot_be_empty(held_out):
     with pytest.raises(UserError, match=r"of 20 rows leaves a split empty: .* a number from 1 to 19"):
