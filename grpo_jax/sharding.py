@@ -68,7 +68,8 @@ class Replicas:
 
     def fetch(self, placed: Any) -> Any:
         """One copy of what is equal on all devices, on the host (on a CPU: the device's own memory)."""
-        return jax.tree.map(lambda x: x[0], jax.device_get(jax.tree.map(lambda x: x.addressable_data(0), placed)))
+        of_first = jax.tree.map(lambda x: x.addressable_data(0) if isinstance(x, jax.Array) else x, placed)
+        return jax.tree.map(lambda x: x[0], jax.device_get(of_first))
 
     def place(self, array: np.ndarray) -> jax.Array:
         """Copies an array of the host to all devices, as `replicate` does, but without a second copy on a device."""

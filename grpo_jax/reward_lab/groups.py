@@ -99,7 +99,7 @@ def read_groups(path: Path, experiment: Experiment, tokenizer: Tokenizer) -> Gro
         if not {"prompt", "completion"} <= set(row):
             raise UserError(f"{path}:{number} lacks a prompt or a completion.")
         asked = _key([row["prompt"], row.get("example"), _columns(row)])
-        by_group[row.get("step"), row.get("prompt_id", asked)].append(
+        by_group[_key([row.get("step"), row.get("prompt_id", asked)])].append(
             (_example(row, task, examples, f"{path}:{number}"), row["completion"])
         )
     sizes = sorted({len(rows) for rows in by_group.values()})

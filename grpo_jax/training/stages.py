@@ -67,6 +67,7 @@ def run(experiment: Experiment, log: RunLog, make_generator: MakeGenerator = OWN
             variant, control_dir = variant_of(experiment, experiment.control), run_dir / "control"
             display = display_of(variant, title="control", quiet=quiet)
             with RunLog(control_dir, variant, resume=True, display=display) as control_log:
+                control_log.starts_from(start.commit)
                 other = Trainer(variant, start, control_log, make_generator)
                 if log.stop is not None:  # as many steps as the run itself made
                     other.last_step = min(done, variant.num_steps)

@@ -1,6 +1,7 @@
 """A step's batch of each method, whole: which completions it trains on, its counts, metrics, rows and histograms."""
 
 import math
+from collections import Counter
 from dataclasses import replace
 from typing import Any
 
@@ -27,7 +28,10 @@ def made(overrides: dict[str, Any], step: int = 0, answer: Any = None) -> tuple[
 
 
 def scheduled(step: int, *, further: tuple[int, ...] = ()) -> tuple[list[int], list[int]]:
-    return schedule(0, step, 4, len(TRAIN), further=further)
+    """Examples and their names, of a step and of the further rounds that are at other steps' places."""
+    occurred: Counter[int] = Counter()
+    rounds = [schedule(0, place, 4, len(TRAIN), occurred=occurred) for place in (step, *further)]
+    return [index for indices, _ in rounds for index in indices], [name for _, ids in rounds for name in ids]
 
 
 # GRPO and PPO ---------------------------------------------------------------------------------------------------------

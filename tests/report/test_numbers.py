@@ -195,7 +195,7 @@ def test_a_sweep_is_read_from_its_plan(tmp_path):
     assert make_sweep(tmp_path, {("new", 4): 0.5}, arms=["gone", "new"], baseline="gone").baseline == "new"
     (tmp_path / "none").mkdir()
     with pytest.raises(UserError, match=r"^no run of this sweep has begun\.$"):
-        make_sweep(tmp_path / "none", {("new", 4): None})
+        make_sweep(tmp_path / "none", {("old", 4): None})
 
 
 def test_the_table_of_arms_pairs_by_seed_and_draws_on_the_range_of_the_metric(tmp_path):

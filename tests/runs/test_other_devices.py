@@ -15,6 +15,7 @@ from grpo_jax import training
 from grpo_jax.experiment import Experiment, override
 from grpo_jax.runs import checkpoints
 from grpo_jax.runs.log import RunLog, display_of
+from grpo_jax.runs.restore import source_policy
 
 BASE = override(
     letters.config,
@@ -69,7 +70,7 @@ def test_what_is_restored_is_what_was_saved_on_every_device(one, tmp_path, devic
     run_dir = Path(shutil.copytree(one, tmp_path / "run"))
     experiment = config(4, devices)
     with RunLog(run_dir, experiment, resume=True, display=display_of(experiment, quiet=True)) as log:
-        trainer = training.Trainer(experiment, training.source_policy(experiment), log)
+        trainer = training.Trainer(experiment, source_policy(experiment), log)
         assert trainer.start.params == {}  # what was loaded is held once, on the devices
         assert trainer.load_checkpoint(run_dir / "checkpoints") == 4
         wanted = saved(one, 4)

@@ -15,6 +15,7 @@ import pytest
 
 from grpo_jax.experiment import load_ablation
 from grpo_jax.statistics import tables
+from grpo_jax.statistics.plans import declared_plan
 
 ROOT = Path(__file__).parents[2]
 SMALL = ["steps=1", "checkpoint_every=1"]
@@ -66,7 +67,7 @@ def test_an_ablation_is_made_run_by_run(ablation):
         subprocess.run(command, check=True, env=environment)
     else:
         run_script("run_ablation.py", ablation, 1, "--dir", "runs")
-    [row] = tables.collect(load_ablation(ablation), Path("runs"), command="").rows
+    [row] = tables.collect(declared_plan(load_ablation(ablation), ""), Path("runs")).rows
     assert row.seeds == 2
 
     metrics = sorted(Path("runs").glob("*/metrics.jsonl"))
