@@ -3,6 +3,7 @@
 Linux only: it reads /proc.
 """
 
+import glob
 import json
 import os
 import subprocess
@@ -59,11 +60,15 @@ class Command:
 
     def steps_made(self) -> int:
         """How many steps are logged; of a sweep, those of all its runs together."""
-        return sum(map(_last_step, self.directory.rglob("metrics.jsonl")))
+        return sum(map(_last_step, self._found("metrics.jsonl")))
 
     def writes_checkpoint(self) -> bool:
         """Whether a checkpoint is half written now."""
-        return any(True for _ in self.directory.rglob("checkpoints/*tmp*"))
+        return bool(self._found("checkpoints/*tmp*"))
+
+    def _found(self, pattern: str) -> list[str]:
+        """The files of the run and of those in it, at any depth; unlike Path.rglob, where some vanish meanwhile."""
+        return glob.glob(f"{glob.escape(str(self.directory))}/**/{pattern}", recursive=True)
 
 
 def _pids() -> list[int]:
@@ -78,10 +83,10 @@ def read(path: str | Path) -> bytes:
         return b""
 
 
-def _last_step(log: Path) -> int:
+def _last_step(log: str) -> int:
     """After how many steps the last complete row of a log was written."""
     try:
-        with log.open("rb") as file:
+        with open(log, "rb") as file:
             file.seek(max(0, file.seek(0, os.SEEK_END) - 20_000))
             lines = file.read().split(b"\n")[:-1]
         row = json.loads(lines[-1]) if lines else {}
