@@ -64,7 +64,7 @@ class Command:
 
     def writes_checkpoint(self) -> bool:
         """Whether a checkpoint is half written now."""
-        return bool(self._found("checkpoints/*tmp*"))
+        return bool(self._found("checkpoints/.*.part"))
 
     def _found(self, pattern: str) -> list[str]:
         """The files of the run and of those in it, at any depth; unlike Path.rglob, where some vanish meanwhile."""
@@ -111,7 +111,7 @@ def difference(run: Path, undisturbed: Path) -> str | None:
             return f"{one} has no summary.json"
         if not same_arrays(one / "checkpoints", other / "checkpoints"):
             return f"{one / 'checkpoints'}"
-        if left := list(one.rglob("*tmp*")):
+        if left := list(one.rglob("*.part")):
             return f"{left[0]} is left over"
     return None
 
