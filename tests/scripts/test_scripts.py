@@ -235,3 +235,55 @@ def test_the_printed_intervals_cover_and_students_does_not():
     lowest = float(re.search(r"Its lowest coverage\non this page is ([\d.]+) %", text)[1])
     assert lowest > 93  # the standard error is 1.3 points
     assert text.count("\n## ") == 7
+
+
+# soak.py and kill.py -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def soak(monkeypatch):
+    """The module of `scripts/soak.py`."""
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    import soak as module
+
+    yield module
+    for name in ("soak", "children"):
+        sys.modules.pop(name, None)
+
+
+def test_the_growth_is_that_within_processes_whatever_they_begin_with(soak):
+    """Two processes grow by 2 MiB in 100 steps, from 300 and from 500 MiB; the first 200 steps of each do not count."""
+    warm_up = [soak.Sample("a", 0, 100.0, 8), soak.Sample("b", 400, 900.0, 8)]
+    samples = [
+        soak.Sample(name, first + step, start + step / 50, 8)
+        for name, first, start in (("a", 0, 300.0), ("b", 400, 500.0))
+        for step in (200, 300, 400)
+    ]
+    assert soak.slope([*warm_up, *samples], "memory") == pytest.approx((0.02, 0.02, 0.02))
+    assert soak.slope([*warm_up, *samples], "files") == pytest.approx((0.0, 0.0, 0.0))
+
+
+def test_processes_that_grow_differently_make_the_interval_wide(soak):
+    """Slopes of 0 and .04 over the same steps: the mean is .02, and two processes bound it to t(.975, 1) * .02."""
+    samples = [
+        soak.Sample(name, step, slope * step, 8)
+        for name, slope in (("a", 0.0), ("b", 0.04))
+        for step in (0, 200, 300, 400)
+    ]
+    value, low, high = soak.slope(samples, "memory")
+    assert value == pytest.approx(0.02)
+    assert (low, high) == pytest.approx((0.02 - 12.706 * 0.02, 0.02 + 12.706 * 0.02), rel=1e-4)
+
+
+def test_the_first_row_that_differs_from_the_undisturbed_run_is_named_and_times_are_not_compared(soak, tmp_path):
+    for name, losses in (("one", (1.0, 2.0)), ("other", (1.0, 2.5))):
+        (tmp_path / name).mkdir()
+        rows = [{"step": step, "loss": loss, "step_time": hash(name)} for step, loss in enumerate(losses)]
+        (tmp_path / name / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert soak.children.difference(tmp_path / "one", tmp_path / "other") == f"{tmp_path / 'one/metrics.jsonl'}:2"
+
+
+def test_a_killed_run_is_gone_on_with_and_compared(tmp_path):
+    done = run_script("kill.py", "--targets", "sft", "--kills", 1, "--output", tmp_path / "table.md")
+    assert "| sft |" in done.stdout and "1 kills, seed 0; runs that went wrong: 0." in done.stdout
+    assert (tmp_path / "table.md").read_text() == done.stdout
