@@ -107,7 +107,7 @@ def difference(run: Path, undisturbed: Path) -> str | None:
                 return f"{run / log}:{number}"
         if read(one / "completions.jsonl") != read(other / "completions.jsonl"):
             return f"{one / 'completions.jsonl'}"
-        if not (one / "summary.json").is_file():
+        if (other / "summary.json").is_file() and not (one / "summary.json").is_file():
             return f"{one} has no summary.json"
         if not same_arrays(one / "checkpoints", other / "checkpoints"):
             return f"{one / 'checkpoints'}"
