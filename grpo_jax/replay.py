@@ -3,7 +3,6 @@
 The run's directory is read and never written to, so that the run may still be under way.
 """
 
-import hashlib
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -182,14 +181,10 @@ def _start_of(run_dir: Path, experiment: Experiment) -> Policy:
 
 def _edited_files(run_dir: Path, info: Mapping[str, Any]) -> list[Pair]:
     """The run's copies of the user's files that are not what they were when they were copied."""
-    code = code_of(info)
-    found = []
-    for name, digest in (code or {}).get("files", {}).items():
-        path = run_dir / (code or {})["directory"] / name
-        now = hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
-        if now != digest and name not in (code or {}).get("not_copied", ()):
-            found.append(Pair(str(path.relative_to(run_dir)), "as copied", "edited" if now else "missing"))
-    return found
+    return [
+        Pair(str(path.relative_to(run_dir)), "as copied", "edited" if path.is_file() else "missing")
+        for path in record.edited(run_dir, record.copies(code_of(info)))
+    ]
 
 
 def _at(rows: Sequence[Mapping[str, Any]], place: int) -> Mapping[str, Any]:

@@ -8,20 +8,23 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import uuid
 import warnings
-from collections.abc import Sequence
+from argparse import ArgumentParser, Namespace
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
+
+from grpo_jax.runs.difference import TIMES
 
 ROOT = Path(__file__).resolve().parents[1]
 EXPERIMENT = ROOT / "experiments" / "robustness" / "soak.py"
 MARK = "GRPO_JAX_SOAK"  # in the environment of every process that is started here, and of those that it starts
-TIMES = {"step_time", "tokens_per_second"}
 PATIENCE = 600  # seconds without a new step after which a command counts as stuck
 
 
@@ -144,9 +147,20 @@ def train(run_dir: Path, *assignments: str) -> Command:
     return Command(["train", str(EXPERIMENT), "--run-dir", str(run_dir), "--resume", *further], run_dir)
 
 
-def show(lines: Sequence[str], output: Path | None) -> None:
-    """Prints the lines of a page, and writes them where the user has asked for it."""
+def main(parser: ArgumentParser, carry_out: Callable[[Path, Namespace], tuple[list[str], bool]]) -> NoReturn:
+    """Carries a script out in a temporary place, prints its lines, and ends with 0 if all is well.
+
+    Args:
+      parser: of the script's own options; `--seed` and `--output` are added.
+      carry_out: takes the place and the options, and returns the lines of a page, and whether all is well.
+    """
+    parser.add_argument("--seed", type=int, default=0, help="of the faults or kills, and of their moments")
+    parser.add_argument("--output", type=Path, help="also write the table here")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as place:
+        lines, is_well = carry_out(Path(place), options)
     text = "\n".join(lines) + "\n"
     print(text, end="")
-    if output is not None:
-        output.write_text(text)
+    if options.output:
+        options.output.write_text(text)
+    sys.exit(0 if is_well else 1)

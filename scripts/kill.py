@@ -15,8 +15,6 @@ import random
 import shutil
 import signal
 import subprocess
-import sys
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -136,13 +134,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=104)
     parser.add_argument("--targets", nargs="+", default=list(TARGETS), choices=list(TARGETS))
-    parser.add_argument("--seed", type=int, default=0, help="of the moments")
-    parser.add_argument("--output", type=Path, help="also write the table here")
-    options = parser.parse_args()
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as place:
-        lines, is_well = kills(Path(place), options.targets, options.kills, options.seed)
-    children.show(lines, options.output)
-    sys.exit(0 if is_well else 1)
+    children.main(parser, lambda place, options: kills(place, options.targets, options.kills, options.seed))
 
 
 if __name__ == "__main__":

@@ -19,8 +19,6 @@ import random
 import resource
 import signal
 import subprocess
-import sys
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -227,13 +225,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=10_000)
     parser.add_argument("--faults", type=int, default=24, help="how many from outside")
-    parser.add_argument("--seed", type=int, default=0, help="of the faults and their steps")
-    parser.add_argument("--output", type=Path, help="also write the table here")
-    options = parser.parse_args()
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as place:
-        lines, is_well = soak(Path(place), options.steps, options.faults, options.seed)
-    children.show(lines, options.output)
-    sys.exit(0 if is_well else 1)
+    children.main(parser, lambda place, options: soak(place, options.steps, options.faults, options.seed))
 
 
 if __name__ == "__main__":

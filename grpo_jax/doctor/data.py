@@ -10,7 +10,7 @@ from grpo_jax.doctor.subject import Subject
 from grpo_jax.rewards.protocol import ARGUMENTS
 from grpo_jax.sharding import Array
 from grpo_jax.tasks import Example
-from grpo_jax.tasks.checks import content
+from grpo_jax.tasks.checks import content, shared_examples
 
 
 def splits_are_disjoint(subject: Subject) -> Check:
@@ -20,8 +20,8 @@ def splits_are_disjoint(subject: Subject) -> Check:
     an overlap that no evaluation looks at. Examples that are equal and were made twice are a mistake.
     """
     task = subject.experiment.task
-    train, declared = set(map(content, task.train)), set(map(id, task.train))
-    shared = [example for example in task.held_out if content(example) in train]
+    declared = set(map(id, task.train))
+    shared = [task.held_out[index] for index, _ in shared_examples(task)]
     figures = {"shared": len(shared), "held_out": len(task.held_out), "train": len(task.train)}
     measured, bound = f"{len(shared):,} of {len(task.held_out):,} shared", "0 shared"
     if not shared:

@@ -62,9 +62,13 @@ def is_evaluation(row: Mapping[str, Any]) -> bool:
     return any(name.startswith("evaluation/") for name in row)
 
 
-def append_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Appends rows to a .jsonl file, all or none: if the disk is full, the file is cut to its length before."""
-    data = "".join(map(json_line, rows)).encode()
+def append_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> list[bytes]:
+    """Appends rows to a .jsonl file, all or none: if the disk is full, the file is cut to its length before.
+
+    Returns the lines, as they were written.
+    """
+    lines = [json_line(row).encode() for row in rows]
+    data = b"".join(lines)
     with writing(path), path.open("ab", buffering=0) as file:
         start = file.tell()
         try:
@@ -74,6 +78,7 @@ def append_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
             if path.is_file():
                 file.truncate(start)
             raise
+    return lines
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -33,7 +33,7 @@ from grpo_jax.runs.files import (
 )
 from grpo_jax.runs.lock import only_writer
 from grpo_jax.runs.result import Result, Stop
-from grpo_jax.runs.rows import COMPLETIONS, LOG, METRICS, Checksums, KeptLog, add_row, kept_log, key_of
+from grpo_jax.runs.rows import COMPLETIONS, LOG, METRICS, Checksums, KeptLog, add_line, add_row, kept_log, key_of
 from grpo_jax.runs.tensorboard import SAMPLE_TEXTS, TensorBoard
 
 
@@ -275,9 +275,8 @@ class RunLog:
         return {LOG: json.dumps(self._checksums)}
 
     def _append(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
-        append_rows(self.run_dir / name, rows)
-        for row in rows:
-            add_row(self._checksums[name], row)
+        for row, line in zip(rows, append_rows(self.run_dir / name, rows), strict=True):
+            add_line(self._checksums[name], key_of(row), line)
 
     def _replace(self, row: Mapping[str, Any]) -> None:
         """Puts an evaluation where it belongs, instead of one that was made before. Other lines stay as they are."""

@@ -146,14 +146,27 @@ def require_whole(run_dir: Path) -> None:
         raise UserError(f"{path} is damaged, or was edited: put it back as it was, or begin a new run elsewhere.")
     wanted: dict[str, str] = {"config.json": info["config_sha256"]} if "config_sha256" in info else {}
     for code in (info.get("code"), *(visit.get("code") for visit in info.get("resumed", ()))):
-        for name, digest in {} if code is None else code.get("files", {}).items():
-            if name not in code.get("not_copied", ()):
-                wanted[f"{code['directory']}/{name}"] = digest
-    for name, digest in wanted.items():
-        path = run_dir / name
-        if not path.is_file() or _sha256(path.read_bytes()) != digest:
-            what = "is damaged, or was edited" if path.exists() else "is missing"
-            raise UserError(f"{path} {what}: put it back as it was, or begin a new run elsewhere.")
+        wanted |= copies(code)
+    for path in edited(run_dir, wanted):
+        what = "is damaged, or was edited" if path.exists() else "is missing"
+        raise UserError(f"{path} {what}: put it back as it was, or begin a new run elsewhere.")
+
+
+def copies(code: Mapping[str, Any] | None) -> dict[str, str]:
+    """The checksums of a run's copies of the user's files, by their paths in the run's directory.
+
+    `code` is an entry of run.json; None for the run of a notebook, which has no copies.
+    """
+    if code is None:
+        return {}
+    files, left_out = code.get("files", {}), code.get("not_copied", ())
+    return {f"{code['directory']}/{name}": digest for name, digest in files.items() if name not in left_out}
+
+
+def edited(run_dir: Path, wanted: Mapping[str, str]) -> list[Path]:
+    """Of some files of a run, those that are missing or do not have their checksum."""
+    paths = {run_dir / name: digest for name, digest in wanted.items()}
+    return [path for path, digest in paths.items() if not path.is_file() or _sha256(path.read_bytes()) != digest]
 
 
 def conditions() -> dict[str, Any]:

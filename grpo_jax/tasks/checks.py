@@ -47,13 +47,8 @@ def warnings(task: Any) -> list[str]:
     A task that puts the very same objects into both splits means it: it is evaluated on what it was trained on. So only
     examples that are equal and were made twice count.
     """
-    train = {content(example): index for index, example in reversed(list(enumerate(task.train)))}
     deliberate = set(map(id, task.train))
-    found = [
-        (index, train[text])
-        for index, example in enumerate(task.held_out)
-        if id(example) not in deliberate and (text := content(example)) in train
-    ]
+    found = [(index, at) for index, at in shared_examples(task) if id(task.held_out[index]) not in deliberate]
     if not found:
         return []
     held_out, trained = found[0]
@@ -62,6 +57,13 @@ def warnings(task: Any) -> list[str]:
         f"{many} are train examples too (held_out {held_out} is train {trained}), so that success on them may be "
         "memory: leave them out of one of the splits."
     ]
+
+
+def shared_examples(task: Any) -> list[tuple[int, int]]:
+    """The places of held-out examples that equal a train example, each with the first place of that one."""
+    train = {content(example): index for index, example in reversed(list(enumerate(task.train)))}
+    texts = map(content, task.held_out)
+    return [(index, train[text]) for index, text in enumerate(texts) if text in train]
 
 
 def content(value: Any) -> str:
