@@ -33,7 +33,7 @@ from grpo_jax.runs.files import (
 )
 from grpo_jax.runs.lock import only_writer
 from grpo_jax.runs.result import Result, Stop
-from grpo_jax.runs.rows import COMPLETIONS, LOG, METRICS, Checksums, KeptLog, add_line, add_row, kept_log, key_of
+from grpo_jax.runs.rows import COMPLETIONS, LOG, METRICS, Checksums, KeptLog, add_line, kept_log, key_of
 from grpo_jax.runs.tensorboard import SAMPLE_TEXTS, TensorBoard
 
 
@@ -285,8 +285,9 @@ class RunLog:
         rows = zip(read_rows(path), lines, strict=True)
         others = [(_place(other), line) for other, line in rows if key_of(other) != key]
         self._checksums[METRICS].pop(key, None)
-        add_row(self._checksums[METRICS], row)
-        placed = sorted([*others, (_place(row), json_line(row).encode())], key=lambda each: each[0])
+        line = json_line(row).encode()
+        add_line(self._checksums[METRICS], key, line)
+        placed = sorted([*others, (_place(row), line)], key=lambda each: each[0])
         write_text(path, b"".join(line for _, line in placed).decode())
 
     def _rewind(self, kept: KeptLog) -> None:

@@ -19,7 +19,7 @@ from typing import Any
 from grpo_jax.errors import UserError
 from grpo_jax.experiment import records
 from grpo_jax.runs import checkpoints
-from grpo_jax.runs.files import CHECKS, is_evaluation, json_line
+from grpo_jax.runs.files import CHECKS, is_evaluation
 
 LOG = "log.json"  # in the folder of each checkpoint
 METRICS, COMPLETIONS = "metrics.jsonl", "completions.jsonl"
@@ -77,11 +77,6 @@ def key_of(row: Mapping[str, Any]) -> str:
 def add_line(checksums: Checksums, key: str, line: bytes) -> None:
     """Adds a line to the checksum of its key."""
     checksums[key] = zlib.crc32(line, checksums.get(key, 0))
-
-
-def add_row(checksums: Checksums, row: Mapping[str, Any]) -> None:
-    """Adds a row, as it is written, to the checksums of its file."""
-    add_line(checksums, key_of(row), json_line(row).encode())
 
 
 def kept_log(run_dir: Path) -> KeptLog:
